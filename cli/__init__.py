@@ -1,0 +1,40 @@
+"""The ``landscape`` command: parses, calls one function of the library, prints."""
+
+import importlib
+from typing import Any
+
+import click
+
+from landscape.errors import UserError
+
+COMMANDS = {"plot": "landscape_cli.plot", "probe": "landscape_cli.probe"}
+
+
+class Commands(click.Group):
+    """Commands that are imported when they are asked for, and mistakes that are told in one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which they are used."""
+        return ["probe", "plot"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command in the module of its name, or None."""
+        return importlib.import_module(COMMANDS[cmd_name]).command if cmd_name in COMMANDS else None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; a mistake of the user's becomes one line and exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.UsageError(" ".join(str(error).split())) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="landscape")
+def main() -> None:
+    """Measure how smooth the loss landscape of a PyTorch training run is.
+
+    \b
+    landscape probe           train on handwritten digits with three norms, probing every update
+    landscape plot traces/    draw what was recorded
+    """
