@@ -10,6 +10,12 @@ from landscape.errors import UserError
 COMMANDS = {"plot": "landscape_cli.plot", "probe": "landscape_cli.probe"}
 
 
+class Mistake(click.ClickException):
+    """A mistake of the user's: one line, exit code 2."""
+
+    exit_code = 2
+
+
 class Commands(click.Group):
     """Commands that are imported when they are asked for, and mistakes that are told in one line."""
 
@@ -26,13 +32,13 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            raise click.UsageError(" ".join(str(error).split())) from error
+            raise Mistake(" ".join(str(error).split())) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="landscape")
 def main() -> None:
-    """Measure how smooth the loss landscape of a PyTorch training run is.
+    r"""Measure how smooth the loss landscape of a PyTorch training run is.
 
     \b
     landscape probe           train on handwritten digits with three norms, probing every update

@@ -1,0 +1,16 @@
+from .errors import UserError as UserError
+from .measures import summarize as summarize
+from .norms import GhostNorm as GhostNorm
+from .norms import SeqNorm as SeqNorm
+from .norms import convert_norms as convert_norms
+from .norms import ghost_norm as ghost_norm
+from .norms import make_norm as make_norm
+from .norms import seq_norm as seq_norm
+from .plots import plot_landscape as plot_landscape
+from .probe import LandscapeProbe as LandscapeProbe
+from .ray import ray_losses as ray_losses
+from .recipes import RECIPES as RECIPES
+from .recipes import Recipe as Recipe
+from .trace import TraceWriter as TraceWriter
+from .trace import read_traces as read_traces
+from .training import train as train

@@ -1,0 +1,199 @@
+"""Captures the losses of the user's own training loop, as it runs, in a form that can be evaluated again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from landscape.errors import UserError
+from landscape.objective import Autocast, Closure, ForwardState, Scene, Term
+
+OBSERVE = "Hand the loss to the probe: `loss = probe.observe(lambda model: ...)`, once for each backward pass"
+
+
+class Capture:
+    """Collects the terms of the current update: one for each loss that a backward pass has gone through.
+
+    Hooks on the model remember its arguments and the state before each forward pass; a hook on the criterion remembers
+    its arguments and ties those that are outputs of the model to it. A hook on the loss learns from the backward pass
+    that the loss was trained on, and with which weight (1/n under accumulation over n batches).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | None,
+        wanted: Callable[[], bool],
+        grad_scaler: "torch.amp.GradScaler | None" = None,
+    ) -> None:
+        self.model = model
+        self.criterion = criterion
+        self._scene = Scene(model, criterion)
+        self._wanted = wanted
+        self._grad_scaler = grad_scaler
+        self._paused = False
+        self._call: _Call | None = None
+        self._terms: list[Term] = []
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Start to listen."""
+        if self.criterion is not None:
+            self._handles = [
+                self.model.register_forward_pre_hook(self._before_model, prepend=True, with_kwargs=True),
+                self.model.register_forward_hook(self._after_model),
+                self.criterion.register_forward_hook(self._after_criterion, with_kwargs=True),
+            ]
+
+    def detach(self) -> None:
+        """Stop listening, and forget what has not been taken."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.take()
+
+    def observe(self, closure: Callable[..., Tensor], *args: Any) -> Tensor:
+        """The loss ``closure(model, *args)``, remembered as a term if it is to be probed."""
+        if not self._listening():
+            return closure(self.model, *args)
+        state = self._state()
+        with self.paused():
+            loss = closure(self.model, *args)
+        self._add(Term(lambda model: closure(model, *args), state, loss.detach()), loss)
+        return loss
+
+    def take(self) -> list[Term]:
+        """The terms that were differentiated since the last call; captures start anew."""
+        terms = [term for term in self._terms if term.weight is not None]
+        self._terms, self._call = [], None
+        return terms
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not listen within the body."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def _listening(self) -> bool:
+        return not self._paused and torch.is_grad_enabled() and self._wanted()
+
+    def _state(self) -> ForwardState:
+        """The state before a forward pass; also where an update that never came is noticed and forgotten."""
+        # A loss scaler skips the step when gradients overflow; then they are cleared, and their terms stay behind.
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            self._terms = [term for term in self._terms if term.weight is None]
+        return ForwardState.capture(self._scene)
+
+    def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self._call = _Call(self._state(), _Leaves.of((args, kwargs))) if self._listening() else None
+
+    def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
+        if self._call is not None and self._listening():
+            self._call.outputs = _Leaves.of(outputs)
+
+    def _after_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
+        if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
+            state = self._call.state if self._call else self._state()
+            self._add(Term(_replay(self._call, criterion, (args, kwargs)), state, loss.detach()), loss)
+
+    def _add(self, term: Term, loss: Tensor) -> None:
+        def weigh(gradient: Tensor) -> None:
+            if self._grad_scaler is not None:
+                gradient = gradient / self._grad_scaler.scale(torch.ones_like(gradient))
+            term.weight = gradient if term.weight is None else term.weight + gradient
+
+        if loss.requires_grad:
+            self._terms.append(term)
+            loss.register_hook(weigh)
+
+
+@dataclass
+class _Leaves:
+    """A nest of arguments, flattened, with the versions of its tensors, so that a later write in place is noticed."""
+
+    leaves: list[Any]
+    spec: TreeSpec
+    versions: list[int]
+
+    @classmethod
+    def of(cls, nest: Any) -> "_Leaves":
+        leaves, spec = tree_flatten(nest)
+        return cls(leaves, spec, [_version(leaf) for leaf in leaves])
+
+    def nest(self) -> Any:
+        """The arguments as they were; an error if a tensor has been written to since."""
+        self.check("An input of the model or the criterion")
+        return tree_unflatten(self.leaves, self.spec)
+
+    def check(self, what: str) -> None:
+        if self.versions != [_version(leaf) for leaf in self.leaves]:
+            raise UserError(f"{what} was changed in place after the probe saw it. {OBSERVE}.")
+
+
+def _version(leaf: Any) -> int:
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
+
+
+@dataclass
+class _Call:
+    """A call of the model in the user's loop: the state it ran in, what went in and what came out."""
+
+    state: ForwardState
+    arguments: _Leaves
+    outputs: _Leaves | None = None
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Stands for an output of the model among the arguments of the criterion."""
+
+    index: int
+
+
+def _replay(call: _Call | None, criterion: nn.Module, arguments: Any) -> Closure:
+    """The closure that evaluates ``criterion(model(inputs), targets)`` again, or one that says why it cannot be."""
+    try:
+        return _tied(call, criterion, _Leaves.of(arguments))
+    except UserError as error:
+        return _refusal(error)
+
+
+def _tied(call: _Call | None, criterion: nn.Module, arguments: _Leaves) -> Closure:
+    if call is None or call.outputs is None:
+        raise UserError(f"The criterion was called without a call of the model before it. {OBSERVE}.")
+    call.outputs.check("An output of the model")
+    places = {id(leaf): _Output(index) for index, leaf in enumerate(call.outputs.leaves) if isinstance(leaf, Tensor)}
+    arguments.leaves = [places.get(id(leaf), leaf) for leaf in arguments.leaves]
+    arguments.versions = [_version(leaf) for leaf in arguments.leaves]
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in arguments.leaves):
+        raise UserError(
+            "The criterion was given a tensor that was computed from the model's outputs (or by another call of the "
+            f"model), so criterion(model(inputs), targets) is not the training loss. {OBSERVE}."
+        )
+    kinds = [autocast.device_type for autocast in call.state.autocast]
+    inputs, autocast = call.arguments, Autocast.capture(kinds)
+
+    def closure(model: nn.Module) -> Tensor:
+        args, kwargs = inputs.nest()
+        outputs = tree_flatten(model(*args, **kwargs))[0]
+        nest = arguments.nest()
+        args, kwargs = tree_map(lambda leaf: outputs[leaf.index] if isinstance(leaf, _Output) else leaf, nest)
+        with Autocast.restored(autocast):
+            return criterion(*args, **kwargs)
+
+    return closure
+
+
+def _refusal(error: UserError) -> Closure:
+    def closure(model: nn.Module) -> Tensor:
+        raise error
+
+    return closure

@@ -1,0 +1,310 @@
+"""Attaches to a training run and records, before each update, the losses along the ray that the update follows."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from landscape.capture import OBSERVE, Capture
+from landscape.checks import GradientCheck, LossCheck
+from landscape.errors import UserError
+from landscape.objective import Objective, Parameters, Term
+from landscape.ray import check_step_sizes, choose_engine, losses_along
+from landscape.trace import TraceWriter
+
+StepSizes = Sequence[float] | Callable[[int], Sequence[float]]
+DIRECTIONS = ("gradient", "update")
+
+
+class LandscapeProbe:
+    """Records the losses at ``theta - eta * direction`` around every optimizer step of the user's own loop.
+
+    The loop stays as it is. Hooks see the batch and the loss as they pass; just before ``optimizer.step()`` takes
+    effect the loss of the same batch, in the same mode and with the same dropout masks, is measured at each step size
+    (Santurkar et al. 2018, section 3.1; Dimitriou & Arandjelovic 2020, section 3.1). Parameters, gradients, buffers,
+    optimizer state and random streams are left bit for bit as they would be without the probe. ::
+
+        with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1, 0.2, 0.4], trace="traces/run") as probe:
+            ...  # the training loop
+
+    Args:
+        model: The model that is trained.
+        optimizer: The optimizer whose steps are probed; only the parameters it holds are moved.
+        criterion: The module whose call ``criterion(model(inputs), targets)`` is the training loss. All such losses
+            that were differentiated since the last step belong to the objective, so gradient accumulation is measured
+            as trained. Without it, hand each loss to :meth:`observe`.
+        step_sizes: The step sizes eta, or a function of the step that gives them.
+        relative: Whether step sizes are multiples of the current learning rate.
+        every: Probe each n-th update, the first included.
+        direction: ``"gradient"``, the gradient as the optimizer gets it, or ``"update"``, what the optimizer makes of
+            it, scaled so that a step size equal to the learning rate (of the first parameter group) is the update.
+        trace: Folder of the trace; without it rows are kept in memory, for :meth:`frame`.
+        facts: What else is known about the run (norm, seed, batch size, ...), for ``run.json`` and as columns.
+        overwrite: Whether a trace that is already in the folder is replaced.
+        steps_per_epoch: Updates in an epoch; gives the ``epoch`` column.
+        grad_scaler: The loss scaler, where one is used: recorded losses are without its scale.
+        engine: How rays are evaluated; see :func:`landscape.ray_losses`.
+
+    Raises:
+        UserError: An argument out of range. At the first probed step, also: no loss could be captured, or the one
+            captured is not what was differentiated; the message says how to hand it over.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: nn.Module | None = None,
+        *,
+        step_sizes: StepSizes,
+        relative: bool = False,
+        every: int = 1,
+        direction: str = "gradient",
+        trace: str | Path | None = None,
+        facts: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        steps_per_epoch: int | None = None,
+        grad_scaler: "torch.amp.GradScaler | None" = None,
+        engine: str = "auto",
+    ) -> None:
+        _check_arguments(criterion, step_sizes, every, direction, engine)
+        self.model, self.optimizer, self.criterion = model, optimizer, criterion
+        self.step_sizes, self.relative, self.every, self.direction = step_sizes, relative, every, direction
+        self.steps_per_epoch, self.engine = steps_per_epoch, engine
+        self.step = 0
+        self._capture = Capture(model, criterion, self._due, grad_scaler)
+        self.trace = TraceWriter(trace, self._facts() | dict(facts or {}), overwrite=overwrite, resolve=_fetch)
+        self._pending: _Update | None = None
+        self._checked = False
+        self._last: dict[str, Any] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> Self:
+        """Start to listen; as a context manager the probe does this by itself."""
+        if not self._handles:
+            self._capture.attach()
+            self._handles = [
+                self.optimizer.register_step_pre_hook(self._before_step),
+                self.optimizer.register_step_post_hook(self._after_step),
+            ]
+        return self
+
+    def detach(self) -> None:
+        """Stop listening and write what is pending; what was recorded stays available."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._capture.detach()
+        self.trace.close()
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def observe(self, closure: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Compute a loss that is not ``criterion(model(inputs), targets)``, and let the probe know of it.
+
+        Call it where the loop computes its loss, once for each backward pass. ::
+
+            loss = probe.observe(lambda model, x, y: F.cross_entropy(model(x), y) + penalty(model), x, y)
+            loss.backward()
+
+        Args:
+            closure: ``closure(model, *args)`` gives the loss; it is called again for each step size.
+            args: Whatever the loop rebinds before its optimizer steps, such as the batch.
+
+        Returns:
+            ``closure(model, *args)``, to be differentiated.
+        """
+        return self._capture.observe(closure, *args)
+
+    def last(self) -> dict[str, Any]:
+        """The row of the last probed update, with plain numbers; waits for the device. Empty before the first."""
+        return _fetch([self._last])[0] if self._last else {}
+
+    def frame(self) -> pd.DataFrame:
+        """All rows so far, with the columns of ``landscape.columns.UPDATES``."""
+        return self.trace.frame()
+
+    def _due(self) -> bool:
+        return bool(self._handles) and self.step % self.every == 0
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._before_update()
+            return None
+        # step(closure) computes the gradient itself, maybe several times: the first is that of this update.
+        pending = [self._before_update]
+
+        def measured() -> Any:
+            loss = closure()
+            while pending:
+                pending.pop()()
+            return loss
+
+        return (args[0], measured), {name: value for name, value in kwargs.items() if name != "closure"}
+
+    def _before_update(self) -> None:
+        if self._due():
+            update = _Update.of(self.model, self.optimizer, self._capture.take())
+            if self.direction == "gradient":
+                self._measure(update, update.gradient)
+            else:
+                self._pending = update.snapshot()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._pending is not None:
+            update, self._pending = self._pending, None
+            self._measure(update, update.made(self.model))
+        self.step += 1
+
+    def _measure(self, update: "_Update", direction: Parameters) -> None:
+        started = time.perf_counter()
+        step_sizes = self._step_sizes(update.lr)
+        try:
+            if not update.objective.terms:
+                raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
+            with self._capture.paused():
+                losses = losses_along(update.objective, update.origin, direction, step_sizes, self.engine)
+                if not self._checked:
+                    self._check(update, len(step_sizes))
+        except UserError as error:
+            if not self._checked:
+                raise
+            warnings.warn(f"Step {self.step} is not in the trace: {error}", stacklevel=2)
+            return
+        self._last = {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch if self.steps_per_epoch else math.nan,
+            "lr": update.lr,
+            "step_sizes": step_sizes,
+            "losses": update.values(losses),
+            "seconds": time.perf_counter() - started,
+        }
+        self.trace.append(self._last)
+
+    def _step_sizes(self, lr: float) -> list[float]:
+        step_sizes = self.step_sizes(self.step) if callable(self.step_sizes) else self.step_sizes
+        return [float(eta) * lr if self.relative else float(eta) for eta in step_sizes]
+
+    def _check(self, update: "_Update", points: int) -> None:
+        """Find out, before the first row, whether the objective is what is trained."""
+        at_zero = LossCheck.of(update.objective, update.origin)
+        at_zero.warn()
+        gradient = GradientCheck.of(update.objective, update.origin, update.gradient)
+        if gradient is not None:
+            self._judge(gradient)
+        self.trace.note(engine=choose_engine(self.engine, points), loss_at_zero=asdict(at_zero))
+        self._checked = True
+
+    def _judge(self, check: GradientCheck) -> None:
+        if check.loss_scale is not None:
+            warnings.warn(
+                f"The loss was multiplied by {check.loss_scale:g} before the backward pass and the gradient divided by "
+                "it after; pass grad_scaler= to record losses without that factor.",
+                stacklevel=2,
+            )
+        if check.agrees:
+            return
+        message = (
+            f"The optimizer's gradient is not that of the captured loss ({check.rest:.1%} of it is something else): "
+        )
+        if self.criterion is not None:
+            raise UserError(f"{message}the training loss is more than criterion(model(inputs), targets). {OBSERVE}.")
+        warnings.warn(f"{message}a part of the loss was not observed, or the gradient was altered.", stacklevel=2)
+
+    def _facts(self) -> dict[str, Any]:
+        options = {
+            name: value if isinstance(value, int | float | str | None) else repr(value)
+            for name, value in self.optimizer.defaults.items()
+        }
+        return {
+            "model": type(self.model).__name__,
+            "criterion": None if self.criterion is None else repr(self.criterion),
+            "optimizer": type(self.optimizer).__name__,
+            "optimizer_options": options,
+            "direction": self.direction,
+            "probe_lrs": "a function of the step" if callable(self.step_sizes) else list(self.step_sizes),
+            "relative": self.relative,
+            "every": self.every,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One update: the loss, where it starts, and the gradient that the optimizer got."""
+
+    objective: Objective
+    origin: Parameters
+    gradient: Parameters
+    lr: float
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, terms: list[Term]) -> "_Update":
+        """The update that ``optimizer`` is about to make; only the parameters it holds belong to it."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        parameters = dict(model.named_parameters())
+        gradient = {
+            name: parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            for name, parameter in parameters.items()
+            if parameter.grad is not None and id(parameter) in held
+        }
+        origin = {name: parameter.detach() for name, parameter in parameters.items()}
+        return cls(Objective(terms), origin, gradient, float(optimizer.param_groups[0]["lr"]))
+
+    def snapshot(self) -> "_Update":
+        """The same, safe from the step that is about to overwrite the parameters."""
+        return replace(self, origin={name: tensor.clone() for name, tensor in self.origin.items()})
+
+    def made(self, model: nn.Module) -> Parameters:
+        """What the optimizer did since the snapshot, as a direction whose step size is the learning rate."""
+        now = dict(model.named_parameters())
+        return {name: (self.origin[name] - now[name].detach()) / (self.lr or 1.0) for name in self.gradient}
+
+    def values(self, losses: Tensor) -> Tensor:
+        """Training loss, gradient norm and the K losses in one tensor, left on the device until rows are written."""
+        norm = torch.nn.utils.get_total_norm(self.gradient.values())
+        parts = [self.objective.recorded().reshape(1), norm.detach().reshape(1), losses]
+        return torch.cat([part.to(torch.promote_types(losses.dtype, torch.float32)) for part in parts])
+
+
+def _fetch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with plain numbers; the tensors of all of them come over from the device in one transfer."""
+    if "losses" not in rows[0]:  # rows of another table
+        return rows
+    values = iter(torch.cat([row["losses"] for row in rows]).tolist())
+    return [
+        row | {"loss": next(values), "grad_norm": next(values), "losses": list(islice(values, len(row["step_sizes"])))}
+        for row in rows
+    ]
+
+
+def _check_arguments(criterion: Any, step_sizes: StepSizes, every: int, direction: str, engine: str) -> None:
+    if criterion is not None and not isinstance(criterion, nn.Module):
+        raise UserError(
+            f"criterion={criterion!r} is no nn.Module, so its calls cannot be seen; use the module (such as "
+            "nn.CrossEntropyLoss() for F.cross_entropy), or leave it out and hand each loss to probe.observe(...)."
+        )
+    if not callable(step_sizes):
+        check_step_sizes(step_sizes)
+    if every < 1:
+        raise UserError(f"every={every}: probe each n-th update, with n a whole number from 1 on.")
+    if direction not in DIRECTIONS:
+        raise UserError(f"Unknown direction {direction!r}; choose one of {', '.join(DIRECTIONS)}.")
+    choose_engine(engine, 1)

@@ -1,0 +1,141 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from torch import nn
+
+from landscape import UserError, ray_losses
+from landscape.ray import ENGINES
+
+STEP_SIZES = [0.0, 0.7, -0.2, 3.0, 0.7]
+
+
+def moved_losses(case, direction, step_sizes):
+    """The obvious way: a copy of the model for each point, its parameters moved by hand."""
+    losses = []
+    for eta in step_sizes:
+        torch.manual_seed(1)
+        model = copy.deepcopy(case.model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in direction:
+                    parameter -= eta * direction[name]
+            losses.append(case.closure(model))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("name", CASES)
+def test_engines_give_the_losses_of_moved_copies(name, engine):
+    case = CASES[name]()
+    direction = case.direction()
+    expected = moved_losses(case, direction, STEP_SIZES)
+    torch.manual_seed(1)
+    losses = ray_losses(case.model, case.closure, direction, STEP_SIZES, engine=engine)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_moves(name, engine):
+    case = CASES[name]()
+    direction = case.direction()
+    case.model[0].eval() if isinstance(case.model, nn.Sequential) else None
+    before, modes = copy.deepcopy(case.model.state_dict()), [module.training for module in case.model.modules()]
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    ray_losses(case.model, case.closure, direction, STEP_SIZES, engine=engine)
+    assert torch.equal(torch.rand(3), expected)
+    assert modes == [module.training for module in case.model.modules()]
+    for key, tensor in case.model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert all(parameter.grad is None for parameter in case.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "func", "shape"),
+    [("batch norm", F.linear, (8, 6)), ("convolution", F.conv2d, (4, 3, 3, 3)), ("transformer", F.embedding, (11, 8))],
+)
+def test_first_layer_is_evaluated_twice_for_eight_points(name, func, shape):
+    case, calls = CASES[name](), []
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, called, types, args=(), kwargs=None):
+            calls.append(called is func and tuple(args[1].shape) == shape)
+            return called(*args, **(kwargs or {}))
+
+    with Counted():
+        ray_losses(case.model, case.closure, case.direction(), [0.1 * k for k in range(8)], engine="affine")
+    assert sum(calls) == 2
+
+
+def test_memory_that_is_reused_is_not_taken_for_the_same_input():
+    """A fresh tensor that the allocator puts where the last one was, with other values."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1)).double()
+    inputs = torch.randn(64, 64, dtype=torch.float64)
+    scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    model.register_parameter("scale", scale)
+    direction = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    closure = lambda model: model(inputs * model.scale).mean()  # noqa: E731
+    losses = [ray_losses(model, closure, direction, STEP_SIZES, engine=engine) for engine in ENGINES]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+
+
+def test_quadratic_is_exact():
+    model = nn.Module()
+    model.register_parameter("theta", nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64)))
+    curvature = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    gradient = {"theta": curvature * model.theta.detach()}
+    losses = ray_losses(model, lambda model: 0.5 * (curvature * model.theta**2).sum(), gradient, [0.0, 0.1, 0.5, 2.0])
+    expected = [0.5 * sum(c * (t * (1 - eta * c)) ** 2 for c, t in ((1, 3), (4, -2))) for eta in (0.0, 0.1, 0.5, 2.0)]
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-14)
+
+
+def test_loss_that_is_a_parameter_itself():
+    model = nn.Module()
+    model.register_parameter("theta", nn.Parameter(torch.tensor([1.0])))
+    for engine in ENGINES:
+        losses = ray_losses(model, lambda model: model.theta, {"theta": torch.ones(1)}, [1.0, 2.0, 3.0], engine=engine)
+        assert losses.tolist() == [0, -1, -2]
+
+
+def test_bfloat16_and_autocast_take_the_loops_losses():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 1)), torch.randn(16, 32)
+    direction = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [
+            ray_losses(model, lambda m: m(inputs).float().mean(), direction, STEP_SIZES, engine=e) for e in ENGINES
+        ]
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_divergence_is_kept():
+    case = CASES["mlp"]()
+    direction = {name: tensor * 1e200 for name, tensor in case.direction().items()}
+    losses = ray_losses(case.model, case.closure, direction, [1.0, 1e200, 2.0])
+    assert not math.isfinite(losses[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"direction": {}}, "direction is empty"),
+        ({"direction": {"9.weight": torch.zeros(1)}}, "'9.weight', which model.named_parameters\\(\\) does not have"),
+        ({"direction": {"0.bias": torch.zeros(1)}}, "'0.bias' has shape \\(1,\\), the parameter \\(8,\\)"),
+        ({"step_sizes": []}, "one finite number or more"),
+        ({"step_sizes": [0.1, math.nan]}, "one finite number or more"),
+        ({"engine": "warp"}, "Unknown engine 'warp'; choose one of auto, loop, affine"),
+        ({"closure": lambda model: model(torch.zeros(2, 6).double())}, "scalar loss.*shape \\(2, 3\\)"),
+        ({"closure": lambda model: 1.0}, "it returned float"),
+    ],
+)
+def test_mistakes(change, message):
+    case = CASES["mlp"]()
+    arguments = {"model": case.model, "closure": case.closure, "direction": case.direction(), "step_sizes": [0.1]}
+    with pytest.raises(UserError, match=message):
+        ray_losses(**arguments | change)
