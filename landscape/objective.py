@@ -1,7 +1,7 @@
 """The training loss of one update as a pure function of the parameters."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +92,7 @@ class ForwardState:
     """All that a forward pass reads besides its parameters and arguments."""
 
     scene: Scene
-    buffers: Mapping[str, Tensor]
+    buffers: Sequence[tuple[nn.Module, str, Tensor]]
     modes: Sequence[tuple[nn.Module, bool]]
     random: RandomState
     autocast: tuple[Autocast, ...]
@@ -103,23 +103,37 @@ class ForwardState:
         devices = scene.devices()
         return cls(
             scene,
-            {name: buffer.detach().clone() for name, buffer in scene.named_buffers()},
+            [(module, name, buffer.clone()) for module, name, buffer in _buffers(scene)],
             [(module, module.training) for module in scene.modules()],
             RandomState.capture([device for device in devices if device.type in ("cuda", "xpu")]),
             Autocast.capture(sorted({"cpu"} | {device.type for device in devices if device.type != "meta"})),
         )
 
-    def call(self, closure: Closure, parameters: Parameters) -> Tensor:
-        """``closure(model)`` in this state and with ``parameters``, leaving the live model as it is."""
-        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        tensors = buffers | {f"model.{name}": tensor for name, tensor in parameters.items()}
+    def losses(self, closure: Closure, parameters: Parameters, moves: Iterable[object]) -> list[Tensor]:
+        """``closure(model)`` after each of ``moves``, always from this state; the live model stays as it is.
+
+        The moves write to ``parameters``, which stand for the model's own of these names meanwhile.
+        """
+
+        def run(model: nn.Module) -> Any:
+            return [closure(model) for _ in moves if self._enter()]
+
+        tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
+        with self._undone(), Autocast.restored(self.autocast):
+            # One swap for all points: it takes as long as the forward pass of a small model.
+            return functional_call(self.scene, tensors, (run,))
+
+    def _enter(self) -> bool:
+        """Make this the current state, with buffers that may be written to; always true."""
         self.random.restore()
-        with self._modes_restored(), Autocast.restored(self.autocast):
-            return functional_call(self.scene, tensors, (closure,))
+        for module, name, buffer in self.buffers:
+            module._buffers[name] = buffer.clone()
+        return True
 
     @contextmanager
-    def _modes_restored(self) -> Iterator[None]:
-        changed = [module for module, training in self.modes if module.training != training]
+    def _undone(self) -> Iterator[None]:
+        """Run the body in the train flags of this state; then put back the flags and buffers that were there before."""
+        buffers, changed = _buffers(self.scene), [module for module, mode in self.modes if module.training != mode]
         # Set as plain flags: train() and eval() recurse and may be overridden.
         for module in changed:
             module.training = not module.training
@@ -128,6 +142,13 @@ class ForwardState:
         finally:
             for module in changed:
                 module.training = not module.training
+            for module, name, buffer in buffers:
+                module._buffers[name] = buffer
+
+
+def _buffers(scene: Scene) -> list[tuple[nn.Module, str, Tensor]]:
+    """Every buffer with the module that owns it and its name there."""
+    return [(module, name, b) for module in scene.modules() for name, b in module.named_buffers(recurse=False)]
 
 
 @dataclass
@@ -143,7 +164,14 @@ class Term:
 
     def __call__(self, parameters: Parameters) -> Tensor:
         """The unweighted loss at ``parameters``, a scalar tensor."""
-        loss = self.state.call(self.closure, parameters)
+        return self.losses(parameters, [None])[0]
+
+    def losses(self, parameters: Parameters, moves: Iterable[object]) -> list[Tensor]:
+        """The unweighted loss after each of ``moves``, which write to ``parameters``; scalar tensors."""
+        return self.state.losses(self._scalar, parameters, moves)
+
+    def _scalar(self, model: nn.Module) -> Tensor:
+        loss = self.closure(model)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(f"The closure must return a scalar loss, a tensor with one element; it returned {got}.")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from landscape.errors import UserError
-from landscape.objective import Closure, Objective, Parameters
+from landscape.objective import Closure, Objective, Parameters, Term
 
-Loss = Callable[[Parameters], Tensor]
-Engine = Callable[[Loss, Parameters, Parameters, Sequence[float]], Tensor]
+Engine = Callable[[Term, Parameters, Parameters, Sequence[float]], list[Tensor]]
 
 
 def ray_losses(
@@ -52,7 +51,7 @@ def losses_along(
     _check_direction(origin, direction)
     evaluate = ENGINES[choose_engine(engine, len(step_sizes))]
     with torch.no_grad(), objective.undisturbed():
-        return objective.total([evaluate(term, origin, direction, step_sizes) for term in objective.terms])
+        return objective.total([torch.stack(evaluate(term, origin, direction, step_sizes)) for term in objective.terms])
 
 
 def choose_engine(engine: str, points: int) -> str:
@@ -62,30 +61,40 @@ def choose_engine(engine: str, points: int) -> str:
     return engine if engine != "auto" else "affine" if points > 2 else "loop"
 
 
-def _loop(loss: Loss, origin: Parameters, direction: Parameters, step_sizes: Sequence[float]) -> Tensor:
+def _loop(term: Term, origin: Parameters, direction: Parameters, step_sizes: Sequence[float]) -> list[Tensor]:
     """Each point by itself: the obvious twin of every other engine."""
-    return torch.stack([loss(point) for point in _points(origin, direction, step_sizes)])
+    point = _like(origin, direction)
+    return term.losses(point, (_move(point, origin, direction, eta) for eta in step_sizes))
 
 
-def _affine(loss: Loss, origin: Parameters, direction: Parameters, step_sizes: Sequence[float]) -> Tensor:
+def _affine(term: Term, origin: Parameters, direction: Parameters, step_sizes: Sequence[float]) -> list[Tensor]:
     """The loop, with linear operations whose input does not depend on eta evaluated once for all points."""
-    mode, losses = _SharedProducts(direction), []
-    for eta, point in zip(step_sizes, _points(origin, direction, step_sizes), strict=True):
-        with mode.at(eta, point):
-            losses.append(loss(point))
-    return torch.stack(losses)
+    point = _like(origin, direction)
+    products = _SharedProducts(point, direction)
+
+    def moves() -> Iterator[None]:
+        for eta in step_sizes:
+            _move(point, origin, direction, eta)
+            products.arrive(eta)
+            yield
+
+    def closure(model: nn.Module) -> Tensor:
+        with products:
+            return term.closure(model)
+
+    return replace(term, closure=closure).losses(point, moves())
 
 
 ENGINES: dict[str, Engine] = {"loop": _loop, "affine": _affine}
 
 
-def _points(origin: Parameters, direction: Parameters, step_sizes: Sequence[float]) -> Iterator[Parameters]:
-    """The parameters at each point, in buffers that the next point overwrites."""
-    point = {name: torch.empty_like(origin[name]) for name in direction}
-    for eta in step_sizes:
-        for name, buffer in point.items():
-            torch.sub(origin[name], direction[name], alpha=eta, out=buffer)
-        yield point
+def _like(origin: Parameters, direction: Parameters) -> dict[str, Tensor]:
+    return {name: torch.empty_like(origin[name]) for name in direction}
+
+
+def _move(point: Parameters, origin: Parameters, direction: Parameters, eta: float) -> None:
+    for name, tensor in point.items():
+        torch.sub(origin[name], direction[name], alpha=eta, out=tensor)
 
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -111,20 +120,19 @@ class _SharedProducts(TorchFunctionMode):
     (held since then, so it cannot have been handed out again), with the same geometry, and unwritten in between.
     """
 
-    def __init__(self, direction: Parameters) -> None:
+    def __init__(self, point: Parameters, direction: Parameters) -> None:
         super().__init__()
-        self.direction = direction
+        self.directions = [(point[name], slope) for name, slope in direction.items()]
         self.products: dict[Any, _Product] = {}
         self.points = 0
 
-    def at(self, eta: float, point: Parameters) -> "_SharedProducts":
-        """Itself, set to the next point; what the second point did not find again depends on eta and is let go."""
+    def arrive(self, eta: float) -> None:
+        """The next point is reached; what the second point did not find again depends on eta and is let go."""
         if self.points == 2:
             self.products = {key: product for key, product in self.products.items() if product.slope is not None}
         self.points += 1
         self.eta = eta
-        self.slopes = {id(point[name]): (point[name]._version, slope) for name, slope in self.direction.items()}
-        return self
+        self.slopes = {id(parameter): (parameter._version, slope) for parameter, slope in self.directions}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -1,0 +1,13 @@
+import pytest
+
+from landscape.columns import TABLES
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_column_has_a_known_type_a_unit_and_a_meaning(table):
+    names = [column.name for column in TABLES[table]]
+    assert len(names) == len(set(names))
+    for column in TABLES[table]:
+        assert column.type in {"int64", "float64", "list<float64>"}
+        assert column.unit
+        assert column.meaning

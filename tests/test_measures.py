@@ -1,0 +1,139 @@
+import numpy as np
+import pandas as pd
+import pytest
+from traces import frame, frames
+
+from landscape.errors import UserError
+from landscape.measures import band_labels, envelope, summarize
+
+NAN, INF = np.nan, np.inf
+
+
+def small(loss_min, loss_max, loss=1.0, **columns):
+    steps = range(len(loss_min))
+    return pd.DataFrame(
+        {
+            "step": steps,
+            "epoch": 0.0,
+            "loss": loss,
+            "loss_min": loss_min,
+            "loss_max": loss_max,
+            "seconds": 0.5,
+            **columns,
+        }
+    )
+
+
+def test_few_updates_are_all_kept():
+    run = frame(steps=30)
+    band = envelope(run, bins=30)
+    for name in ("step", "loss", "loss_min", "loss_max"):
+        np.testing.assert_array_equal(band[name], run[name])
+    assert set(band["updates"]) == {1}
+
+
+@pytest.mark.parametrize("bins", [1, 7, 10])
+def test_bins_keep_every_extreme_and_the_mean(bins):
+    run = frame(steps=40, seed=3)
+    band = envelope(run, bins=bins)
+    assert len(band) == bins
+    assert band["updates"].sum() == 40
+    for number, rows in run.groupby(np.arange(40) * bins // 40):
+        point = band.iloc[number]
+        assert (point["step"], point["loss_min"], point["loss_max"]) == (
+            rows["step"].min(),
+            rows["loss_min"].min(),
+            rows["loss_max"].max(),
+        )
+        assert point["loss"] == pytest.approx(rows["loss"].mean())
+
+
+def test_seeds_are_joined_from_the_smallest_to_the_largest():
+    runs = frames("batch", seeds=(0, 1, 2), steps=20)
+    band = envelope(runs, by="norm")
+    wide = runs.pivot_table(index="step", columns="seed", values=["loss_min", "loss_max"])
+    np.testing.assert_array_equal(band["loss_min"], wide["loss_min"].min(axis=1))
+    np.testing.assert_array_equal(band["loss_max"], wide["loss_max"].max(axis=1))
+    assert set(band["updates"]) == {3}
+
+
+@pytest.mark.parametrize("measure", [envelope, summarize])
+def test_a_group_may_be_a_missing_value(measure):
+    runs = pd.concat([frame("batch", steps=1).assign(groups=None), frame("ghost", steps=1).assign(groups=16)])
+    found = measure(runs.astype({"groups": "Int64"}), by=("norm", "groups"))
+    assert list(found["groups"].fillna(0)) == [0, 16]
+
+
+def test_bins_are_the_same_in_all_groups():
+    runs = pd.concat([frame("batch", steps=40), frame("none", steps=10)])
+    bands = envelope(runs, by="norm", bins=20).set_index("norm")
+    assert list(bands.loc["none", "step"]) == list(bands.loc["batch", "step"])[:5]
+
+
+def test_what_is_not_finite_is_counted_and_not_averaged():
+    run = small([1.0, NAN, 3.0, 4.0], [2.0, NAN, INF, 9.0], loss=[1.0, 1.0, 1.0, NAN])
+    band = envelope(run, bins=2)
+    assert list(band["not_finite"]) == [1, 1]
+    np.testing.assert_array_equal(band["loss"], [1.0, NAN])
+    np.testing.assert_array_equal(band["loss_min"], [1.0, 3.0])
+    np.testing.assert_array_equal(band["loss_max"], [2.0, 9.0])
+    summary = summarize(run).iloc[0]
+    assert (summary["updates"], summary["not_finite"], summary["seconds"]) == (4, 2, 2.0)
+    assert (summary["mean_range"], summary["median_range"], summary["mean_loss"]) == (3.0, 3.0, 1.0)
+
+
+def test_a_mean_over_nothing_is_nan():
+    summary = summarize(small([NAN, 1.0], [NAN, INF], loss=NAN)).iloc[0]
+    assert summary[["mean_range", "median_range", "mean_loss"]].isna().all()
+    assert summary["not_finite"] == 2
+
+
+def test_ranges_per_epoch_and_norm():
+    runs = frames("none", "batch", steps=25)
+    summary = summarize(runs, by=("norm", "epoch")).set_index(["norm", "epoch"])
+    assert list(summary.index) == [(norm, epoch) for norm in ("batch", "none") for epoch in (0, 1, 2)]
+    rows = runs[(runs["norm"] == "none") & (runs["step"].between(10, 19))]
+    assert summary.loc[("none", 1), "mean_range"] == pytest.approx((rows["loss_max"] - rows["loss_min"]).mean())
+    assert list(summary["updates"]) == [20, 20, 10] * 2
+
+
+def test_bands_are_named_and_ordered_as_in_the_paper():
+    runs = pd.concat(
+        [
+            frame("seq", steps=1).assign(groups=8, channel_groups=4),
+            frame("ghost", steps=1).assign(groups=128),
+            frame("mine", steps=1),
+            frame("ghost", seed=1, steps=1).assign(groups=16),
+            frame("batch", steps=1).assign(groups=16),
+            frame("batch", seed=1, steps=1),
+            frame("none", steps=1),
+        ],
+        ignore_index=True,
+    ).astype({"groups": "Int64", "channel_groups": "Int64", "norm": "category"})
+    bands = band_labels(runs)
+    names = ["No normalization", "BatchNorm", "GhostNorm (G=16)", "GhostNorm (G=128)", "SeqNorm (G_C=4, G_M=8)", "mine"]
+    assert list(bands.cat.categories) == names
+    assert [names.index(band) for band in bands] == [4, 3, 5, 2, 1, 1, 0]
+    assert list(summarize(runs, by="band")["band"]) == names
+
+
+def test_runs_on_other_data_are_other_bands():
+    runs = pd.concat([frame(seed=seed, steps=1).assign(dataset=name) for seed, name in enumerate(("mnist", "digits"))])
+    assert list(band_labels(runs)) == ["BatchNorm, dataset mnist", "BatchNorm, dataset digits"]
+
+
+def test_without_facts_every_run_is_a_band():
+    runs = frames("batch", "none", seeds=(0,), steps=2)
+    assert list(band_labels(runs.drop(columns="norm"))) == ["batch-0"] * 2 + ["none-0"] * 2
+    assert list(band_labels(runs[["step"]])) == [""] * 4
+
+
+@pytest.mark.parametrize("measure", [envelope, summarize])
+def test_missing_columns_are_named(measure):
+    with pytest.raises(UserError, match="no column groups; it has step, epoch"):
+        measure(frame(steps=1), by=("norm", "groups"))
+
+
+def test_an_epoch_that_is_not_known_is_told():
+    with pytest.raises(UserError, match="does not know the epoch"):
+        envelope(frame(steps=2).assign(epoch=NAN), x="epoch")

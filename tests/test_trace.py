@@ -1,0 +1,298 @@
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from traces import rows
+
+from landscape.columns import EPOCHS, UPDATES, VERSION
+from landscape.errors import UserError
+from landscape.trace import TraceWriter, read_traces
+
+EPOCH = {"epoch": 1, "step": 40, "train_loss": 0.5, "test_loss": 0.6, "test_accuracy": 0.9}
+
+
+def record(folder, facts=None, steps=10, **options):
+    with TraceWriter(folder, facts, **options) as trace:
+        for row in rows(steps=steps):
+            trace.append(row)
+    return trace
+
+
+def parts(folder):
+    return sorted(path.name for path in Path(folder).glob("*.parquet"))
+
+
+def test_what_is_written_is_read(tmp_path):
+    trace = record(tmp_path / "run", {"norm": "ghost", "groups": 16}, flush_rows=4)
+    assert parts(tmp_path / "run") == [f"updates-{first:09d}.parquet" for first in (0, 4, 8)]
+    frame = read_traces(tmp_path / "run")
+    assert list(frame)[-len(UPDATES) :] == [column.name for column in UPDATES]
+    assert set(frame["run"]) == {"run"}
+    assert (set(frame["norm"]), set(frame["groups"])) == ({"ghost"}, {16})
+    for name, values in pd.DataFrame(rows(steps=10)).items():
+        np.testing.assert_array_equal(np.array(frame[name].to_list()), np.array(values.to_list()))
+    pd.testing.assert_frame_equal(trace.frame(), frame[[column.name for column in UPDATES]])
+
+
+def test_nan_and_inf_stay_as_they_are(tmp_path):
+    with TraceWriter(tmp_path) as trace:
+        trace.append({"step": 0, "loss": np.nan, "losses": [1.0, np.nan, np.inf]})
+        trace.append({"step": 1, "loss": -np.inf, "losses": [1.0, np.inf]})
+    frame = read_traces(tmp_path)
+    np.testing.assert_array_equal(frame["loss"], [np.nan, -np.inf])
+    np.testing.assert_array_equal(frame["losses"][0], [1.0, np.nan, np.inf])
+    np.testing.assert_array_equal(frame["loss_max"], [np.nan, np.inf])
+
+
+def test_rows_in_memory_need_no_folder():
+    with TraceWriter(None, flush_rows=3) as trace:
+        assert trace.frame().empty
+        for row in rows(steps=8):
+            trace.append(row)
+        assert list(trace.frame()["step"]) == list(range(8))
+    assert list(trace.frame()["step"]) == list(range(8))
+
+
+def test_the_frame_holds_pending_rows_too(tmp_path):
+    with TraceWriter(tmp_path, flush_rows=4) as trace:
+        for row in rows(steps=6):
+            trace.append(row)
+        assert list(trace.frame()["step"]) == list(range(6))
+
+
+def test_rows_are_flushed_when_time_has_passed(tmp_path):
+    trace = TraceWriter(tmp_path, flush_seconds=0.05)
+    first, second, third = rows(steps=3)
+    trace.append(first)
+    assert parts(tmp_path) == []
+    time.sleep(0.06)
+    trace.append(second)
+    trace.append(third)
+    assert parts(tmp_path) == ["updates-000000000.parquet"]
+    assert len(read_traces(tmp_path)) == 2
+    trace.close()
+
+
+def test_epochs_are_a_table_of_their_own(tmp_path):
+    with TraceWriter(tmp_path, {"seed": 3}) as trace:
+        trace.append(rows()[0])
+        trace.append(EPOCH, "epochs")
+    frame = read_traces(tmp_path, "epochs")
+    assert frame[[column.name for column in EPOCHS]].to_dict("records") == [EPOCH]
+    assert list(frame["seed"]) == [3]
+    assert len(read_traces(tmp_path)) == 1
+
+
+def test_rows_are_resolved_in_bulk_and_once(tmp_path):
+    calls = []
+
+    def resolve(pending):
+        calls.append(len(pending))
+        return [{**row, "loss": row["loss"]()} for row in pending]
+
+    with TraceWriter(tmp_path, flush_rows=3, resolve=resolve) as trace:
+        for step in range(5):
+            trace.append({"step": step, "loss": lambda step=step: step / 2})
+    assert calls == [3, 2]
+    assert list(read_traces(tmp_path)["loss"]) == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_rows_that_could_not_be_written_stay_pending(tmp_path):
+    def resolve(pending):
+        if not ready:
+            raise RuntimeError("the device is busy")
+        return pending
+
+    ready = []
+    trace = TraceWriter(tmp_path, resolve=resolve)
+    trace.append(rows()[0])
+    with pytest.raises(RuntimeError):
+        trace.flush()
+    ready.append(True)
+    trace.close()
+    assert len(read_traces(tmp_path)) == 1
+
+
+def test_the_run_says_what_made_it(tmp_path):
+    trace = TraceWriter(tmp_path, {"recipe": {"layers": (512, 300)}, "data": Path("digits.npz")})
+    trace.note(engine="affine", data="mnist")
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert "ended" not in facts
+    trace.close()
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert next(iter(facts.items())) == ("version", VERSION)
+    assert facts["recipe"] == {"layers": [512, 300]}
+    assert (facts["engine"], facts["data"]) == ("affine", "mnist")
+    assert facts["environment"]["versions"]["numpy"] == np.__version__
+    assert facts["started"] <= facts["ended"]
+
+
+def test_a_run_is_overwritten_only_when_asked(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    record(tmp_path, flush_rows=2, steps=10)
+    with pytest.raises(UserError, match="holds a run already; give another folder, or overwrite=True"):
+        TraceWriter(tmp_path)
+    assert len(read_traces(tmp_path)) == 10
+    record(tmp_path, steps=3, overwrite=True)
+    assert len(read_traces(tmp_path)) == 3
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_fact_that_cannot_be_kept_is_told_before_anything_is_removed(tmp_path):
+    record(tmp_path)
+    with pytest.raises(UserError, match="run fact model"):
+        TraceWriter(tmp_path, {"model": object()}, overwrite=True)
+    assert len(read_traces(tmp_path)) == 10
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="No trace can be written in"):
+            TraceWriter(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    for folder in (tmp_path, tmp_path / "run"):
+        with pytest.raises(UserError, match="Permission denied"):
+            TraceWriter(folder)
+
+
+def test_unknown_tables_and_columns_are_named(tmp_path):
+    trace = TraceWriter(None)
+    with pytest.raises(UserError, match="no column accuracy; it has step, epoch"):
+        trace.append({"step": 0, "accuracy": 1.0})
+    with pytest.raises(UserError, match="no table batches; the tables of a trace are updates, epochs"):
+        trace.append({"step": 0}, "batches")
+    with pytest.raises(UserError, match="no table batches"):
+        read_traces(tmp_path, "batches")
+
+
+def test_runs_are_found_at_any_depth_and_named_by_their_place(tmp_path):
+    for name in ("a/0", "a/1", "b"):
+        record(tmp_path / name, {"seed": 0} if name == "a/0" else {}, steps=2)
+    frame = read_traces(tmp_path)
+    assert list(frame["run"].unique()) == ["a/0", "a/1", "b"]
+    assert frame["run"].dtype == "category"
+    assert frame["seed"].isna().sum() == 4
+    assert len(frame) == 6
+    assert list(read_traces([tmp_path / "a" / "0", tmp_path / "b"])["run"].unique()) == ["0", "b"]
+    assert len(read_traces([tmp_path, tmp_path / "a", tmp_path / "b"])) == 6
+
+
+def test_runs_of_one_name_are_kept_apart(tmp_path):
+    paths = [tmp_path / "mnist" / "ghost", tmp_path / "digits" / "ghost"]
+    for path in paths:
+        record(path, steps=2)
+    assert list(read_traces(paths)["run"].unique()) == [path.as_posix() for path in paths]
+
+
+def test_single_parts_are_read_with_their_facts(tmp_path):
+    record(tmp_path / "run", {"norm": "seq"}, flush_rows=4)
+    frame = read_traces(str(tmp_path / "run" / "updates-000000004.parquet"))
+    assert list(frame["step"]) == [4, 5, 6, 7]
+    assert (set(frame["run"]), set(frame["norm"])) == ({"run"}, {"seq"})
+    assert len(read_traces((tmp_path / "run").glob("*.parquet"))) == 10
+
+
+def test_facts_become_columns_of_fitting_types(tmp_path):
+    facts = {"seed": 1, "norm": "batch", "dropout": 0.5, "relative": True, "lr": 99.0, "options": {"a": 1}, "run": "x"}
+    record(tmp_path / "full", facts)
+    record(tmp_path / "bare")
+    frame = read_traces(tmp_path)
+    types = {"seed": "Int64", "norm": "category", "dropout": "float64", "relative": "boolean"}
+    assert frame[list(types)].dtypes.astype(str).to_dict() == types
+    assert set(frame["lr"]) == {0.4}  # the row's own, not the fact
+    assert "options" not in frame
+    assert list(frame["run"].unique()) == ["bare", "full"]
+
+
+def test_a_path_like_a_hive_partition_is_only_a_name(tmp_path):
+    record(tmp_path / "step=7")
+    assert list(read_traces(tmp_path)["step"]) == list(range(10))
+
+
+def spoil_part(folder):
+    (folder / "updates-000000000.parquet").write_bytes(b"PAR1 and then nothing")
+
+
+def spoil_json(folder):
+    (folder / "run.json").write_text('{"norm": ')
+
+
+def spoil_version(folder):
+    (folder / "run.json").write_text('{"version": 99}')
+
+
+def remove_parts(folder):
+    (folder / "updates-000000000.parquet").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_part, "updates-000000000.parquet cannot be read as Parquet"),
+        (spoil_json, "run.json cannot be read as JSON"),
+        (spoil_version, "run.json has trace format 99"),
+        (remove_parts, "No updates are recorded in .*landscape probe"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, spoil, message):
+    record(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read_traces(tmp_path)
+
+
+def test_paths_that_lead_nowhere_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"There is no .*missing"):
+        read_traces(tmp_path / "missing")
+    (tmp_path / "notes.txt").write_text("no trace")
+    with pytest.raises(UserError, match=r"notes\.txt cannot be read as Parquet"):
+        read_traces(tmp_path / "notes.txt")
+
+
+WRITE_FOREVER = """
+import itertools, sys
+from landscape.trace import TraceWriter
+from traces import rows
+trace = TraceWriter(sys.argv[1], {"norm": "ghost"}, flush_rows=3)
+print("ready", flush=True)
+for step, row in enumerate(itertools.cycle(rows())):
+    trace.append({**row, "step": step})
+    trace.note(step=step)
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_process_leaves_only_readable_files(tmp_path, seed):
+    command = [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        while len(parts(tmp_path)) < 2:
+            time.sleep(0.001)
+        time.sleep(random.Random(seed).uniform(0, 0.05))
+        process.kill()
+    steps = read_traces(tmp_path)["step"]
+    assert list(steps) == list(range(len(steps)))
+    assert json.loads((tmp_path / "run.json").read_text())["norm"] == "ghost"
+    record(tmp_path, steps=2, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "updates-000000000.parquet"]
+
+
+def test_leftovers_of_a_killed_process_disturb_nobody(tmp_path):
+    for name in (".run.json.tmp", ".updates-000000000.parquet.tmp", ".updates-000000004.parquet.tmp"):
+        (tmp_path / name).write_bytes(b"half a file")
+    record(tmp_path, flush_rows=10)
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "updates-000000000.parquet"]
+    assert len(read_traces(tmp_path)) == 10
