@@ -99,8 +99,7 @@ class GhostNorm(BatchNorm):
         count = self.get_buffer("num_batches_tracked").add_(1)
         share = 1 / float(count) if self.momentum is None else self.momentum
         for name, new in (("running_mean", mean), ("running_var", var)):
-            running = self.get_buffer(name)
-            running.lerp_(new.to(running.dtype), share)
+            self.get_buffer(name).mul_(1 - share).add_(new, alpha=share)
 
     def extra_repr(self) -> str:
         """BatchNorm's settings and the groups."""
@@ -207,13 +206,12 @@ def make_norm(name: str, **options: Any) -> Callable[[int], nn.Module]:
     return partial(make, **given)
 
 
-_BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _SETTINGS = ("eps", "momentum", "affine", "track_running_stats")
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
-    """Replace every ``nn.BatchNorm*`` of a model, in place, by ``make(num_features)``.
+    """Replace every BatchNorm of a model, ``nn.BatchNorm*`` or ours, in place, by ``make(num_features)``.
 
     The new module takes over device, dtype and training flag, and of eps, momentum, parameters and buffers those that
     it has. They are the same objects, so an optimizer and tied weights stay valid.
@@ -228,13 +226,17 @@ def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
     Raises:
         UserError: A lazy BatchNorm does not yet know its number of features.
     """
-    places = {path: old for path, old in model.named_modules(remove_duplicate=False) if isinstance(old, _BATCH_NORMS)}
+    places = {path: old for path, old in model.named_modules(remove_duplicate=False) if _is_batch_norm(old)}
     twins = {old: _twin(old, make) for old in dict.fromkeys(places.values())}
     for path, old in places.items():
         parent, _, name = path.rpartition(".")
         if path:
             setattr(model.get_submodule(parent), name, twins[old])
     return twins.get(model, model)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and not isinstance(module, GhostNorm)
 
 
 def _twin(old: Any, make: Callable[[int], nn.Module]) -> nn.Module:

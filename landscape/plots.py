@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
@@ -76,12 +77,13 @@ def plot_landscape(frame: pd.DataFrame, *, x: str = "step", scale: str = "auto",
     frame = frame.assign(band=band_labels(frame))
     bands = _bands(frame, x)
     log = _is_log(bands, scale)
-    figure = LandscapeFigure(figsize=(8, 4.5), layout="constrained")
-    if layout == "multiples" or (layout == "auto" and _hidden(bands, log)):
-        _draw_multiples(figure, bands, X_LABELS[x])
-    else:
-        _draw_overlay(figure, bands, X_LABELS[x], log)
-    _finish(figure, log, caption(frame, POINTS))
+    with sns.axes_style("ticks"), sns.plotting_context("paper"):
+        figure = LandscapeFigure(figsize=(8, 4.5), layout="constrained")
+        if layout == "multiples" or (layout == "auto" and _hidden(bands, log)):
+            _draw_multiples(figure, bands, X_LABELS[x])
+        else:
+            _draw_overlay(figure, bands, X_LABELS[x], log)
+        _finish(figure, log, caption(frame, POINTS))
     return figure
 
 
@@ -151,18 +153,18 @@ def _covered(large: Band, small: Band, log: bool) -> float:
 
 def _colours(bands: Bands) -> dict[str, Colour]:
     """One colour per band, from light to dark, so that they differ in grey and to colour-blind eyes too."""
-    return dict(zip(bands, map(tuple, mpl.colormaps["plasma"](np.linspace(0.05, 0.8, len(bands))[::-1])), strict=True))
+    return dict(zip(bands, sns.color_palette("plasma_r", len(bands)), strict=True))
 
 
 def _draw_overlay(figure: Figure, bands: Bands, x_label: str, log: bool) -> None:
     axes = figure.subplots()
-    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_xlabel(x_label)
     colours = _colours(bands)
     drawn = {label: _draw_band(axes, band, colours[label]) for label, band in _largest_first(bands, log).items()}
     if any(bands):
         handles: list[Any] = [drawn[label] for label in bands]
         columns = 4 if len(bands) <= 4 else 3
-        figure.legend(handles, list(bands), loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+        figure.legend(handles, list(bands), loc="outside upper left", ncols=columns, frameon=False)
 
 
 def _draw_multiples(figure: Figure, bands: Bands, x_label: str) -> None:
@@ -174,13 +176,13 @@ def _draw_multiples(figure: Figure, bands: Bands, x_label: str) -> None:
         for other in bands.keys() - {label}:
             _shade(axes, bands[other], color="0.88")
         _draw_band(axes, bands[label], colour)
-        axes.set_title(label, fontsize=9, loc="left")
+        axes.set_title(label, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     for axes in panels[len(bands) :]:
         axes.remove()
     for axes in panels[: len(bands)][-columns:]:  # those with no panel below
         axes.tick_params(labelbottom=True)
-        axes.set_xlabel(x_label, fontsize=9)
+        axes.set_xlabel(x_label)
 
 
 def _draw_band(axes: Axes, band: Band, colour: Colour) -> tuple[PolyCollection, Line2D]:
@@ -198,9 +200,8 @@ def _finish(figure: Figure, log: bool, text: str) -> None:
     for axes in figure.axes:
         axes.set_yscale("log" if log else "linear")
         axes.margins(x=0.01)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
+        sns.despine(ax=axes)
         axes.xaxis.set_major_formatter("{x:,.10g}")
-    figure.supylabel("training loss", fontsize=9)
+    figure.supylabel("training loss", fontsize="medium")
     text += " On this logarithmic axis, heights are ratios." if log else ""
-    figure.supxlabel(textwrap.fill(text, 150), x=0.01, ha="left", fontsize=7.5, color="0.3")
+    figure.supxlabel(textwrap.fill(text, 142), x=0.01, ha="left", fontsize="small", color="0.3")

@@ -73,7 +73,7 @@ def test_interleaved_is_contiguous_on_the_permuted_batch(groups):
     torch.testing.assert_close(ghost_norm(x, groups, layout="interleaved")[order], ghost_norm(x[order], groups))
 
 
-@pytest.mark.parametrize(("shape", "groups"), [((9, 2), 3), ((9, 2), 2), ((4, 2, 3), 4), ((5, 2, 2), 3)])
+@pytest.mark.parametrize(("shape", "groups"), [((9, 2), 3), ((9, 2), 2), ((4, 2, 3), 4), ((7, 2, 2), 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_first_and_second_derivatives(shape, groups, layout):
     inputs = normal(*shape), normal(2), normal(2)
@@ -167,7 +167,7 @@ def test_refuses(shape, groups, message, layout):
 def test_refuses_integers_and_unknown_layouts():
     with pytest.raises(UserError, match="int64"):
         ghost_norm(PAPER.long().view(8, 1), 2)
-    with pytest.raises(UserError, match="'random'.*contiguous, interleaved"):
+    with pytest.raises(UserError, match=r"'random'.*contiguous, interleaved"):
         ghost_norm(PAPER.view(8, 1), 2, layout="random")  # pyright: ignore[reportArgumentType]
 
 

@@ -1,0 +1,55 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from landscape.checks import GradientCheck
+from landscape.objective import Objective
+
+
+def check(alter=lambda gradient: gradient, penalty=0.0, weight=None):
+    torch.manual_seed(0)
+    model, inputs, targets = nn.Linear(4, 3), torch.randn(8, 4), torch.arange(8) % 3
+    objective = Objective.of(model, lambda model: F.cross_entropy(model(inputs), targets))
+    objective.terms[0].weight = weight
+    loss = F.cross_entropy(model(inputs), targets) + penalty * model.weight.square().sum()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradient = {name: alter(part) for name, part in zip(names, torch.autograd.grad(loss, parameters), strict=True)}
+    return GradientCheck.of(objective, dict(model.named_parameters()), gradient)
+
+
+def test_the_gradient_of_the_loss_agrees():
+    result = check()
+    assert result.agrees
+    assert result.scale == pytest.approx(1, rel=1e-5)
+    assert result.loss_scale is None
+
+
+def test_a_clipped_gradient_agrees():
+    result = check(lambda gradient: 0.01 * gradient)
+    assert result.agrees
+    assert result.scale == pytest.approx(0.01, rel=1e-5)
+    assert result.loss_scale is None
+
+
+def test_another_gradient_does_not_agree():
+    assert not check(penalty=0.01).agrees
+    assert not check(torch.sign).agrees
+
+
+def test_a_loss_scale_is_found():
+    assert check(weight=torch.tensor(256.0)).loss_scale == 256
+
+
+def test_a_gradient_that_is_not_finite_is_not_judged():
+    assert check(lambda gradient: gradient * float("nan")) is None
+    assert check(lambda gradient: gradient * 0) is None
+
+
+def test_a_loss_that_cannot_be_differentiated_again_is_not_judged():
+    model = nn.Linear(4, 1)
+    inputs = torch.randn(2, 4, requires_grad=True)
+    objective = Objective.of(model, lambda model: checkpoint(model, inputs, use_reentrant=True).sum())
+    gradient = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    assert GradientCheck.of(objective, dict(model.named_parameters()), gradient) is None
