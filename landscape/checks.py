@@ -1,12 +1,14 @@
 """What is checked on the first probe, not hoped: that the objective is the loss that is trained."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from landscape.objective import Objective, Parameters
+from landscape.ray import losses_along
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,18 @@ class LossCheck:
             recorded, evaluated = objective.recorded(), objective(origin)
         return cls(recorded.item(), evaluated.item(), 100 * torch.finfo(recorded.dtype).eps)
 
+    @property
+    def apart(self) -> float:
+        """How far the two are apart, relative to the recorded one; NaN if one of them is."""
+        return abs(self.recorded - self.evaluated) / max(abs(self.recorded), torch.finfo(torch.float32).tiny)
+
     def warn(self) -> None:
         """Warn by how much the two differ and of the likely causes, if they do."""
-        apart = abs(self.recorded - self.evaluated) / max(abs(self.recorded), torch.finfo(torch.float32).tiny)
-        if apart > self.tolerance:
+        if self.apart > self.tolerance:
             warnings.warn(
                 f"At step size 0 the probe measures a loss of {self.evaluated:.6g}, but the training loss was "
-                f"{self.recorded:.6g} ({apart:.2g} apart, relatively): what is probed is not quite what is trained. "
-                "Likely causes: a closure that reads variables which have changed since (pass them instead: "
+                f"{self.recorded:.6g} ({self.apart:.2g} apart, relatively): what is probed is not quite "
+                "what is trained. Likely causes: a closure that reads variables which have changed since (pass them instead: "
                 "probe.observe(closure, inputs, targets)), state kept outside of parameters and buffers, random "
                 "numbers from a generator of its own, or non-deterministic kernels.",
                 stacklevel=2,
@@ -73,6 +79,14 @@ class GradientCheck:
         """The factor by which losses were multiplied before the backward pass and gradients divided after it."""
         undone = abs(self.scale * self.weight - 1) <= self.tolerance
         return self.weight if undone and abs(self.weight - 1) > self.tolerance else None
+
+
+def engine_agrees(
+    engine: str, objective: Objective, origin: Parameters, direction: Parameters, step_sizes: Sequence[float]
+) -> bool:
+    """Whether an engine gives the losses of the plain loop, to one percent: rounding may grow far from the origin."""
+    losses, expected = (losses_along(objective, origin, direction, step_sizes, name) for name in (engine, "loop"))
+    return torch.allclose(losses, expected, rtol=1e-2, atol=1e-2 * objective.recorded().abs().item(), equal_nan=True)
 
 
 def _flat_gradient(objective: Objective, origin: Parameters, names: list[str]) -> Tensor | None:

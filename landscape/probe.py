@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from landscape.capture import OBSERVE, Capture
-from landscape.checks import GradientCheck, LossCheck
+from landscape.checks import GradientCheck, LossCheck, engine_agrees
 from landscape.errors import UserError
-from landscape.objective import Objective, Parameters, Term
+from landscape.objective import Parameters
 from landscape.ray import check_step_sizes, choose_engine, losses_along
 from landscape.trace import TraceWriter
+from landscape.update import Update
 
 StepSizes = Sequence[float] | Callable[[int], Sequence[float]]
 DIRECTIONS = ("gradient", "update")
@@ -84,7 +85,7 @@ class LandscapeProbe:
         self.step = 0
         self._capture = Capture(model, criterion, self._due, grad_scaler)
         self.trace = TraceWriter(trace, self._facts() | dict(facts or {}), overwrite=overwrite, resolve=_fetch)
-        self._pending: _Update | None = None
+        self._pending: Update | None = None
         self._checked = False
         self._last: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
@@ -161,7 +162,7 @@ class LandscapeProbe:
 
     def _before_update(self) -> None:
         if self._due():
-            update = _Update.of(self.model, self.optimizer, self._capture.take())
+            update = Update.of(self.model, self.optimizer, self._capture.take())
             if self.direction == "gradient":
                 self._measure(update, update.gradient)
             else:
@@ -173,16 +174,16 @@ class LandscapeProbe:
             self._measure(update, update.made(self.model))
         self.step += 1
 
-    def _measure(self, update: "_Update", direction: Parameters) -> None:
+    def _measure(self, update: Update, direction: Parameters) -> None:
         started = time.perf_counter()
         step_sizes = self._step_sizes(update.lr)
         try:
             if not update.objective.terms:
                 raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
             with self._capture.paused():
-                losses = losses_along(update.objective, update.origin, direction, step_sizes, self.engine)
                 if not self._checked:
-                    self._check(update, len(step_sizes))
+                    self._check(update, direction, step_sizes)
+                losses = losses_along(update.objective, update.origin, direction, step_sizes, self.engine)
         except UserError as error:
             if not self._checked:
                 raise
@@ -202,14 +203,21 @@ class LandscapeProbe:
         step_sizes = self.step_sizes(self.step) if callable(self.step_sizes) else self.step_sizes
         return [float(eta) * lr if self.relative else float(eta) for eta in step_sizes]
 
-    def _check(self, update: "_Update", points: int) -> None:
-        """Find out, before the first row, whether the objective is what is trained."""
+    def _check(self, update: Update, direction: Parameters, step_sizes: Sequence[float]) -> None:
+        """Find out, before the first row, whether the objective is what is trained, and the engine can be trusted."""
         at_zero = LossCheck.of(update.objective, update.origin)
         at_zero.warn()
         gradient = GradientCheck.of(update.objective, update.origin, update.gradient)
         if gradient is not None:
             self._judge(gradient)
-        self.trace.note(engine=choose_engine(self.engine, points), loss_at_zero=asdict(at_zero))
+        self.engine = choose_engine(self.engine, len(step_sizes))
+        repeatable = at_zero.apart <= at_zero.tolerance
+        if repeatable and not engine_agrees(self.engine, update.objective, update.origin, direction, step_sizes):
+            warnings.warn(
+                f"The engine {self.engine!r} does not fit this model; it is measured by the loop.", stacklevel=2
+            )
+            self.engine = "loop"
+        self.trace.note(engine=self.engine, loss_at_zero=asdict(at_zero))
         self._checked = True
 
     def _judge(self, check: GradientCheck) -> None:
@@ -244,44 +252,6 @@ class LandscapeProbe:
             "every": self.every,
             "steps_per_epoch": self.steps_per_epoch,
         }
-
-
-@dataclass(frozen=True)
-class _Update:
-    """One update: the loss, where it starts, and the gradient that the optimizer got."""
-
-    objective: Objective
-    origin: Parameters
-    gradient: Parameters
-    lr: float
-
-    @classmethod
-    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, terms: list[Term]) -> "_Update":
-        """The update that ``optimizer`` is about to make; only the parameters it holds belong to it."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        parameters = dict(model.named_parameters())
-        gradient = {
-            name: parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-            for name, parameter in parameters.items()
-            if parameter.grad is not None and id(parameter) in held
-        }
-        origin = {name: parameter.detach() for name, parameter in parameters.items()}
-        return cls(Objective(terms), origin, gradient, float(optimizer.param_groups[0]["lr"]))
-
-    def snapshot(self) -> "_Update":
-        """The same, safe from the step that is about to overwrite the parameters."""
-        return replace(self, origin={name: tensor.clone() for name, tensor in self.origin.items()})
-
-    def made(self, model: nn.Module) -> Parameters:
-        """What the optimizer did since the snapshot, as a direction whose step size is the learning rate."""
-        now = dict(model.named_parameters())
-        return {name: (self.origin[name] - now[name].detach()) / (self.lr or 1.0) for name in self.gradient}
-
-    def values(self, losses: Tensor) -> Tensor:
-        """Training loss, gradient norm and the K losses in one tensor, left on the device until rows are written."""
-        norm = torch.nn.utils.get_total_norm(self.gradient.values())
-        parts = [self.objective.recorded().reshape(1), norm.detach().reshape(1), losses]
-        return torch.cat([part.to(torch.promote_types(losses.dtype, torch.float32)) for part in parts])
 
 
 def _fetch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,19 +1,18 @@
 """Losses at K points of a ray ``theta - eta * direction``: the plain loop, and its fast twin."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from landscape.affine import SharedProducts
 from landscape.errors import UserError
 from landscape.objective import Closure, Objective, Parameters, Term
+from landscape.walk import Walk
 
-Engine = Callable[[Term, Parameters, Parameters, Sequence[float]], list[Tensor]]
+Engine = Callable[[Term, Walk, Sequence[float]], list[Tensor]]
 
 
 def ray_losses(
@@ -49,9 +48,9 @@ def losses_along(
     """The K losses of ``objective`` at ``origin - eta * direction``; see :func:`ray_losses`."""
     check_step_sizes(step_sizes)
     _check_direction(origin, direction)
-    evaluate = ENGINES[choose_engine(engine, len(step_sizes))]
+    evaluate, walk = ENGINES[choose_engine(engine, len(step_sizes))], Walk(origin, direction)
     with torch.no_grad(), objective.undisturbed():
-        return objective.total([torch.stack(evaluate(term, origin, direction, step_sizes)) for term in objective.terms])
+        return objective.total([torch.stack(evaluate(term, walk, step_sizes)) for term in objective.terms])
 
 
 def choose_engine(engine: str, points: int) -> str:
@@ -61,116 +60,27 @@ def choose_engine(engine: str, points: int) -> str:
     return engine if engine != "auto" else "affine" if points > 2 else "loop"
 
 
-def _loop(term: Term, origin: Parameters, direction: Parameters, step_sizes: Sequence[float]) -> list[Tensor]:
+def _loop(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
     """Each point by itself: the obvious twin of every other engine."""
-    point = _like(origin, direction)
-    return term.losses(point, (_move(point, origin, direction, eta) for eta in step_sizes))
+    return term.losses(walk.point, (walk.move(eta) for eta in step_sizes))
 
 
-def _affine(term: Term, origin: Parameters, direction: Parameters, step_sizes: Sequence[float]) -> list[Tensor]:
+def _affine(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
     """The loop, with linear operations whose input does not depend on eta evaluated once for all points."""
-    point = _like(origin, direction)
-    products = _SharedProducts(point, direction)
-
-    def moves() -> Iterator[None]:
-        for eta in step_sizes:
-            _move(point, origin, direction, eta)
-            products.arrive(eta)
-            yield
+    products = SharedProducts(walk)
 
     def closure(model: nn.Module) -> Tensor:
         with products:
             return term.closure(model)
 
-    return replace(term, closure=closure).losses(point, moves())
+    losses = replace(term, closure=closure).losses(walk.point, (products.arrive(eta) for eta in step_sizes))
+    # NaN is how a use of a parameter shows that no TorchFunctionMode sees; on a GPU a look would wait for it.
+    if any(loss.device.type == "cpu" and loss.isnan() for loss in losses):
+        return _loop(term, walk, step_sizes)
+    return losses
 
 
 ENGINES: dict[str, Engine] = {"loop": _loop, "affine": _affine}
-
-
-def _like(origin: Parameters, direction: Parameters) -> dict[str, Tensor]:
-    return {name: torch.empty_like(origin[name]) for name in direction}
-
-
-def _move(point: Parameters, origin: Parameters, direction: Parameters, eta: float) -> None:
-    for name, tensor in point.items():
-        torch.sub(origin[name], direction[name], alpha=eta, out=tensor)
-
-
-_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_LINEAR = {F.linear, F.embedding} | _CONVOLUTIONS
-
-
-@dataclass
-class _Product:
-    """A linear operation as evaluated at step size ``eta``; holding its input keeps that memory from being reused."""
-
-    inputs: Tensor
-    inputs_version: int
-    outputs: Tensor
-    outputs_version: int
-    eta: float
-    slope: Tensor | None = None
-
-
-class _SharedProducts(TorchFunctionMode):
-    """Evaluates ``op(X, W - eta G, b - eta c)`` as ``op(X, W, b) - eta op(X, G, c)`` where X does not depend on eta.
-
-    Whether it does is decided by looking: X at a later point must be the very memory that was X at the first point
-    (held since then, so it cannot have been handed out again), with the same geometry, and unwritten in between.
-    """
-
-    def __init__(self, point: Parameters, direction: Parameters) -> None:
-        super().__init__()
-        self.directions = [(point[name], slope) for name, slope in direction.items()]
-        self.products: dict[Any, _Product] = {}
-        self.points = 0
-
-    def arrive(self, eta: float) -> None:
-        """The next point is reached; what the second point did not find again depends on eta and is let go."""
-        if self.points == 2:
-            self.products = {key: product for key, product in self.products.items() if product.slope is not None}
-        self.points += 1
-        self.eta = eta
-        self.slopes = {id(parameter): (parameter._version, slope) for parameter, slope in self.directions}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # An embedding with max_norm writes to its weight.
-        if func not in _LINEAR or kwargs.get("max_norm") is not None:
-            return func(*args, **kwargs)
-        return self._linear(func, *args, **kwargs)
-
-    def _linear(
-        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        def product(weight: Tensor, bias: Tensor | None) -> Tensor:
-            return func(input, weight, *(() if func is F.embedding else (bias, *args)), **kwargs)
-
-        slope, bias_slope = self._slope(weight), self._slope(bias)
-        if type(input) is not Tensor or slope is None or (bias is not None and bias_slope is None):
-            return product(weight, bias)
-        geometry = input.data_ptr(), input.shape, input.stride(), input.dtype, input.device
-        key = (func, id(weight), id(bias), *geometry, repr((args, kwargs)))
-        known = self.products.get(key)
-        if known is None or not known.inputs._version == known.inputs_version == input._version:
-            outputs = product(weight, bias)
-            # In bfloat16 or half the sum of two rounded products would not be the rounded product.
-            if self.points == 1 and outputs.dtype in (torch.float32, torch.float64):
-                self.products[key] = _Product(input, input._version, outputs, outputs._version, self.eta)
-            return outputs
-        if known.slope is None:
-            if known.outputs._version != known.outputs_version:  # an in-place activation has overwritten it
-                known.outputs, known.eta = product(weight, bias), self.eta
-            known.slope = product(slope, bias_slope)
-        return torch.sub(known.outputs, known.slope, alpha=self.eta - known.eta)
-
-    def _slope(self, parameter: Tensor | None) -> Tensor | None:
-        """The direction of a parameter as it stands at this point; None if it is none, or was written to since."""
-        version, slope = self.slopes.get(id(parameter), (None, None))
-        return slope if parameter is not None and version == parameter._version else None
 
 
 def _check_direction(origin: Parameters, direction: Parameters) -> None:

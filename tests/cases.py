@@ -91,6 +91,32 @@ class ComputedBias(nn.Module):
         return F.linear(inputs, self.layer.weight, self.shift.exp())
 
 
+class LateUse(nn.Module):
+    """Uses the weight of its first layer by itself, but only far from the origin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        outputs = self.layer(inputs)
+        return outputs + torch.stack([self.layer.weight]).sum() if outputs.abs().mean() > 0.7 else outputs
+
+
+class UnseenUse(nn.Module):
+    """Uses the weight of its first layer in code that no TorchFunctionMode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 3)
+        self.second = nn.Linear(3, 3)
+
+    def forward(self, inputs):
+        with torch._C.DisableTorchFunction():
+            size = self.first.weight.sum()
+        return self.second(self.first(inputs)) * size
+
+
 @dataclass(frozen=True)
 class Case:
     """A model in float64 and in training mode, with a closure that gives its loss on a fixed batch."""
@@ -171,6 +197,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "branching": _classifier(Branching, 12, 6),
     "frozen": _classifier(_frozen, 12, 6),
     "computed bias": _classifier(ComputedBias, 12, 6),
+    "late use": _classifier(LateUse, 12, 6),
+    "unseen use": _classifier(UnseenUse, 12, 6),
     "writes": _classifier(Writes, 12, 6),
     "clamped": _classifier(Clamped, 12, 6),
     "weight norm": _classifier(

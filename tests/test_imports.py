@@ -13,7 +13,10 @@ LEVELS = [
     {"errors", "columns", "files"},
     {"vocabulary"},
     {"facts", "parts", "data", "ghost", "models", "recipes", "objective", "measures"},
-    {"norms", "capture", "checks", "ray", "captions", "trace"},
+    {"norms", "capture", "walk", "update", "captions", "trace"},
+    {"affine"},
+    {"ray"},
+    {"checks"},
     {"plots", "probe"},
     {"training"},
 ]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from landscape import GhostNorm, LandscapeProbe, UserError, ray_losses
+from landscape.ray import ENGINES
 
 STEP_SIZES = [0.05, 0.1, 0.2, 0.4]
 
@@ -326,6 +327,14 @@ def test_a_loss_that_cannot_be_repeated_is_noticed():
 
     with pytest.warns(UserWarning, match="At step size 0 the probe measures.*Likely causes"):
         step_after(lambda m, c, x, y: c(m(x), y), Noisy())
+
+
+def test_an_engine_that_gives_other_losses_is_not_trusted(monkeypatch):
+    wrong = lambda *ray: [1.1 * loss for loss in ENGINES["loop"](*ray)]  # noqa: E731
+    monkeypatch.setitem(ENGINES, "wrong", wrong)
+    with pytest.warns(UserWarning, match="engine 'wrong' does not fit this model; it is measured by the loop"):
+        probe = probed(engine="wrong")
+    assert probe.frame().losses.map(list).tolist() == probed(engine="loop").frame().losses.map(list).tolist()
 
 
 def test_criterion_with_buffers_and_keyword_arguments_is_left_alone():

@@ -38,6 +38,19 @@ def test_engines_give_the_losses_of_moved_copies(name, engine):
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_no_point_is_evaluated_twice(name):
+    case, calls = CASES[name](), []
+
+    def closure(model):
+        calls.append(model)
+        return case.closure(model)
+
+    ray_losses(case.model, closure, case.direction(), STEP_SIZES, engine="affine")
+    # A use that cannot be seen shows as NaN, and then the loop has the word.
+    assert len(calls) == len(STEP_SIZES) * (2 if name == "unseen use" else 1)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_moves(name, engine):
