@@ -29,6 +29,10 @@ def command(paths: tuple[Path, ...], out: str, x: str, scale: str, layout: str) 
 
     frame = read_traces(paths)
     save(plot_landscape(frame, x=x, scale=scale, layout=layout), out)
-    table = summarize(frame, by="band").set_index("band").rename_axis(None)
-    click.echo(table.to_string(float_format="{:.4g}".format))
-    click.echo(f"\nFigure: {out}")
+    tables = [summarize(frame, by="band").set_index("band").rename_axis(None)]
+    if x == "epoch":
+        epochs = summarize(frame, by=("epoch", "band"))
+        tables.append(epochs.pivot(index="epoch", columns="band", values="mean_range").rename_axis(columns="mean range"))
+    for table in tables:
+        click.echo(table.to_string(float_format="{:.4g}".format) + "\n")
+    click.echo(f"Figure: {out}")

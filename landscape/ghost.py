@@ -146,8 +146,8 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, dims: tuple[int, int], eps: float) -> Normalized:
         y, mean, var = _moments(x, dims)
-        scale = (var + eps).rsqrt() * weight.unsqueeze(-1)
-        _scale_and_shift(x, scale, torch.addcmul(bias.unsqueeze(-1), mean, scale, value=-1), out=y)
+        scale = (var + eps).rsqrt() * _per_channel(weight)
+        _scale_and_shift(x, scale, torch.addcmul(_per_channel(bias), mean, scale, value=-1), out=y)
         return y.to(x.dtype), mean, var
 
     @staticmethod
@@ -168,20 +168,23 @@ class _Standardize(torch.autograd.Function):
         dbias = dy.sum(ctx.dims, keepdim=True, dtype=mean.dtype)
         dweight = torch.mul(centered, dy, out=spare).sum(ctx.dims, keepdim=True) * inv_std
         slope = dweight * inv_std
-        scale = inv_std * weight.unsqueeze(-1)
+        scale = inv_std * _per_channel(weight)
         shift = torch.addcmul(dbias, mean, slope, value=-1) * scale * (-1 / values)
         dx = _scale_and_shift(torch.addcmul(dy, x, slope, value=-1 / values, out=spare), scale, shift, out=spare)
-        dweight, dbias = (total.squeeze(-1).sum_to_size(weight.shape) for total in (dweight, dbias))
-        return dx.to(x.dtype), dweight, dbias, None, None
+        return dx.to(x.dtype), dweight.sum((-4, -3, -1)), dbias.sum((-4, -3, -1)), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Normalized, tuple[int, int, int]]:
-        x, weight, bias = (
-            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip(args[:3], in_dims, strict=False)
+        tensors = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args[:3], in_dims, strict=False)
         )
-        weight, bias = (parameter[:, None, None] for parameter in (weight, bias))  # beside x, (B, ., ., C, F)
-        return _Standardize.apply(x, weight, bias, *args[3:]), (0, 0, 0)
+        return _Standardize.apply(*tensors, *args[3:]), (0, 0, 0)
+
+
+def _per_channel(parameter: Tensor) -> Tensor:
+    """(C,) as (1, 1, C, 1), also below the batch dimension that vmap adds."""
+    return parameter.unflatten(-1, (1, 1, -1, 1))
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:

@@ -227,7 +227,7 @@ def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
         UserError: A lazy BatchNorm does not yet know its number of features.
     """
     places = {path: old for path, old in model.named_modules(remove_duplicate=False) if _is_batch_norm(old)}
-    twins = {old: _twin(old, make) for old in dict.fromkeys(places.values())}
+    twins = {old: _twin(old, make) for old in places.values()}
     for path, old in places.items():
         parent, _, name = path.rpartition(".")
         if path:

@@ -108,6 +108,12 @@ def test_function_transforms(layout):
     torch.testing.assert_close(jacrev(grad(loss))(x, weights[0], bias), jacrev(grad(slow))(x, weights[0], bias))
 
 
+def test_nested_vmap():
+    x, weights = torch.randn(3, 12, 2), torch.randn(4, 2)
+    y = vmap(lambda weight: vmap(lambda x: ghost_norm(x, 3, weight))(x))(weights)
+    torch.testing.assert_close(y[2, 1], ghost_norm(x[1], 3, weights[2]))
+
+
 def test_vmap_over_parameters_and_buffers():
     norm, x = GhostNorm(2, 3), torch.randn(12, 2)
     state = {name: torch.stack([t, t]) for name, t in {**norm.state_dict(), "weight": normal(2)}.items()}

@@ -173,6 +173,8 @@ def test_convert_norms_carries_over():
     group = convert_norms(old, make_norm("group", channel_groups=2))
     assert isinstance(group, GroupNorm)
     assert (group.weight is old.weight, group.eps) == (True, 1e-3)
+    nested = convert_norms(nn.BatchNorm1d(4).double(), lambda channels: nn.Sequential(nn.GroupNorm(2, channels)))
+    assert nested(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
     instance = convert_norms(nn.BatchNorm1d(4).double(), nn.InstanceNorm1d).eval()
     assert instance(torch.randn(2, 4, 3)).shape == (2, 4, 3)
 
