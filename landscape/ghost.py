@@ -1,6 +1,7 @@
 """Ghost and sequential normalization as pure functions of a batch."""
 
 import functools
+import inspect
 import warnings
 from typing import Any, Literal
 
@@ -127,78 +128,91 @@ def _uneven_groups(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: fl
 
 
 def _even_groups(x: Tensor, groups: int, weight: Tensor, bias: Tensor, layout: Layout, eps: float) -> Normalized:
-    """Standardize the batch over the samples and positions of each group, in a view of four dimensions."""
-    channels, size, positions = x.shape[1], len(x) // groups, x.shape[2:].numel()
+    """Standardize the batch over the samples and positions of each group, in a view that has a dimension for each."""
+    size, positions = len(x) // groups, x.shape[2:].numel()
     batch = (groups, size) if layout == "contiguous" else (size, groups)
-    slices = x.reshape(*batch, channels, positions)
-    y, mean, var = _Standardize.apply(slices, weight, bias, (_SAMPLES[layout], -1), eps)
+    # No dimension for a single position: operators take longer over four dimensions than over three.
+    slices = x.reshape(*batch, x.shape[1], *[positions][: x.dim() - 2])
+    dims = (_SAMPLES[layout], -1) if x.dim() > 2 else (_SAMPLES[layout] + 1,)
+    y, mean, var, _ = _Standardize.apply(slices, weight, bias, dims, eps)
     values = size * positions
-    return y.reshape(x.shape), mean.reshape(groups, channels), var.reshape(groups, channels) * (values / (values - 1))
+    return y.reshape(x.shape), mean.reshape(groups, -1), var.reshape(groups, -1) * (values / (values - 1))
 
 
 class _Standardize(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) * weight + bias, with mean and biased variance over the dimensions ``dims`` of x.
 
-    Differentiated by hand, because fresh memory and passes over it cost more than the arithmetic: as in BatchNorm, only
-    x is kept, and each direction allocates one tensor of its size.
+    Differentiated by hand, because fresh memory, passes over it and calls of small operators cost more than the
+    arithmetic: as in BatchNorm, only x is kept, and each direction allocates one tensor of its size.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, dims: tuple[int, int], eps: float) -> Normalized:
-        y, mean, var = _moments(x, dims)
-        scale = (var + eps).rsqrt() * _per_channel(weight)
-        _scale_and_shift(x, scale, torch.addcmul(_per_channel(bias), mean, scale, value=-1), out=y)
-        return y.to(x.dtype), mean, var
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, ...]:
+        y, mean, var, inv_std = _moments(x, dims, eps)
+        scale = inv_std * _per_channel(weight, dims)
+        shift = torch.addcmul(_per_channel(bias, dims), mean, scale, value=-1)
+        return _scale_and_shift(x, scale, shift, out=y).to(x.dtype), mean, var, inv_std
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Normalized) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, _, ctx.dims, ctx.eps = inputs
-        _, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(x, weight, mean, var)
+        _, mean, var, inv_std = output
+        ctx.mark_non_differentiable(mean, var, inv_std)
+        ctx.set_materialize_grads(False)  # no zeros for the gradients of statistics
+        ctx.save_for_backward(x, weight, mean, inv_std)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        dy, (x, weight, mean, var) = gradients[0], ctx.saved_tensors
+        dy, (x, weight, mean, inv_std) = gradients[0], ctx.saved_tensors
+        if dy is None:
+            return None, None, None, None, None
         if torch.is_grad_enabled():  # a second derivative needs the statistics as functions of x
-            _, mean, var = _moments(x, ctx.dims)
+            _, mean, _, inv_std = _moments(x, ctx.dims, ctx.eps)
         centered = x - mean
-        spare = None if torch.is_grad_enabled() else centered
-        inv_std, values = (var + ctx.eps).rsqrt(), x.numel() // mean.numel()
+        spare, values = None if torch.is_grad_enabled() else centered, x.numel() // mean.numel()
         dbias = dy.sum(ctx.dims, keepdim=True, dtype=mean.dtype)
         dweight = torch.mul(centered, dy, out=spare).sum(ctx.dims, keepdim=True) * inv_std
-        slope = dweight * inv_std
-        scale = inv_std * _per_channel(weight)
-        shift = torch.addcmul(dbias, mean, slope, value=-1) * scale * (-1 / values)
-        dx = _scale_and_shift(torch.addcmul(dy, x, slope, value=-1 / values, out=spare), scale, shift, out=spare)
-        return dx.to(x.dtype), dweight.sum((-4, -3, -1)), dbias.sum((-4, -3, -1)), None, None
+        # dx = scale * (dy - dbias / values - (x - mean) * inv_std * dweight / values), gathered by powers of x
+        scale = inv_std * _per_channel(weight, ctx.dims)
+        share = scale * (-1 / values)
+        slope = dweight * inv_std * share
+        shift = torch.addcmul(dbias * share, mean, slope, value=-1)
+        dx = _scale_and_shift(x, slope, shift, out=spare)
+        dx = torch.addcmul(dx, dy, scale, out=spare)
+        others = tuple(dim for dim in range(-len(ctx.dims) - 2, 0) if dim != -len(ctx.dims))
+        return dx.to(x.dtype), dweight.sum(others), dbias.sum(others), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Normalized, tuple[int, int, int]]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         tensors = (
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in zip(args[:3], in_dims, strict=False)
         )
-        return _Standardize.apply(*tensors, *args[3:]), (0, 0, 0)
+        return _Standardize.apply(*tensors, *args[3:]), (0, 0, 0, 0)
 
 
-def _per_channel(parameter: Tensor) -> Tensor:
-    """(C,) as (1, 1, C, 1), also below the batch dimension that vmap adds."""
-    return parameter.unflatten(-1, (1, 1, -1, 1))
+# Function.apply asks for the signature at every call; deriving it anew takes longer than a pass over SimpleNet's data.
+_Standardize.forward.__signature__ = inspect.signature(_Standardize.forward)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _per_channel(parameter: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """(C,) as (1, 1, C), or (1, 1, C, 1) where there are positions, also below the batch dimension that vmap adds."""
+    return parameter.unflatten(-1, (1, 1, -1, 1)[: len(dims) + 2])
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
-    if x.shape[-1] == 1:
+    if scale.shape[-1] == x.shape[-1]:
         return torch.addcmul(shift, x, scale, out=out)
-    # Over more positions addcmul is not vectorized, and two passes are faster than its one.
+    # Over positions addcmul is not vectorized, and two passes are faster than its one.
     return torch.add(torch.mul(x, scale, out=out), shift, out=out)
 
 
-def _moments(x: Tensor, dims: tuple[int, int]) -> Normalized:
-    """A tensor like ``x`` to write to, mean and biased variance, in at least float32."""
+def _moments(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, ...]:
+    """A tensor like ``x`` to write to, mean, biased variance and 1 / sqrt(var + eps), in at least float32."""
     mean = x.mean(dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     squares = (x - mean).square_()
-    return squares, mean, squares.mean(dims, keepdim=True)
+    var = squares.mean(dims, keepdim=True)
+    return squares, mean, var, (var + eps).rsqrt()
 
 
 def _check_batch(x: Tensor, groups: int, layout: Layout) -> None:
