@@ -1,1 +1,1 @@
-"""Speed against the named alternatives, measured in one run: ``python -m benchmarks.rays``, ``python -m benchmarks.norms``."""
+"""Speed against the named alternatives, each in one run: ``python -m benchmarks.rays`` and ``benchmarks.norms``."""

@@ -112,12 +112,8 @@ def main(rounds: int, path: Path | None) -> None:
     """Print the time of each way to measure a ray over that of the bare forward passes."""
     table = pd.concat([measure(norm, rounds) for norm in NORMS])
     click.echo(f"SimpleNet, batch {BATCH}, K={len(STEP_SIZES)}; ratios to the bare forward passes; {machine()}")
-    click.echo(
-        table["ratio"]
-        .unstack("norm")[list(NORMS)]
-        .reindex(table.index.unique("way"))
-        .to_string(float_format="{:.2f}".format)
-    )
+    ratios = pd.DataFrame({norm: table["ratio"].xs(norm, level="norm") for norm in NORMS})
+    click.echo(ratios.round(2).to_string())
     write_json(path, table)
 
 

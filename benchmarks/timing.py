@@ -25,9 +25,9 @@ def _seconds(candidate: Callable[[], object]) -> float:
 
 def against(seconds: pd.DataFrame, base: str) -> pd.DataFrame:
     """Median milliseconds of each candidate, and median and quartiles of its ratio to ``base`` in the same round."""
-    ratios = seconds.div(seconds[base], axis=0).quantile([0.5, 0.25, 0.75]).T
-    ratios.columns = ["ratio", "from", "to"]
-    return ratios.assign(ms=seconds.median() * 1e3)[["ms", "ratio", "from", "to"]]
+    ratios = seconds.div(seconds[base], axis=0)
+    columns = {"ms": seconds.median() * 1e3, "ratio": ratios.median(), "from": ratios.quantile(0.25)}
+    return pd.DataFrame(columns | {"to": ratios.quantile(0.75)})
 
 
 def machine() -> dict[str, Any]:

@@ -32,7 +32,9 @@ def command(paths: tuple[Path, ...], out: str, x: str, scale: str, layout: str) 
     tables = [summarize(frame, by="band").set_index("band").rename_axis(None)]
     if x == "epoch":
         epochs = summarize(frame, by=("epoch", "band"))
-        tables.append(epochs.pivot(index="epoch", columns="band", values="mean_range").rename_axis(columns="mean range"))
+        tables.append(
+            epochs.pivot(index="epoch", columns="band", values="mean_range").rename_axis(columns="mean range")
+        )
     for table in tables:
         click.echo(table.to_string(float_format="{:.4g}".format) + "\n")
     click.echo(f"Figure: {out}")

@@ -1,7 +1,7 @@
 """``landscape probe``: train a recipe with several norms and record what the probe measures."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -100,7 +100,9 @@ def _recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def _runs(base: Recipe, norms: Sequence[str], seeds: Sequence[int], variants: dict[str, Sequence[Any]]) -> list[Recipe]:
+def _runs(
+    base: Recipe, norms: Sequence[str], seeds: Sequence[int], variants: Mapping[str, Sequence[Any]]
+) -> list[Recipe]:
     """Every combination, each once: seeds innermost, and only the variants that a norm knows."""
     runs = []
     for norm in norms:

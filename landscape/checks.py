@@ -37,9 +37,9 @@ class LossCheck:
             warnings.warn(
                 f"At step size 0 the probe measures a loss of {self.evaluated:.6g}, but the training loss was "
                 f"{self.recorded:.6g} ({self.apart:.2g} apart, relatively): what is probed is not quite "
-                "what is trained. Likely causes: a closure that reads variables which have changed since (pass them instead: "
-                "probe.observe(closure, inputs, targets)), state kept outside of parameters and buffers, random "
-                "numbers from a generator of its own, or non-deterministic kernels.",
+                "what is trained. Likely causes: a closure that reads variables which have changed since (pass them "
+                "instead: probe.observe(closure, inputs, targets)), state kept outside of parameters and buffers, "
+                "random numbers from a generator of its own, or non-deterministic kernels.",
                 stacklevel=2,
             )
 

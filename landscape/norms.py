@@ -17,6 +17,7 @@ from landscape.ghost import (
     group_norm,
     seq_norm,
 )
+from landscape.vocabulary import check_norm
 
 __all__ = [
     "BatchNorm",
@@ -164,7 +165,7 @@ def _instance(num_features: int, **options: Any) -> GroupNorm:
 _PLAIN = ("eps", "affine")
 _RUNNING = (*_PLAIN, "momentum", "track_running_stats")
 _GHOST = (*_RUNNING, "groups", "group_size", "layout")
-NORMS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "none": (_none, ()),
     "batch": (BatchNorm, _RUNNING),
     "layer": (partial(GroupNorm, 1), _PLAIN),
@@ -183,7 +184,7 @@ def make_norm(name: str, **options: Any) -> Callable[[int], nn.Module]:
     sample, ``instance`` each channel of each sample, ``group`` each of ``channel_groups`` parts of a sample's channels.
 
     Args:
-        name: one of `NORMS`.
+        name: one of `landscape.vocabulary.NORMS`.
         **options: keywords of that norm; None leaves the default (also of momentum), so that a command line can hand on
             what it has.
 
@@ -194,9 +195,8 @@ def make_norm(name: str, **options: Any) -> Callable[[int], nn.Module]:
     Raises:
         UserError: The name is unknown, or the norm does not take an option that is not None.
     """
-    if name not in NORMS:
-        raise UserError(f"Unknown norm {name!r}: choose one of {', '.join(NORMS)}.")
-    make, allowed = NORMS[name]
+    check_norm(name)
+    make, allowed = MAKERS[name]
     given = {option: value for option, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - set(allowed)):
         raise UserError(

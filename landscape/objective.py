@@ -42,7 +42,7 @@ class RandomState:
     """The state of every global random stream: Python's, numpy's, torch's on the CPU and on accelerators."""
 
     python: Any
-    numpy: Mapping[str, Any]
+    numpy: dict[str, Any]
     cpu: Tensor
     accelerators: Mapping[torch.device, Tensor]
 

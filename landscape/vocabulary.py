@@ -25,8 +25,13 @@ NORMS = {
 """Every norm that ``make_norm`` knows, in the order in which figures show them."""
 
 
+def check_norm(name: str) -> None:
+    """Raise a UserError unless there is a norm of that name."""
+    if name not in NORMS:
+        raise UserError(f"Unknown norm {name!r}; choose one of {', '.join(NORMS)}.")
+
+
 def options_of(norm: str) -> tuple[str, ...]:
     """The options that make variants of a norm; a UserError if there is no such norm."""
-    if norm not in NORMS:
-        raise UserError(f"Unknown norm {norm!r}; choose one of {', '.join(NORMS)}.")
+    check_norm(norm)
     return tuple(NORMS[norm].symbols)

@@ -8,7 +8,8 @@ from torch import nn
 
 from landscape.errors import UserError
 from landscape.ghost import ghost_norm, seq_norm
-from landscape.norms import NORMS, BatchNorm, GhostNorm, GroupNorm, SeqNorm, convert_norms, make_norm
+from landscape.norms import MAKERS, BatchNorm, GhostNorm, GroupNorm, SeqNorm, convert_norms, make_norm
+from landscape.vocabulary import NORMS, options_of
 
 NATIVE = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SHAPES = [(12, 4), (12, 4, 3), (12, 4, 3, 2), (12, 4, 3, 2, 2)]
@@ -92,7 +93,12 @@ def test_seq_norm(layout):
     assert norm.state_dict().keys() == nn.BatchNorm1d(4).state_dict().keys()
 
 
-@pytest.mark.parametrize("name", NORMS)
+def test_every_norm_has_a_name_in_print_and_takes_the_options_that_tell_it_apart():
+    assert set(MAKERS) == set(NORMS)
+    assert all(set(options_of(name)) <= set(options) for name, (_, options) in MAKERS.items())
+
+
+@pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_norm_takes_every_rank(name, shape):
     norm, x = make_norm(name, **OPTIONS.get(name, {}))(4), torch.randn(shape)
@@ -125,7 +131,7 @@ def test_make_norm(name, options, expected):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_norm("gost"), "'gost': choose one of none, batch, layer, instance, group, ghost, seq"),
+        (lambda: make_norm("gost"), "'gost'; choose one of none, batch, ghost, seq, group, layer, instance"),
         (lambda: make_norm("batch", groups=4), "'batch' does not take groups: it takes eps, affine, momentum"),
         (lambda: make_norm("none", eps=1), "no options"),
         (lambda: make_norm("ghost")(4), "groups=None and group_size=None"),

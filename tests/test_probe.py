@@ -297,7 +297,7 @@ def test_a_batch_that_is_overwritten_before_the_step_is_refused():
         model[0].weight.register_post_accumulate_grad_hook(overwrite)
         return criterion(model(inputs), targets)
 
-    with pytest.raises(UserError, match="input of the model or the criterion was changed in place.*probe.observe"):
+    with pytest.raises(UserError, match=r"input of the model or the criterion was changed in place.*probe.observe"):
         step_after(reuse)
 
 
