@@ -86,9 +86,8 @@ def command(
     base = replace(_recipe(recipe), **{name: value for name, value in options.items() if value is not None})
     variants = {"groups": groups or (base.groups,), "channel_groups": channel_groups or (base.channel_groups,)}
     runs = _runs(base, norms, seeds, variants)
-    taken = [str(out / run.run) for run in runs if (out / run.run / "run.json").exists()]
-    if taken and not overwrite:
-        raise UserError(f"Recorded already: {', '.join(taken)}. Give another --out, or --overwrite to replace.")
+    if not overwrite:
+        _check_free(runs, out)
     for run in runs:
         _train(run, out, data_dir, device, overwrite)
     click.echo(f"Draw them: landscape plot {out}")
@@ -111,6 +110,14 @@ def _runs(
             chosen = dict(zip((*names, "seed"), values, strict=True))
             runs.append(replace(base, norm=norm, **chosen).checked())
     return list(dict.fromkeys(runs))
+
+
+def _check_free(runs: Sequence[Recipe], out: Path) -> None:
+    """Before the first run is trained, find out whether a later one would have no place."""
+    from landscape.trace import holds_rows
+
+    if taken := [str(out / run.run) for run in runs if holds_rows(out / run.run)]:
+        raise UserError(f"Recorded already: {', '.join(taken)}. Give another --out, or --overwrite to replace.")
 
 
 def _train(run: Recipe, out: Path, data_dir: Path | None, device: str | None, overwrite: bool) -> None:

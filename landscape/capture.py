@@ -64,7 +64,7 @@ class Capture:
         state = self._state()
         with self.paused():
             loss = closure(self.model, *args)
-        self._add(Term(lambda model: closure(model, *args), state, loss.detach()), loss)
+        self._add(Term(lambda model: closure(model, *args), state), loss)
         return loss
 
     def take(self) -> list[Term]:
@@ -102,7 +102,7 @@ class Capture:
     def _after_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
             state = self._call.state if self._call else self._state()
-            self._add(Term(_replay(self._call, criterion, (args, kwargs)), state, loss.detach()), loss)
+            self._add(Term(_replay(self._call, criterion, (args, kwargs)), state), loss)
 
     def _add(self, term: Term, loss: Tensor) -> None:
         def weigh(gradient: Tensor) -> None:
@@ -111,6 +111,7 @@ class Capture:
             term.weight = gradient if term.weight is None else term.weight + gradient
 
         if loss.requires_grad:
+            term.value = loss.detach().clone()  # `loss /= n` is to come
             self._terms.append(term)
             loss.register_hook(weigh)
 

@@ -175,7 +175,6 @@ class LandscapeProbe:
         self.step += 1
 
     def _measure(self, update: Update, direction: Parameters) -> None:
-        started = time.perf_counter()
         step_sizes = self._step_sizes(update.lr)
         try:
             if not update.objective.terms:
@@ -183,6 +182,7 @@ class LandscapeProbe:
             with self._capture.paused():
                 if not self._checked:
                     self._check(update, direction, step_sizes)
+                started = time.perf_counter()
                 losses = losses_along(update.objective, update.origin, direction, step_sizes, self.engine)
         except UserError as error:
             if not self._checked:
@@ -210,14 +210,11 @@ class LandscapeProbe:
         gradient = GradientCheck.of(update.objective, update.origin, update.gradient)
         if gradient is not None:
             self._judge(gradient)
-        self.engine = choose_engine(self.engine, len(step_sizes))
-        repeatable = at_zero.apart <= at_zero.tolerance
-        if repeatable and not engine_agrees(self.engine, update.objective, update.origin, direction, step_sizes):
-            warnings.warn(
-                f"The engine {self.engine!r} does not fit this model; it is measured by the loop.", stacklevel=2
-            )
-            self.engine = "loop"
-        self.trace.note(engine=self.engine, loss_at_zero=asdict(at_zero))
+        engine, repeatable = choose_engine(self.engine, len(step_sizes)), at_zero.apart <= at_zero.tolerance
+        if repeatable and not engine_agrees(engine, update.objective, update.origin, direction, step_sizes):
+            warnings.warn(f"The engine {engine!r} does not fit this model; it is measured by the loop.", stacklevel=2)
+            engine = self.engine = "loop"
+        self.trace.note(engine=engine, loss_at_zero=asdict(at_zero))
         self._checked = True
 
     def _judge(self, check: GradientCheck) -> None:
@@ -251,6 +248,7 @@ class LandscapeProbe:
             "relative": self.relative,
             "every": self.every,
             "steps_per_epoch": self.steps_per_epoch,
+            "threads": torch.get_num_threads(),
         }
 
 

@@ -143,6 +143,11 @@ def _clear(folder: Path, overwrite: bool) -> None:
         path.unlink()
 
 
+def holds_rows(folder: Path) -> bool:
+    """Whether a run was recorded in the folder; one that ended before its first flush left nothing worth keeping."""
+    return any(path for table in TABLES for path in folder.glob(f"{table}-*.parquet"))
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

@@ -41,6 +41,7 @@ def test_options_reach_the_figure(folder):
     options = ["--out", "figures/a.svg", "--x", "epoch", "--scale", "linear", "--layout", "multiples"]
     result = run("traces/none-0", "traces/ghost-1", *options)
     assert result.exit_code == 0, result.output
+    assert "\nmean range " in result.output
     drawn = (folder / "figures" / "a.svg").read_text()
     assert "<!-- epoch -->" in drawn
     assert "<!-- update -->" not in drawn

@@ -122,6 +122,22 @@ def test_accumulation_measures_all_micro_batches_with_their_weights():
     torch.testing.assert_close(torch.tensor([row.loss, *row.losses]), torch.stack(expected), rtol=1e-12, atol=0)
 
 
+def test_a_loss_that_is_divided_in_place():
+    def losses(in_place):
+        model, criterion = make_model(), nn.CrossEntropyLoss()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+            torch.manual_seed(1)
+            inputs, targets = batch()
+            loss = criterion(model(inputs), targets)
+            loss = loss.div_(4) if in_place else loss / 4
+            loss.backward()
+            optimizer.step()
+        return probe.frame()[["loss", "loss_min", "loss_max"]]
+
+    assert losses(True).equals(losses(False))
+
+
 def test_update_direction_at_the_learning_rate_is_the_update():
     torch.manual_seed(0)
     model, inputs, targets = make_model().double().eval(), torch.randn(16, 6).double(), torch.arange(16) % 3
@@ -395,6 +411,12 @@ def test_trace_and_facts(tmp_path):
     assert set(frame["engine"]) == {"affine"}
     assert set(frame["direction"]) == {"gradient"}
     assert frame.losses.map(list).tolist() == probe.frame().losses.map(list).tolist()
+
+
+def test_a_refused_probe_does_not_block_its_folder(tmp_path):
+    with pytest.raises(UserError, match="No loss was captured"):
+        step_after(lambda m, c, x, y: F.cross_entropy(m(x), y), trace=tmp_path / "run")
+    assert len(probed(trace=tmp_path / "run").frame()) == 5
 
 
 def test_last_row():
