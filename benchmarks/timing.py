@@ -32,7 +32,11 @@ def against(seconds: pd.DataFrame, base: str) -> pd.DataFrame:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "platform": platform.platform()}
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def write_json(path: Path | None, table: pd.DataFrame) -> None:

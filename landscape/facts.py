@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
     # Only tracked files count: the traces themselves are often untracked files of the same repository.
     changes = _git("status", "--porcelain", "--untracked-files=no")
     git = None if commit is None else {"commit": commit, "dirty": bool(changes)}
-    return {"platform": platform.platform(), "versions": versions, "git": git}
+    return {"platform": f"{platform.system()} {platform.machine()}", "versions": versions, "git": git}
 
 
 def _version(package: str) -> str | None:

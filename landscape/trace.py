@@ -134,10 +134,10 @@ class TraceWriter:
 def _clear(folder: Path, overwrite: bool) -> None:
     """Make the folder, free of the files of an earlier run; other files in it are let alone."""
     folder.mkdir(parents=True, exist_ok=True)
+    if holds_rows(folder) and not overwrite:
+        raise UserError(f"{folder} holds a run already; give another folder, or overwrite=True to replace it.")
     patterns = [Path("run.json"), *(Path(f"{table}-*.parquet") for table in TABLES)]
     earlier = [path for pattern in patterns for path in folder.glob(pattern.name)]
-    if earlier and not overwrite:
-        raise UserError(f"{folder} holds a run already; give another folder, or overwrite=True to replace it.")
     leftovers = [path for pattern in patterns for path in folder.glob(temporary_name(pattern).name)]
     for path in earlier + leftovers:
         path.unlink()
