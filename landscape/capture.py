@@ -16,6 +16,10 @@ from landscape.objective import Autocast, Closure, ForwardState, Scene, Term
 OBSERVE = "Hand the loss to the probe: `loss = probe.observe(lambda model: ...)`, once for each backward pass"
 
 
+class NotYetError(UserError):
+    """This update cannot be probed, but later ones can."""
+
+
 class Capture:
     """Collects the terms of the current update: one for each loss that a backward pass has gone through.
 
@@ -28,15 +32,16 @@ class Capture:
         self,
         model: nn.Module,
         criterion: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
         wanted: Callable[[], bool],
         grad_scaler: "torch.amp.GradScaler | None" = None,
     ) -> None:
         self.model = model
         self.criterion = criterion
+        self.optimizer = optimizer
         self._scene = Scene(model, criterion)
         self._wanted = wanted
         self._grad_scaler = grad_scaler
-        self._paused = False
         self._call: _Call | None = None
         self._terms: list[Term] = []
         self._handles: list[RemovableHandle] = []
@@ -45,9 +50,9 @@ class Capture:
         """Start to listen."""
         if self.criterion is not None:
             self._handles = [
-                self.model.register_forward_pre_hook(self._before_model, prepend=True, with_kwargs=True),
-                self.model.register_forward_hook(self._after_model),
-                self.criterion.register_forward_hook(self._after_criterion, with_kwargs=True),
+                self.model.register_forward_pre_hook(_Hook(self._before_model), prepend=True, with_kwargs=True),
+                self.model.register_forward_hook(_Hook(self._after_model)),
+                self.criterion.register_forward_hook(_Hook(self._after_criterion), with_kwargs=True),
             ]
 
     def detach(self) -> None:
@@ -57,43 +62,40 @@ class Capture:
         self._handles = []
         self.take()
 
-    def observe(self, closure: Callable[..., Tensor], *args: Any) -> Tensor:
-        """The loss ``closure(model, *args)``, remembered as a term if it is to be probed."""
+    def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The loss ``closure(model, *args, **kwargs)``, remembered as a term if it is to be probed."""
         if not self._listening():
-            return closure(self.model, *args)
-        state = self._state()
-        with self.paused():
-            loss = closure(self.model, *args)
-        self._add(Term(lambda model: closure(model, *args), state), loss)
+            return closure(self.model, *args, **kwargs)
+        state, arguments = self._state(), _Leaves.of((args, kwargs))
+        versions = self._scene.frozen_versions()
+        with replaying():
+            loss = closure(self.model, *args, **kwargs)
+
+        def again(model: nn.Module) -> Tensor:
+            args, kwargs = arguments.nest("An argument of the observed loss")
+            return closure(model, *args, **kwargs)
+
+        self._await(Term(self._unless_moved(versions, again), state), loss)
         return loss
 
     def take(self) -> list[Term]:
         """The terms that were differentiated since the last call; captures start anew."""
-        terms = [term for term in self._terms if term.weight is not None]
-        self._terms, self._call = [], None
+        terms, self._terms, self._call = self._terms, [], None
         return terms
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not listen within the body."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
     def _listening(self) -> bool:
-        return not self._paused and torch.is_grad_enabled() and self._wanted()
+        return not _replays and torch.is_grad_enabled() and self._wanted()
 
     def _state(self) -> ForwardState:
         """The state before a forward pass; also where an update that never came is noticed and forgotten."""
         # A loss scaler skips the step when gradients overflow; then they are cleared, and their terms stay behind.
-        if all(parameter.grad is None for parameter in self.model.parameters()):
-            self._terms = [term for term in self._terms if term.weight is None]
+        if all(parameter.grad is None for group in self.optimizer.param_groups for parameter in group["params"]):
+            self._terms = []
         return ForwardState.capture(self._scene)
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self._call = _Call(self._state(), _Leaves.of((args, kwargs))) if self._listening() else None
+        if self._listening():
+            self._call = _Call(self._state(), _Leaves.of((args, kwargs)), self._scene.frozen_versions())
 
     def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
         if self._call is not None and self._listening():
@@ -101,19 +103,63 @@ class Capture:
 
     def _after_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
-            state = self._call.state if self._call else self._state()
-            self._add(Term(_replay(self._call, criterion, (args, kwargs)), state), loss)
+            call = self._call or _Call(self._state(), _Leaves.of(()), self._scene.frozen_versions())
+            closure = self._unless_moved(call.versions, _replay(call, criterion, (args, kwargs)))
+            self._await(Term(closure, call.state), loss)
 
-    def _add(self, term: Term, loss: Tensor) -> None:
+    def _unless_moved(self, versions: dict[int, int], closure: Closure) -> Closure:
+        """The closure, unless the forward pass wrote to a frozen parameter of which there is no copy from before."""
+        now = self._scene.frozen_versions()
+        moved = {key for key in now if now[key] != versions.get(key)} - self._scene.moving
+        self._scene.moving |= moved
+        error = NotYetError("The forward pass writes to frozen parameters; they are copied from the next update on.")
+        return _refusal(error) if moved else closure
+
+    def _await(self, term: Term, loss: Tensor) -> None:
+        """Make it a term once a backward pass goes through the loss; until then the loss alone holds it."""
+
         def weigh(gradient: Tensor) -> None:
+            weight = gradient.detach()
             if self._grad_scaler is not None:
-                gradient = gradient / self._grad_scaler.scale(torch.ones_like(gradient))
-            term.weight = gradient if term.weight is None else term.weight + gradient
+                weight = weight / self._grad_scaler.scale(torch.ones_like(weight))
+            if term.weight is None:
+                self._terms.append(term)
+            term.weight = weight if term.weight is None else term.weight + weight
 
-        if loss.requires_grad:
+        if isinstance(loss, Tensor) and loss.requires_grad:
             term.value = loss.detach().clone()  # `loss /= n` is to come
-            self._terms.append(term)
             loss.register_hook(weigh)
+
+
+_replays: list[object] = []
+"""One entry for each replay that is under way: what models do then is not training, to any probe."""
+
+
+@contextmanager
+def replaying() -> Iterator[None]:
+    """No capture listens within the body."""
+    _replays.append(None)
+    try:
+        yield
+    finally:
+        _replays.pop()
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """A hook that stays behind when its module is copied or pickled."""
+
+    function: Callable[..., None]
+
+    def __call__(self, *args: Any) -> None:
+        self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    """What the hook of a copied module does."""
 
 
 @dataclass
@@ -129,9 +175,9 @@ class _Leaves:
         leaves, spec = tree_flatten(nest)
         return cls(leaves, spec, [_version(leaf) for leaf in leaves])
 
-    def nest(self) -> Any:
+    def nest(self, what: str = "An input of the model or the criterion") -> Any:
         """The arguments as they were; an error if a tensor has been written to since."""
-        self.check("An input of the model or the criterion")
+        self.check(what)
         return tree_unflatten(self.leaves, self.spec)
 
     def check(self, what: str) -> None:
@@ -149,6 +195,7 @@ class _Call:
 
     state: ForwardState
     arguments: _Leaves
+    versions: dict[int, int]
     outputs: _Leaves | None = None
 
 
@@ -159,7 +206,7 @@ class _Output:
     index: int
 
 
-def _replay(call: _Call | None, criterion: nn.Module, arguments: Any) -> Closure:
+def _replay(call: _Call, criterion: nn.Module, arguments: Any) -> Closure:
     """The closure that evaluates ``criterion(model(inputs), targets)`` again, or one that says why it cannot be."""
     try:
         return _tied(call, criterion, _Leaves.of(arguments))
@@ -167,11 +214,13 @@ def _replay(call: _Call | None, criterion: nn.Module, arguments: Any) -> Closure
         return _refusal(error)
 
 
-def _tied(call: _Call | None, criterion: nn.Module, arguments: _Leaves) -> Closure:
-    if call is None or call.outputs is None:
+def _tied(call: _Call, criterion: nn.Module, arguments: _Leaves) -> Closure:
+    if call.outputs is None:
         raise UserError(f"The criterion was called without a call of the model before it. {OBSERVE}.")
     call.outputs.check("An output of the model")
-    places = {id(leaf): _Output(index) for index, leaf in enumerate(call.outputs.leaves) if isinstance(leaf, Tensor)}
+    # Numbers and texts may be the same objects as outputs without being outputs.
+    plain = int | float | str | None
+    places = {id(leaf): _Output(at) for at, leaf in enumerate(call.outputs.leaves) if not isinstance(leaf, plain)}
     arguments.leaves = [places.get(id(leaf), leaf) for leaf in arguments.leaves]
     arguments.versions = [_version(leaf) for leaf in arguments.leaves]
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in arguments.leaves):

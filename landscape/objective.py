@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,12 +13,13 @@ from torch.func import functional_call
 
 from landscape.errors import UserError
 
+T = TypeVar("T")
 Closure = Callable[[nn.Module], Tensor]
 Parameters = Mapping[str, Tensor]
 
 
 class Scene(nn.Module):
-    """A model and its criterion as one module, so that the buffers of both are known and can be swapped.
+    """A model and its criterion as one module, so that the tensors of both are known and can be swapped.
 
     The scene only holds them; it is never trained, moved or switched to another mode itself.
     """
@@ -27,6 +28,18 @@ class Scene(nn.Module):
         super().__init__()
         self.model = model
         self.criterion = criterion
+        self.moving: set[int] = set()
+        """Frozen parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
+
+    def written(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """Buffers and moving parameters, which forward passes write to, with the dict that holds each and its name."""
+        holders = [holder for module in self.modules() for holder in (module._buffers, module._parameters)]
+        places = [(holder, name, t) for holder in holders for name, t in holder.items() if t is not None]
+        return [place for place in places if type(place[2]) is not nn.Parameter or id(place[2]) in self.moving]
+
+    def frozen_versions(self) -> dict[int, int]:
+        """How often each frozen parameter (by id) was written to."""
+        return {id(p): p._version for p in self.parameters() if not p.requires_grad and not p.is_inference()}
 
     def forward(self, closure: Closure) -> Tensor:
         """``closure(model)``; a forward pass, so that ``functional_call`` can swap tensors around it."""
@@ -89,66 +102,83 @@ class Autocast:
 
 @dataclass(frozen=True)
 class ForwardState:
-    """All that a forward pass reads besides its parameters and arguments."""
+    """All that a forward pass reads besides its parameters and arguments, as far as it is held by the modules.
+
+    Attributes:
+        scene: The model and its criterion.
+        attributes: The attributes of every module, the train flag among them; lists and the like are not copied.
+        tensors: Copies of what a forward pass may write to, with the modules' own dicts that hold it: all buffers, and
+            frozen parameters that are known to be written to.
+        random: The random streams.
+        autocast: The autocast state, for each kind of device.
+    """
 
     scene: Scene
-    buffers: Sequence[tuple[nn.Module, str, Tensor]]
-    modes: Sequence[tuple[nn.Module, bool]]
+    attributes: Sequence[tuple[nn.Module, dict[str, Any]]]
+    tensors: Sequence[tuple[dict[str, Any], str, Tensor]]
     random: RandomState
     autocast: tuple[Autocast, ...]
 
     @classmethod
     def capture(cls, scene: Scene) -> "ForwardState":
-        """The state as it is now; buffers are cloned, since the forward pass to come may move them."""
+        """The state as it is now; the forward pass to come may move the tensors, so they are copied."""
         devices = scene.devices()
         return cls(
             scene,
-            [(module, name, buffer.clone()) for module, name, buffer in _buffers(scene)],
-            [(module, module.training) for module in scene.modules()],
+            [(module, dict(vars(module))) for module in scene.modules()],
+            _copies(scene.written()),
             RandomState.capture([device for device in devices if device.type in ("cuda", "xpu")]),
             Autocast.capture(sorted({"cpu"} | {device.type for device in devices if device.type != "meta"})),
         )
 
-    def losses(self, closure: Closure, parameters: Parameters, moves: Iterable[object]) -> list[Tensor]:
-        """``closure(model)`` after each of ``moves``, always from this state; the live model stays as it is.
+    def each(self, function: Callable[[nn.Module], T], parameters: Parameters, moves: Iterable[object]) -> list[T]:
+        """``function(model)`` after each of ``moves``, always from this state; the live model stays as it is.
 
         The moves write to ``parameters``, which stand for the model's own of these names meanwhile.
         """
 
         def run(model: nn.Module) -> Any:
-            return [closure(model) for _ in moves if self._enter()]
+            results = []
+            for _ in moves:
+                self._enter()
+                results.append(function(model))
+            return results
 
         tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
         with self._undone(), Autocast.restored(self.autocast):
             # One swap for all points: it takes as long as the forward pass of a small model.
             return functional_call(self.scene, tensors, (run,))
 
-    def _enter(self) -> bool:
-        """Make this the current state, with buffers that may be written to; always true."""
+    def _enter(self) -> None:
+        """Make this the current state, with tensors that may be written to."""
         self.random.restore()
-        for module, name, buffer in self.buffers:
-            module._buffers[name] = buffer.clone()
-        return True
+        for module, attributes in self.attributes:
+            vars(module).update(attributes)
+        for owner, name, tensor in _copies(self.tensors):
+            owner[name] = tensor
 
     @contextmanager
     def _undone(self) -> Iterator[None]:
-        """Run the body in the train flags of this state; then put back the flags and buffers that were there before."""
-        buffers, changed = _buffers(self.scene), [module for module, mode in self.modes if module.training != mode]
-        # Set as plain flags: train() and eval() recurse and may be overridden.
-        for module in changed:
-            module.training = not module.training
+        """After the body, put back what the modules held before it."""
+        attributes = [(module, dict(vars(module))) for module, _ in self.attributes]
+        tensors = [(owner, name, owner[name]) for owner, name, _ in self.tensors]
         try:
             yield
         finally:
-            for module in changed:
-                module.training = not module.training
-            for module, name, buffer in buffers:
-                module._buffers[name] = buffer
+            for module, before in attributes:
+                vars(module).clear()
+                vars(module).update(before)
+            for owner, name, tensor in tensors:
+                owner[name] = tensor
 
 
-def _buffers(scene: Scene) -> list[tuple[nn.Module, str, Tensor]]:
-    """Every buffer with the module that owns it and its name there."""
-    return [(module, name, b) for module in scene.modules() for name, b in module.named_buffers(recurse=False)]
+def _copies(tensors: Iterable[tuple[dict[str, Any], str, Tensor]]) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """The same places with copies of their tensors; one that is in several places stays one."""
+    places, copies = list(tensors), {}
+    for _, _, tensor in places:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone()
+    return [(owner, name, copies[id(tensor)]) for owner, name, tensor in places]
 
 
 @dataclass
@@ -168,13 +198,34 @@ class Term:
 
     def losses(self, parameters: Parameters, moves: Iterable[object]) -> list[Tensor]:
         """The unweighted loss after each of ``moves``, which write to ``parameters``; scalar tensors."""
-        return self.state.losses(self._scalar, parameters, moves)
+        return self.state.each(self._scalar, parameters, moves)
+
+    def gradient(self, leaves: Parameters) -> tuple[Tensor, ...]:
+        """The gradient of the weighted loss at ``leaves``, which require it, in their order.
+
+        Raises:
+            RuntimeError: The loss cannot be differentiated, or depends on none of them.
+        """
+
+        def differentiate(model: nn.Module) -> tuple[Tensor, ...]:
+            # In here, so that what is computed again (checkpoints) finds the same tensors.
+            loss = self._scalar(model) if self.weight is None else self.weight * self._scalar(model)
+            gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            if all(part is None for part in gradient):
+                raise RuntimeError("The loss depends on no parameter that autograd knows of.")
+            return tuple(
+                torch.zeros_like(x) if part is None else part for x, part in zip(leaves.values(), gradient, strict=True)
+            )
+
+        return self.state.each(differentiate, leaves, [None])[0]
 
     def _scalar(self, model: nn.Module) -> Tensor:
         loss = self.closure(model)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(f"The closure must return a scalar loss, a tensor with one element; it returned {got}.")
+            raise UserError(
+                f"The loss must be a scalar, a tensor with one element; the criterion or closure gave {got}."
+            )
         # A copy: the loss could be (a view of) a parameter, and points share their memory.
         return loss.reshape(()).clone()
 
@@ -192,7 +243,9 @@ class Objective:
     @classmethod
     def of(cls, model: nn.Module, closure: Closure) -> "Objective":
         """The objective ``closure(model)`` in the state that the model is in now."""
-        return cls([Term(closure, ForwardState.capture(Scene(model)))])
+        scene = Scene(model)
+        scene.moving = set(scene.frozen_versions())  # it is not known which of them the closure writes to
+        return cls([Term(closure, ForwardState.capture(scene))])
 
     def __call__(self, parameters: Parameters) -> Tensor:
         """The loss at ``parameters`` (tensors by the names of ``model.named_parameters()``), a scalar tensor."""

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from landscape.capture import OBSERVE, Capture
+from landscape.capture import OBSERVE, Capture, NotYetError, replaying
 from landscape.checks import GradientCheck, LossCheck, engine_agrees
 from landscape.errors import UserError
 from landscape.objective import Parameters
-from landscape.ray import check_step_sizes, choose_engine, losses_along
+from landscape.ray import checked_step_sizes, choose_engine, losses_along
 from landscape.trace import TraceWriter
 from landscape.update import Update
 
 StepSizes = Sequence[float] | Callable[[int], Sequence[float]]
 DIRECTIONS = ("gradient", "update")
+CHECKS = 10
+"""Updates that are asked, at most, whether the captured loss is the one that is trained."""
 
 
 class LandscapeProbe:
@@ -78,15 +80,16 @@ class LandscapeProbe:
         grad_scaler: "torch.amp.GradScaler | None" = None,
         engine: str = "auto",
     ) -> None:
-        _check_arguments(criterion, step_sizes, every, direction, engine)
+        _check_arguments(model, optimizer, criterion, every, direction, engine)
+        step_sizes = step_sizes if callable(step_sizes) else checked_step_sizes(step_sizes)
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
         self.step_sizes, self.relative, self.every, self.direction = step_sizes, relative, every, direction
         self.steps_per_epoch, self.engine = steps_per_epoch, engine
         self.step = 0
-        self._capture = Capture(model, criterion, self._due, grad_scaler)
+        self._capture = Capture(model, criterion, optimizer, self._due, grad_scaler)
         self.trace = TraceWriter(trace, self._facts() | dict(facts or {}), overwrite=overwrite, resolve=_fetch)
         self._pending: Update | None = None
-        self._checked = False
+        self._checks_left = CHECKS
         self._last: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -116,7 +119,7 @@ class LandscapeProbe:
     ) -> None:
         self.detach()
 
-    def observe(self, closure: Callable[..., Tensor], *args: Any) -> Tensor:
+    def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Compute a loss that is not ``criterion(model(inputs), targets)``, and let the probe know of it.
 
         Call it where the loop computes its loss, once for each backward pass. ::
@@ -125,13 +128,15 @@ class LandscapeProbe:
             loss.backward()
 
         Args:
-            closure: ``closure(model, *args)`` gives the loss; it is called again for each step size.
+            closure: ``closure(model, *args, **kwargs)`` gives the loss. It is called again for each step size, without
+                gradients: one that differentiates (a gradient penalty) needs ``torch.enable_grad()`` inside.
             args: Whatever the loop rebinds before its optimizer steps, such as the batch.
+            kwargs: Likewise.
 
         Returns:
-            ``closure(model, *args)``, to be differentiated.
+            What the closure gives, to be differentiated.
         """
-        return self._capture.observe(closure, *args)
+        return self._capture.observe(closure, *args, **kwargs)
 
     def last(self) -> dict[str, Any]:
         """The row of the last probed update, with plain numbers; waits for the device. Empty before the first."""
@@ -172,20 +177,21 @@ class LandscapeProbe:
         if self._pending is not None:
             update, self._pending = self._pending, None
             self._measure(update, update.made(self.model))
+        self._capture.take()  # what a step(closure) has computed after the first time
         self.step += 1
 
     def _measure(self, update: Update, direction: Parameters) -> None:
-        step_sizes = self._step_sizes(update.lr)
         try:
+            step_sizes = self._step_sizes(update.lr)
             if not update.objective.terms:
                 raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
-            with self._capture.paused():
-                if not self._checked:
+            with replaying():
+                if self._checks_left:
                     self._check(update, direction, step_sizes)
                 started = time.perf_counter()
                 losses = losses_along(update.objective, update.origin, direction, step_sizes, self.engine)
         except UserError as error:
-            if not self._checked:
+            if self._checks_left == CHECKS and not isinstance(error, NotYetError):
                 raise
             warnings.warn(f"Step {self.step} is not in the trace: {error}", stacklevel=2)
             return
@@ -201,10 +207,13 @@ class LandscapeProbe:
 
     def _step_sizes(self, lr: float) -> list[float]:
         step_sizes = self.step_sizes(self.step) if callable(self.step_sizes) else self.step_sizes
-        return [float(eta) * lr if self.relative else float(eta) for eta in step_sizes]
+        return [eta * lr if self.relative else eta for eta in checked_step_sizes(step_sizes)]
 
     def _check(self, update: Update, direction: Parameters, step_sizes: Sequence[float]) -> None:
-        """Find out, before the first row, whether the objective is what is trained, and the engine can be trusted."""
+        """Find out, before the first row, whether the objective is what is trained, and the engine can be trusted.
+
+        An update whose loss or gradient is not finite or zero says nothing, and the next one is asked.
+        """
         at_zero = LossCheck.of(update.objective, update.origin)
         at_zero.warn()
         gradient = GradientCheck.of(update.objective, update.origin, update.gradient)
@@ -214,24 +223,30 @@ class LandscapeProbe:
         if repeatable and not engine_agrees(engine, update.objective, update.origin, direction, step_sizes):
             warnings.warn(f"The engine {engine!r} does not fit this model; it is measured by the loop.", stacklevel=2)
             engine = self.engine = "loop"
-        self.trace.note(engine=engine, loss_at_zero=asdict(at_zero))
-        self._checked = True
+        mode = "training" if self.model.training else "evaluation"
+        facts = {"loss_at_zero": asdict(at_zero), "gradient": None if gradient is None else asdict(gradient)}
+        self.trace.note(engine=engine, mode=mode, checks=facts)
+        self._checks_left = 0 if gradient is not None else self._checks_left - 1
 
     def _judge(self, check: GradientCheck) -> None:
-        if check.loss_scale is not None:
+        if not check.plain_weights:
             warnings.warn(
-                f"The loss was multiplied by {check.loss_scale:g} before the backward pass and the gradient divided by "
-                "it after; pass grad_scaler= to record losses without that factor.",
+                f"The captured losses were differentiated with weights that sum to {check.weight:.6g}, and are "
+                "recorded times their weights. For a loss scale pass grad_scaler=; where the training loss is no "
+                "multiple of the criterion, or is differentiated more than once, use probe.observe.",
                 stacklevel=2,
             )
         if check.agrees:
             return
         message = (
-            f"The optimizer's gradient is not that of the captured loss ({check.rest:.1%} of it is something else): "
+            f"The optimizer's gradient is not that of the captured loss ({check.rest:.1%} of it is something else)"
         )
         if self.criterion is not None:
-            raise UserError(f"{message}the training loss is more than criterion(model(inputs), targets). {OBSERVE}.")
-        warnings.warn(f"{message}a part of the loss was not observed, or the gradient was altered.", stacklevel=2)
+            raise UserError(
+                f"{message}: the training loss is more than criterion(model(inputs), targets), or the gradient was "
+                f"changed after the backward pass (clipped by value, masked). {OBSERVE}; there this is a warning."
+            )
+        warnings.warn(f"{message}: a part of the loss was not observed, or the gradient was changed.", stacklevel=2)
 
     def _facts(self) -> dict[str, Any]:
         options = {
@@ -243,6 +258,7 @@ class LandscapeProbe:
             "criterion": None if self.criterion is None else repr(self.criterion),
             "optimizer": type(self.optimizer).__name__,
             "optimizer_options": options,
+            "base_lr": float(self.optimizer.param_groups[0]["lr"]),
             "direction": self.direction,
             "probe_lrs": "a function of the step" if callable(self.step_sizes) else list(self.step_sizes),
             "relative": self.relative,
@@ -263,16 +279,21 @@ def _fetch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _check_arguments(criterion: Any, step_sizes: StepSizes, every: int, direction: str, engine: str) -> None:
+def _check_arguments(model: Any, optimizer: Any, criterion: Any, every: Any, direction: str, engine: str) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError("Give a model (nn.Module) and its optimizer (torch.optim.Optimizer), in this order.")
     if criterion is not None and not isinstance(criterion, nn.Module):
         raise UserError(
             f"criterion={criterion!r} is no nn.Module, so its calls cannot be seen; use the module (such as "
             "nn.CrossEntropyLoss() for F.cross_entropy), or leave it out and hand each loss to probe.observe(...)."
         )
-    if not callable(step_sizes):
-        check_step_sizes(step_sizes)
-    if every < 1:
+    if every != int(every) or every < 1:
         raise UserError(f"every={every}: probe each n-th update, with n a whole number from 1 on.")
     if direction not in DIRECTIONS:
         raise UserError(f"Unknown direction {direction!r}; choose one of {', '.join(DIRECTIONS)}.")
     choose_engine(engine, 1)
+    known = {id(parameter) for parameter in model.parameters()}
+    if not all(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
+        warnings.warn(
+            "The optimizer holds parameters that the model does not have; they stay where they are.", stacklevel=3
+        )

@@ -1,7 +1,7 @@
 """Losses at K points of a ray ``theta - eta * direction``: the plain loop, and its fast twin."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -46,8 +46,8 @@ def losses_along(
     objective: Objective, origin: Parameters, direction: Parameters, step_sizes: Sequence[float], engine: str = "auto"
 ) -> Tensor:
     """The K losses of ``objective`` at ``origin - eta * direction``; see :func:`ray_losses`."""
-    check_step_sizes(step_sizes)
-    _check_direction(origin, direction)
+    step_sizes = checked_step_sizes(step_sizes)
+    _check_direction(origin, direction, max(map(abs, step_sizes)))
     evaluate, walk = ENGINES[choose_engine(engine, len(step_sizes))], Walk(origin, direction)
     with torch.no_grad(), objective.undisturbed():
         return objective.total([torch.stack(evaluate(term, walk, step_sizes)) for term in objective.terms])
@@ -73,17 +73,24 @@ def _affine(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]
         with products:
             return term.closure(model)
 
-    losses = replace(term, closure=closure).losses(walk.point, (products.arrive(eta) for eta in step_sizes))
+    # From the nearest point outwards: differences of large products would cancel.
+    order = sorted(range(len(step_sizes)), key=lambda k: abs(step_sizes[k]))
+    try:
+        losses = replace(term, closure=closure).losses(walk.point, (products.arrive(step_sizes[k]) for k in order))
+    except (
+        RuntimeError
+    ):  # what a model does may not go together with the mode; if it is the model's own, it comes again
+        return _loop(term, walk, step_sizes)
     # NaN is how a use of a parameter shows that no TorchFunctionMode sees; on a GPU a look would wait for it.
     if any(loss.device.type == "cpu" and loss.isnan() for loss in losses):
         return _loop(term, walk, step_sizes)
-    return losses
+    return [losses[order.index(k)] for k in range(len(step_sizes))]
 
 
 ENGINES: dict[str, Engine] = {"loop": _loop, "affine": _affine}
 
 
-def _check_direction(origin: Parameters, direction: Parameters) -> None:
+def _check_direction(origin: Parameters, direction: Parameters, farthest: float) -> None:
     if not direction:
         raise UserError("The direction is empty; give a tensor for at least one of the model's parameters.")
     for name, tensor in direction.items():
@@ -92,9 +99,16 @@ def _check_direction(origin: Parameters, direction: Parameters) -> None:
         if tensor.shape != origin[name].shape:
             shapes = f"{tuple(tensor.shape)}, the parameter {tuple(origin[name].shape)}"
             raise UserError(f"The direction of {name!r} has shape {shapes}; the two must be equal.")
+        if farthest > torch.finfo(origin[name].dtype).max:
+            raise UserError(f"The step size {farthest} is more than {origin[name].dtype} holds; give smaller ones.")
 
 
-def check_step_sizes(step_sizes: Sequence[float]) -> None:
-    """Raise a UserError unless there is at least one step size and all are finite."""
-    if not step_sizes or not all(math.isfinite(eta) for eta in step_sizes):
-        raise UserError(f"step_sizes={list(step_sizes)!r}: give one finite number or more.")
+def checked_step_sizes(step_sizes: Iterable[float]) -> list[float]:
+    """The step sizes as numbers; a UserError unless there is at least one and all are finite."""
+    try:
+        numbers = [float(eta) for eta in step_sizes]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"step_sizes={step_sizes!r}: give a list of numbers.") from error
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise UserError(f"step_sizes={numbers}: give one finite number or more.")
+    return numbers

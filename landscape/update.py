@@ -21,10 +21,12 @@ class Update:
     @classmethod
     def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[Term]) -> "Update":
         """The update that ``optimizer`` is about to make; only the parameters it holds belong to it."""
+        # A fused optimizer divides gradients by the loss scale inside its kernel; GradScaler hands it over this way.
+        scale = getattr(optimizer, "grad_scale", None)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         parameters = dict(model.named_parameters())
         gradient = {
-            name: parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            name: _plain(parameter.grad, scale)
             for name, parameter in parameters.items()
             if parameter.grad is not None and id(parameter) in held
         }
@@ -45,3 +47,8 @@ class Update:
         norm = torch.nn.utils.get_total_norm(self.gradient.values())
         parts = [self.objective.recorded().reshape(1), norm.detach().reshape(1), losses]
         return torch.cat([part.to(torch.promote_types(losses.dtype, torch.float32)) for part in parts])
+
+
+def _plain(gradient: Tensor, scale: Tensor | None) -> Tensor:
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    return gradient if scale is None else gradient / scale

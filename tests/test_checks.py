@@ -23,14 +23,14 @@ def test_the_gradient_of_the_loss_agrees():
     result = check()
     assert result.agrees
     assert result.scale == pytest.approx(1, rel=1e-5)
-    assert result.loss_scale is None
+    assert result.plain_weights
 
 
 def test_a_clipped_gradient_agrees():
     result = check(lambda gradient: 0.01 * gradient)
     assert result.agrees
     assert result.scale == pytest.approx(0.01, rel=1e-5)
-    assert result.loss_scale is None
+    assert result.plain_weights
 
 
 def test_another_gradient_does_not_agree():
@@ -38,8 +38,18 @@ def test_another_gradient_does_not_agree():
     assert not check(torch.sign).agrees
 
 
-def test_a_loss_scale_is_found():
-    assert check(weight=torch.tensor(256.0)).loss_scale == 256
+def test_unusual_weights_are_found():
+    assert not check(weight=torch.tensor(256.0)).plain_weights
+    assert not check(weight=torch.tensor(0.3)).plain_weights
+    assert check(weight=torch.tensor(1.0)).plain_weights
+
+
+def test_sparse_gradients_are_judged():
+    model, tokens = nn.Embedding(5, 3, sparse=True), torch.tensor([1, 2, 1])
+    objective = Objective.of(model, lambda model: model(tokens).square().sum())
+    loss = model(tokens).square().sum()
+    gradient = {"weight": torch.autograd.grad(loss, model.weight)[0].to_dense()}
+    assert GradientCheck.of(objective, dict(model.named_parameters()), gradient).agrees
 
 
 def test_a_gradient_that_is_not_finite_is_not_judged():

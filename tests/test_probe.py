@@ -1,10 +1,13 @@
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from landscape import GhostNorm, LandscapeProbe, UserError, ray_losses
 from landscape.ray import ENGINES
@@ -122,7 +125,7 @@ def test_accumulation_measures_all_micro_batches_with_their_weights():
     torch.testing.assert_close(torch.tensor([row.loss, *row.losses]), torch.stack(expected), rtol=1e-12, atol=0)
 
 
-def test_a_loss_that_is_divided_in_place():
+def test_a_loss_that_is_changed_in_place():
     def losses(in_place):
         model, criterion = make_model(), nn.CrossEntropyLoss()
         optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -130,7 +133,7 @@ def test_a_loss_that_is_divided_in_place():
             torch.manual_seed(1)
             inputs, targets = batch()
             loss = criterion(model(inputs), targets)
-            loss = loss.div_(4) if in_place else loss / 4
+            loss = loss.mul_(1) if in_place else loss * 1
             loss.backward()
             optimizer.step()
         return probe.frame()[["loss", "loss_min", "loss_max"]]
@@ -262,7 +265,7 @@ def test_loss_scale_without_the_scaler_is_noticed():
     with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES):
         inputs, targets = batch()
         scaler.scale(criterion(model(inputs), targets)).backward()
-        with pytest.warns(UserWarning, match="multiplied by 1024.*pass grad_scaler="):
+        with pytest.warns(UserWarning, match="weights that sum to 1024.*pass grad_scaler="):
             scaler.step(optimizer)
 
 
@@ -318,7 +321,7 @@ def test_a_batch_that_is_overwritten_before_the_step_is_refused():
 
 
 def test_a_loss_for_each_sample_is_refused():
-    with pytest.raises(UserError, match="scalar loss"):
+    with pytest.raises(UserError, match="loss must be a scalar"):
         step_after(lambda m, c, x, y: c(m(x), y), nn.CrossEntropyLoss(reduction="none"))
 
 
@@ -373,6 +376,139 @@ def test_criterion_with_buffers_and_keyword_arguments_is_left_alone():
             optimizer.step()
     assert criterion.seen == 3
     assert len(probe.frame()) == 3
+
+
+class Momentum(nn.Module):
+    """A frozen copy of a layer that follows it in every forward pass, counts its calls, and is checkpointed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.follower = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), nn.Linear(6, 3)
+        self.follower.requires_grad_(False)
+        self.calls = 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        with torch.no_grad():
+            self.follower.weight.mul_(0.9).add_(self.layer[0].weight, alpha=0.1)
+        return checkpoint(self.layer, inputs, use_reentrant=False) + self.follower(inputs) / self.calls
+
+
+def test_frozen_parameters_and_attributes_that_the_forward_pass_writes_to():
+    def run(with_probe):
+        torch.manual_seed(0)
+        model, criterion = Momentum(), nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(model.layer.parameters(), lr=0.1)
+        probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES)
+        if with_probe:
+            probe.attach()
+            with pytest.warns(UserWarning, match="Step 0 is not in the trace: The forward pass writes to frozen"):
+                train(model, optimizer, criterion, updates=1)
+        else:
+            train(model, optimizer, criterion, updates=1)
+        train(model, optimizer, criterion, updates=3)
+        return model, probe.frame()
+
+    (model, frame), (expected, _) = run(True), run(False)
+    assert list(frame.step) == [1, 2, 3]
+    assert model.calls == expected.calls == 4
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+def test_flags_that_a_closure_sets_come_back():
+    model, criterion = make_model(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    inputs, targets = batch()
+    model.eval()
+    with LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES) as probe:
+        probe.observe(lambda model: criterion(model.train()(inputs), targets)).backward()
+        model.eval()
+        optimizer.step()
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_copy_of_a_probed_model_is_not_probed(tmp_path):
+    model, criterion = make_model(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=lambda step: STEP_SIZES) as probe:
+        train(model, optimizer, criterion, updates=1)
+        torch.save(model, tmp_path / "model.pt")
+        for copied in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            train(copied, OPTIMIZERS["sgd"](copied.parameters()), criterion, updates=1)
+    assert len(probe.frame()) == 1
+
+
+def test_two_probes_on_one_model():
+    model, criterion = make_model(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    arguments = {"step_sizes": STEP_SIZES, "grad_scaler": torch.amp.GradScaler("cpu", enabled=False)}
+    with (
+        LandscapeProbe(model, optimizer, criterion, **arguments) as first,
+        LandscapeProbe(model, optimizer, criterion, **arguments) as second,
+    ):
+        train(model, optimizer, criterion)
+    assert first.frame().losses.map(list).tolist() == second.frame().losses.map(list).tolist()
+    assert first.frame().losses.map(list).tolist() == probed().frame().losses.map(list).tolist()
+
+
+def test_fused_optimizer_with_a_loss_scale():
+    model, criterion = make_model().eval(), nn.CrossEntropyLoss()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1, fused=True), torch.amp.GradScaler("cpu")
+    inputs, targets = batch()
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1], grad_scaler=scaler) as probe:
+        scaler.scale(criterion(model(inputs), targets)).backward()
+        scaler.step(optimizer)
+    assert probe.frame().losses[0][0] == pytest.approx(criterion(model(inputs), targets).item(), rel=1e-5)
+
+
+def test_outputs_of_any_kind():
+    class Holder:
+        def __init__(self, logits):
+            self.logits = logits
+
+    class Model(nn.Linear):
+        def forward(self, inputs):
+            return Holder(super().forward(inputs))
+
+    class Criterion(nn.Module):
+        def forward(self, outputs, targets):
+            return F.cross_entropy(outputs.logits, targets)
+
+    torch.manual_seed(0)
+    model, criterion = Model(6, 3), Criterion()
+    optimizer, (inputs, targets) = torch.optim.SGD(model.parameters(), lr=0.1), batch()
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1]) as probe:
+        criterion(model(inputs), targets).backward()
+        optimizer.step()
+    assert probe.frame().losses[0][0] == pytest.approx(criterion(model(inputs), targets).item(), rel=1e-5)
+
+
+def test_checks_wait_for_an_update_that_says_something():
+    model, criterion = make_model(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES):
+        inputs, targets = batch()
+        (criterion(model(inputs), targets) * 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        (criterion(model(inputs), targets) + model[0].weight.square().sum()).backward()
+        with pytest.warns(UserWarning, match="Step 1 is not in the trace: The optimizer's gradient is not"):
+            optimizer.step()
+
+
+def test_losses_without_a_backward_pass_are_not_held():
+    model, criterion = make_model(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    held = []
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES):
+        for _ in range(5):
+            inputs, targets = batch()
+            held.append(weakref.ref(targets))
+            criterion(model(inputs), targets)
+        del inputs, targets
+        gc.collect()
+    assert not any(reference() is not None for reference in held)
 
 
 def test_only_parameters_of_the_optimizer_move():

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,32 @@ def test_divergence_is_kept():
     assert not math.isfinite(losses[1])
 
 
+def test_a_far_first_point_does_not_cancel_the_others():
+    case = CASES["mlp"]()
+    model, direction = case.model.float(), {name: tensor.float() for name, tensor in case.direction().items()}
+    inputs = torch.randn(12, 6)
+    losses = [ray_losses(model, lambda m: m(inputs).sum(), direction, [1e8, 0.1, 0.2, 0.3], engine=e) for e in ENGINES]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+
+
+def test_arrays_of_step_sizes_and_too_large_ones():
+    case = CASES["mlp"]()
+    steps = np.linspace(0.1, 0.8, 4)
+    a, b = (ray_losses(case.model, case.closure, case.direction(), s) for s in (steps, torch.from_numpy(steps)))
+    assert torch.equal(a, b)
+    model = nn.Linear(1, 1)
+    with pytest.raises(UserError, match=r"more than torch.float32 holds"):
+        ray_losses(model, lambda m: m(torch.ones(1)), {"bias": torch.ones(1)}, [1e300])
+
+
+def test_code_that_does_not_go_with_the_fast_engine_is_measured_by_the_loop():
+    model, inputs = nn.Linear(6, 3), torch.randn(12, 6)
+    direction = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    closure = lambda model: torch.vmap(model)(inputs).sum()  # noqa: E731
+    losses = [ray_losses(model, closure, direction, STEP_SIZES, engine=engine) for engine in ENGINES]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -142,9 +169,10 @@ def test_divergence_is_kept():
         ({"direction": {"0.bias": torch.zeros(1)}}, "'0.bias' has shape \\(1,\\), the parameter \\(8,\\)"),
         ({"step_sizes": []}, "one finite number or more"),
         ({"step_sizes": [0.1, math.nan]}, "one finite number or more"),
+        ({"step_sizes": 0.1}, "give a list of numbers"),
         ({"engine": "warp"}, "Unknown engine 'warp'; choose one of auto, loop, affine"),
-        ({"closure": lambda model: model(torch.zeros(2, 6).double())}, "scalar loss.*shape \\(2, 3\\)"),
-        ({"closure": lambda model: 1.0}, "it returned float"),
+        ({"closure": lambda model: model(torch.zeros(2, 6).double())}, "must be a scalar.*shape \\(2, 3\\)"),
+        ({"closure": lambda model: 1.0}, "gave float"),
     ],
 )
 def test_mistakes(change, message):
