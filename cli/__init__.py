@@ -33,14 +33,16 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             raise Mistake(" ".join(str(error).split())) from error
+        except OSError as error:
+            raise Mistake(f"{error.filename or 'The system'}: {error.strerror or error}") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="landscape")
 def main() -> None:
-    r"""Measure how smooth the loss landscape of a PyTorch training run is.
+    """Measure how smooth the loss landscape of a PyTorch training run is.
 
     \b
     landscape probe           train on handwritten digits with three norms, probing every update
     landscape plot traces/    draw what was recorded
-    """
+    """  # noqa: D301 (click looks for the character \\b)

@@ -85,9 +85,11 @@ def command(
     """
     base = replace(_recipe(recipe), **{name: value for name, value in options.items() if value is not None})
     variants = {"groups": groups or (base.groups,), "channel_groups": channel_groups or (base.channel_groups,)}
+    for option, given in (("groups", groups), ("channel_groups", channel_groups)):
+        if given and not any(option in options_of(norm) for norm in norms):
+            raise UserError(f"{option} is given, but none of the norms {', '.join(norms)} takes it; leave it out.")
     runs = _runs(base, norms, seeds, variants)
-    if not overwrite:
-        _check_free(runs, out)
+    _rehearse(runs, out, data_dir, device, overwrite)
     for run in runs:
         _train(run, out, data_dir, device, overwrite)
     click.echo(f"Draw them: landscape plot {out}")
@@ -112,20 +114,29 @@ def _runs(
     return list(dict.fromkeys(runs))
 
 
-def _check_free(runs: Sequence[Recipe], out: Path) -> None:
-    """Before the first run is trained, find out whether a later one would have no place."""
+def _rehearse(runs: Sequence[Recipe], out: Path, data_dir: Path | None, device: str | None, overwrite: bool) -> None:
+    """Before the first run is trained, find out whether a later one cannot be."""
     from landscape.trace import holds_rows
+    from landscape.training import rehearse
 
-    if taken := [str(out / run.run) for run in runs if holds_rows(out / run.run)]:
+    if not overwrite and (taken := [str(out / run.run) for run in runs if holds_rows(out / run.run)]):
         raise UserError(f"Recorded already: {', '.join(taken)}. Give another --out, or --overwrite to replace.")
+    for run in {replace(run, seed=0): run for run in runs}.values():
+        rehearse(run, data_dir, device)
 
 
 def _train(run: Recipe, out: Path, data_dir: Path | None, device: str | None, overwrite: bool) -> None:
     """Train one run under a progress bar, and say in one line where its trace is and how smooth the landscape was."""
     from landscape.training import train
 
-    with _Progress(run) as progress:
-        folder = train(run, out, data_dir=data_dir, device=device, overwrite=overwrite, on_update=progress.update)
+    try:
+        with _Progress(run) as progress:
+            folder = train(run, out, data_dir=data_dir, device=device, overwrite=overwrite, on_update=progress.update)
+    except KeyboardInterrupt:
+        click.echo(
+            f"Interrupted. What was recorded of this run is in {out / run.run}; --overwrite starts it anew.", err=True
+        )
+        raise
     click.echo(_smoothness(folder))
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-DIRECTIONS = {"gradient": "the gradient", "update": "the optimizer's update", None: "the probed direction"}
+DIRECTIONS = {"gradient": "the gradient", "update": "the optimizer's update"}
+MODES = {"training": ", in training mode (batch statistics)", "evaluation": ", in evaluation mode (running statistics)"}
 
 
 def caption(frame: pd.DataFrame, points: int) -> str:
@@ -22,11 +23,11 @@ def caption(frame: pd.DataFrame, points: int) -> str:
 
 def _probes(frame: pd.DataFrame) -> str:
     batch = _only(frame, "batch_size")
-    samples = "" if batch is None else f" of {batch:,} samples"
-    direction = DIRECTIONS[_only(frame, "direction")]
+    samples = f" of {batch:,} samples" if isinstance(batch, int | np.integer) else ""
+    direction = DIRECTIONS.get(_only(frame, "direction"), "the probed direction")
     return (
-        f"Band: smallest to largest training loss at {_step_sizes(frame)}, along {direction}, "
-        f"on the batch{samples} of each update, in training mode (batch statistics). Line: training loss."
+        f"Band: smallest to largest loss at {_step_sizes(frame)}, along {direction}, on the batch{samples} of each "
+        f"probed update{MODES.get(_only(frame, 'mode'), '')}. Line: the loss before the step, at step size 0."
     )
 
 
@@ -61,14 +62,18 @@ def _runs(frame: pd.DataFrame) -> str:
 
 
 def _updates(frame: pd.DataFrame, points: int) -> str:
-    binned = f", drawn at {points:,} points that keep every extreme" if len(frame["step"].unique()) > points else ""
-    return f"Updates probed: {len(frame):,}{binned}."
+    steps = frame["step"].unique()
+    runs = frame.groupby([name for name in ("band", "run") if name in frame], observed=True).size()
+    least, most = runs.min(), runs.max()
+    number = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    binned = f", drawn at {points:,} points that keep every extreme" if len(steps) > points else ""
+    return f"Updates probed in each run: {number}{binned}."
 
 
 def _not_finite(frame: pd.DataFrame) -> str:
     finite = np.isfinite(frame[["loss", "loss_min", "loss_max"]].to_numpy()).all(axis=1)
     return (
-        "" if finite.all() else f"At {(~finite).sum():,} of them a loss was NaN or infinite, and the drawing has a gap."
+        "" if finite.all() else f"At {(~finite).sum():,} updates a loss was NaN or infinite, and the drawing has a gap."
     )
 
 

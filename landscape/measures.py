@@ -9,7 +9,7 @@ import pandas as pd
 from landscape.errors import UserError
 from landscape.vocabulary import NORMS, NormName
 
-SETTINGS = ("dataset", "model", "batch_size")
+SETTINGS = ("dataset", "model", "batch_size", "base_lr", "direction")
 """Facts that join a band's label when runs differ in them."""
 
 
@@ -98,12 +98,18 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
     Rows of one norm with the same groups share a band, whatever their seed. Without a column ``norm`` every run is a
     band of its own, and without ``run`` all rows are one band without a label.
     """
-    names = [name for name in ("norm", "groups", "channel_groups", *SETTINGS) if name in frame]
     if "norm" not in frame:
         return pd.Series(frame.get("run", ""), frame.index, dtype="category")
-    differing = [name for name in SETTINGS if name in frame and len(frame[name].unique()) > 1]
-    number = frame.groupby(names, observed=True, dropna=False, sort=False).ngroup()
-    facts = frame.loc[~number.duplicated(), names].astype(object)
+    names = [name for name in ("norm", "groups", "channel_groups", *SETTINGS) if name in frame]
+    # A run of which no norm is known is a band by itself.
+    keys = frame[names].assign(
+        run=frame.get("run", pd.Series("", frame.index)).astype(object).where(frame["norm"].isna())
+    )
+    differing = [
+        name for name in SETTINGS if name in frame and len(frame.loc[frame["norm"].notna(), name].unique()) > 1
+    ]
+    number = keys.groupby(list(keys), observed=True, dropna=False, sort=False).ngroup()
+    facts = keys.loc[~number.duplicated()].astype(object)
     facts = facts.where(facts.notna(), None).to_dict("records")
     labels = [_label(band, differing) for band in facts]
     order = [labels[index] for index in sorted(range(len(facts)), key=lambda index: _position(facts[index]))]
@@ -111,10 +117,12 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
 
 
 def _label(facts: Mapping[str, Any], differing: Sequence[str]) -> str:
+    if facts["norm"] is None:
+        return str(facts["run"])
     norm = NORMS.get(facts["norm"], NormName(str(facts["norm"])))
     options = ", ".join(f"{sign}={facts[fact]:g}" for fact, sign in norm.symbols.items() if facts.get(fact) is not None)
     name = f"{norm.title} ({options})" if options else norm.title
-    return ", ".join([name, *(f"{fact} {facts[fact]}" for fact in differing)])
+    return ", ".join([name, *(f"{fact} {facts[fact]}".replace("_", " ") for fact in differing)])
 
 
 def _position(facts: Mapping[str, Any]) -> tuple[Any, ...]:

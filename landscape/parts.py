@@ -66,7 +66,10 @@ def read_part(path: Path, table: str) -> pa.Table:
         with pq.ParquetFile(path) as file:
             part = file.read()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}); remove it to read the rest.") from error
+        raise UserError(
+            f"{path} cannot be read as Parquet ({error}). Name run folders or parts; "
+            "to read the rest, move a damaged part out of its folder."
+        ) from error
     check_version((part.schema.metadata or {}).get(b"landscape_version", VERSION), path)
     if missing := [name for name in column_names(table) if name not in part.column_names]:
         raise UserError(f"{path} is no part of the table {table}: it has no column {', '.join(missing)}.")
@@ -79,5 +82,9 @@ def check_version(version: bytes | int, path: Path) -> None:
     Raises:
         UserError: The version is higher than the one that this package writes.
     """
-    if int(version) > VERSION:
-        raise UserError(f"{path} has trace format {int(version)}, and only {VERSION} is known here; upgrade landscape.")
+    try:
+        number = int(version)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has no trace format but {version!r}; it was not written by landscape.") from error
+    if number > VERSION:
+        raise UserError(f"{path} has trace format {number}, and only {VERSION} is known here; upgrade landscape.")

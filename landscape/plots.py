@@ -83,7 +83,7 @@ def plot_landscape(frame: pd.DataFrame, *, x: str = "step", scale: str = "auto",
             _draw_multiples(figure, bands, X_LABELS[x])
         else:
             _draw_overlay(figure, bands, X_LABELS[x], log)
-        _finish(figure, log, caption(frame, POINTS))
+        _finish(figure, log, (frame[x].min(), frame[x].max()), caption(frame, POINTS))
     return figure
 
 
@@ -163,7 +163,7 @@ def _draw_overlay(figure: Figure, bands: Bands, x_label: str, log: bool) -> None
     drawn = {label: _draw_band(axes, band, colours[label]) for label, band in _largest_first(bands, log).items()}
     if any(bands):
         handles: list[Any] = [drawn[label] for label in bands]
-        columns = 4 if len(bands) <= 4 else 3
+        columns = max(1, min(4, 100 // (6 + max(map(len, bands)))))
         figure.legend(handles, list(bands), loc="outside upper left", ncols=columns, frameon=False)
 
 
@@ -186,7 +186,8 @@ def _draw_multiples(figure: Figure, bands: Bands, x_label: str) -> None:
 
 
 def _draw_band(axes: Axes, band: Band, colour: Colour) -> tuple[PolyCollection, Line2D]:
-    (line,) = axes.plot(band.x, band.loss, color=colour, linewidth=0.9)
+    marker = "." if np.isfinite(band.loss).sum() == 1 else None  # a lone point makes no line
+    (line,) = axes.plot(band.x, band.loss, color=colour, linewidth=0.9, marker=marker)
     tint = tuple(0.4 + 0.6 * part for part in colour[:3])  # opaque: mixed shades would match no entry of the legend
     return _shade(axes, band, color=tint), line
 
@@ -196,12 +197,14 @@ def _shade(axes: Axes, band: Band, **style: Any) -> PolyCollection:
     return axes.fill_between(band.x, band.low, band.high, linewidth=0.5, **style)
 
 
-def _finish(figure: Figure, log: bool, text: str) -> None:
+def _finish(figure: Figure, log: bool, reach: tuple[float, float], text: str) -> None:
+    margin = 0.01 * (reach[1] - reach[0]) or 0.5
     for axes in figure.axes:
         axes.set_yscale("log" if log else "linear")
-        axes.margins(x=0.01)
+        axes.set_xlim(reach[0] - margin, reach[1] + margin)  # also where nothing is drawn, as after a divergence
+        axes.xaxis.get_major_locator().set_params(integer=True)
         sns.despine(ax=axes)
         axes.xaxis.set_major_formatter("{x:,.10g}")
-    figure.supylabel("training loss", fontsize="medium")
+    figure.supylabel("loss", fontsize="medium")
     text += " On this logarithmic axis, heights are ratios." if log else ""
     figure.supxlabel(textwrap.fill(text, 142), x=0.01, ha="left", fontsize="small", color="0.3")

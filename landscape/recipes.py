@@ -47,12 +47,16 @@ class Recipe:
 
     def checked(self) -> Self:
         """The recipe without options that its norm does not take; a UserError where a value is out of range."""
-        for name in ("batch_size", "epochs", "every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number from 1 on.")
+        options = options_of(self.norm)
+        for name in ("batch_size", "epochs", "every", *options):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}={value} is out of range; give a whole number from 1 on.")
         if not 0 < self.lr < float("inf"):
-            raise UserError(f"lr={self.lr} is out of range; give a learning rate above 0.")
-        unused = {name: None for name in ("groups", "channel_groups") if name not in options_of(self.norm)}
+            raise UserError(f"lr={self.lr} is out of range; give a finite learning rate above 0.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} is out of range; give a whole number from 0 to 2**63 - 1.")
+        unused = {name: None for name in ("groups", "channel_groups") if name not in options}
         return replace(self, **unused)
 
 

@@ -112,15 +112,17 @@ class TraceWriter:
             self._written[table] += part.num_rows
 
     def frame(self, table: str = "updates") -> pd.DataFrame:
-        """Everything recorded so far, one row per update (or epoch), without the run facts; flushes first."""
+        """Everything recorded so far, as ``read_traces`` gives it but without ``run``; flushes first."""
         self.flush()
         parts = sorted(self.folder.glob(f"{table}-*.parquet")) if self.folder else []
-        return to_pandas(pa.concat_tables([self._in_memory[table], *(read_part(part, table) for part in parts)]))
+        rows = pa.concat_tables([self._in_memory[table], *(read_part(part, table) for part in parts)])
+        return _joined([rows], [self._facts], table)
 
     def close(self) -> None:
         """Write what is pending and note when the run ended."""
         self.flush()
-        self.note(ended=_now())
+        if self.folder is not None:
+            self.note(ended=_now())
 
     def __enter__(self) -> Self:
         return self
@@ -168,12 +170,20 @@ def read_traces(paths: str | Path | Iterable[str | Path], table: str = "updates"
     Raises:
         UserError: There is no such table, nothing is at a path or was recorded in it, or a file cannot be read.
     """
-    taken = {"run", "version", *column_names(table)}
+    column_names(table)
     paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     names, parts = _find_runs(paths, table)
     rows = [pa.concat_tables([read_part(part, table) for part in parts[folder]]) for folder in parts]
-    facts = _fact_columns([{"run": names[folder], **_scalar_facts(folder, taken)} for folder in parts])
-    repeated = facts.loc[np.repeat(facts.index, [run.num_rows for run in rows])].reset_index(drop=True)
+    facts = [{**_read_facts(folder / "run.json"), "run": names[folder]} for folder in parts]
+    return _joined(rows, facts, table)
+
+
+def _joined(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> pd.DataFrame:
+    """The rows of all runs behind their scalar facts; a fact named like a column of the rows is left out."""
+    taken = {"version", *column_names(table)}
+    scalars = [{n: f for n, f in run.items() if n not in taken and not isinstance(f, dict | list)} for run in facts]
+    columns = _fact_columns([{name: run[name] for name in sorted(run, key=lambda n: n != "run")} for run in scalars])
+    repeated = columns.loc[np.repeat(columns.index, [run.num_rows for run in rows])].reset_index(drop=True)
     return pd.concat([repeated, to_pandas(pa.concat_tables(rows))], axis=1)
 
 
@@ -205,19 +215,13 @@ def _locate(path: Path, table: str) -> Iterator[tuple[str, Path]]:
         raise UserError(f"There is no {path}; give a run folder, a folder of runs, or a part ({table}-*.parquet).")
 
 
-def _scalar_facts(folder: Path, taken: set[str]) -> dict[str, Any]:
-    """The facts of a run that can be a column each, beside those whose names are taken."""
-    facts = _read_facts(folder / "run.json")
-    return {name: fact for name, fact in facts.items() if name not in taken and not isinstance(fact, dict | list)}
-
-
 def _read_facts(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
         facts = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); mend or remove it.") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}); mend it, or move it out of the folder.") from error
     check_version(facts.get("version", VERSION), path)
     return facts
 
@@ -225,7 +229,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
 def _fact_columns(facts: list[dict[str, Any]]) -> pd.DataFrame:
     """One row per run, in types that stay small when they are repeated for every update."""
     names = dict.fromkeys(name for run in facts for name in run)
-    return pd.DataFrame({name: _fact_column([run.get(name) for run in facts]) for name in names})
+    columns = {name: _fact_column([run.get(name) for run in facts]) for name in names}
+    return pd.DataFrame(columns, index=range(len(facts)))
 
 
 def _fact_column(values: list[Any]) -> pd.Series:

@@ -72,12 +72,23 @@ def train(
     return Path(out) / recipe.run
 
 
+def rehearse(recipe: Recipe, data_dir: str | Path | None = None, device: str | None = None) -> None:
+    """Raise the UserError that :func:`train` would raise, as far as it can be known without training.
+
+    Args:
+        recipe: As for :func:`train`, and so are the others.
+        data_dir: Likewise.
+        device: Likewise.
+    """
+    _model(recipe.checked(), load_dataset(recipe.dataset, data_dir, _device(device)))
+
+
 def _device(name: str | None) -> torch.device:
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device {name!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+        device = torch.device("cuda" if name is None and torch.cuda.is_available() else name or "cpu")
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"The device {name!r} cannot be used here; give cpu, or cuda where there is a GPU.") from error
     return device
 
 
@@ -85,10 +96,17 @@ def _model(recipe: Recipe, data: Dataset) -> nn.Module:
     """The recipe's model with its initial weights, the same on every device."""
     if recipe.batch_size > len(data.train_inputs):
         raise UserError(f"batch_size={recipe.batch_size} is more than the {len(data.train_inputs)} training samples.")
+    if recipe.model not in MODELS:
+        raise UserError(f"Unknown model {recipe.model!r}; choose one of {', '.join(MODELS)}.")
     torch.manual_seed(recipe.seed)
     norm = make_norm(recipe.norm, **recipe.norm_options)
     model = MODELS[recipe.model](data.train_inputs[0].numel(), data.classes, norm).to(data.train_inputs.device)
-    deepcopy(model)(data.train_inputs[: recipe.batch_size])  # a norm that does not fit is found before a trace is begun
+    try:  # a norm that does not fit is found before a trace is begun
+        deepcopy(model)(data.train_inputs[: recipe.batch_size])
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"The norm {recipe.norm!r} does not take batches of {recipe.batch_size}: {error}.") from error
     return model
 
 

@@ -34,10 +34,9 @@ def test_step_sizes_are_those_of_the_rows(step_sizes, expected, arrow):
 
 def test_facts_are_said_if_all_runs_share_them():
     run = frame(steps=2).assign(batch_size=1024, direction="update")
-    assert "along the optimizer's update, on the batch of 1,024 samples of each update" in words(run)
+    assert "along the optimizer's update, on the batch of 1,024 samples of each probed update" in words(run)
     runs = pd.concat([run, run.assign(batch_size=512, direction="gradient")])
-    assert "along the probed direction, on the batch of each update" in words(runs)
-    assert "training mode (batch statistics)" in words(frame(steps=2))
+    assert "along the probed direction, on the batch of each probed update" in words(runs)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +53,22 @@ def test_it_says_how_runs_are_joined(runs, expected):
     assert expected in words(runs)
 
 
+def test_the_mode_is_said_where_it_is_known():
+    assert "in training mode (batch statistics)" in words(frame(steps=2).assign(mode="training"))
+    assert "in evaluation mode (running statistics)" in words(frame(steps=2).assign(mode="evaluation"))
+    assert "mode" not in words(frame(steps=2))
+
+
+def test_facts_that_make_no_sense_are_passed_over():
+    assert "along the probed direction, on the batch of" in words(frame(steps=2).assign(direction="up", batch_size="x"))
+
+
 def test_it_counts_updates_and_those_that_are_not_finite():
     run = frame(steps=1200)
-    assert "Updates probed: 1,200." in words(run, points=1200)
-    assert words(run, points=1000).endswith("Updates probed: 1,200, drawn at 1,000 points that keep every extreme.")
+    assert "Updates probed in each run: 1,200." in words(run, points=1200)
+    assert words(run, points=1000).endswith(
+        "Updates probed in each run: 1,200, drawn at 1,000 points that keep every extreme."
+    )
     run.loc[[3, 5], "loss_max"] = np.inf
     run.loc[7, "loss"] = np.nan
-    assert words(run).endswith("At 3 of them a loss was NaN or infinite, and the drawing has a gap.")
+    assert words(run).endswith("At 3 updates a loss was NaN or infinite, and the drawing has a gap.")

@@ -74,7 +74,7 @@ def test_a_trace_without_a_finite_loss_is_still_a_figure(tmp_path):
     run = frame(steps=5).assign(loss=np.nan, loss_min=np.nan, loss_max=np.inf)
     figure = plot_landscape(run)
     save(figure, tmp_path / "figure.png")
-    assert "At 5 of them" in figure.get_supxlabel().replace("\n", " ")
+    assert "At 5 updates" in figure.get_supxlabel().replace("\n", " ")
 
 
 @pytest.mark.parametrize(
