@@ -67,8 +67,9 @@ class SharedProducts(TorchFunctionMode):
         # An embedding with max_norm writes to its weight.
         if func in _LINEAR and kwargs.get("max_norm") is None:
             return self._linear(func, *args, **kwargs)
-        self._use(args)
-        self._use(kwargs.values())
+        if self.idle:
+            self._use(args)
+            self._use(kwargs.values())
         return func(*args, **kwargs)
 
     def _linear(

@@ -1,13 +1,13 @@
 """Captures the losses of the user's own training loop, as it runs, in a form that can be evaluated again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from landscape.errors import UserError
@@ -175,10 +175,11 @@ class _Leaves:
         leaves, spec = tree_flatten(nest)
         return cls(leaves, spec, [_version(leaf) for leaf in leaves])
 
-    def nest(self, what: str = "An input of the model or the criterion") -> Any:
-        """The arguments as they were; an error if a tensor has been written to since."""
+    def nest(self, what: str = "An input of the model or the criterion", outputs: Sequence[Any] = ()) -> Any:
+        """The arguments as they were, around the model's ``outputs``; an error if one has been written to since."""
         self.check(what)
-        return tree_unflatten(self.leaves, self.spec)
+        leaves = [outputs[leaf.index] if isinstance(leaf, _Output) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.spec)
 
     def check(self, what: str) -> None:
         if self.versions != [_version(leaf) for leaf in self.leaves]:
@@ -234,8 +235,7 @@ def _tied(call: _Call, criterion: nn.Module, arguments: _Leaves) -> Closure:
     def closure(model: nn.Module) -> Tensor:
         args, kwargs = inputs.nest()
         outputs = tree_flatten(model(*args, **kwargs))[0]
-        nest = arguments.nest()
-        args, kwargs = tree_map(lambda leaf: outputs[leaf.index] if isinstance(leaf, _Output) else leaf, nest)
+        args, kwargs = arguments.nest(outputs=outputs)
         with Autocast.restored(autocast):
             return criterion(*args, **kwargs)
 
