@@ -63,8 +63,8 @@ def _runs(frame: pd.DataFrame) -> str:
 
 def _updates(frame: pd.DataFrame, points: int) -> str:
     steps = frame["step"].unique()
-    runs = frame.groupby([name for name in ("band", "run") if name in frame], observed=True).size()
-    least, most = runs.min(), runs.max()
+    sizes = frame.groupby([name for name in ("band", "run") if name in frame], observed=True).size().to_numpy()
+    least, most = sizes.min(), sizes.max()
     number = f"{most:,}" if least == most else f"{least:,} to {most:,}"
     binned = f", drawn at {points:,} points that keep every extreme" if len(steps) > points else ""
     return f"Updates probed in each run: {number}{binned}."

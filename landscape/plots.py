@@ -83,7 +83,7 @@ def plot_landscape(frame: pd.DataFrame, *, x: str = "step", scale: str = "auto",
             _draw_multiples(figure, bands, X_LABELS[x])
         else:
             _draw_overlay(figure, bands, X_LABELS[x], log)
-        _finish(figure, log, (frame[x].min(), frame[x].max()), caption(frame, POINTS))
+        _finish(figure, log, (float(np.min(frame[x])), float(np.max(frame[x]))), caption(frame, POINTS))
     return figure
 
 
@@ -159,6 +159,7 @@ def _colours(bands: Bands) -> dict[str, Colour]:
 def _draw_overlay(figure: Figure, bands: Bands, x_label: str, log: bool) -> None:
     axes = figure.subplots()
     axes.set_xlabel(x_label)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     colours = _colours(bands)
     drawn = {label: _draw_band(axes, band, colours[label]) for label, band in _largest_first(bands, log).items()}
     if any(bands):
@@ -177,7 +178,7 @@ def _draw_multiples(figure: Figure, bands: Bands, x_label: str) -> None:
             _shade(axes, bands[other], color="0.88")
         _draw_band(axes, bands[label], colour)
         axes.set_title(label, loc="left")
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
     for axes in panels[len(bands) :]:
         axes.remove()
     for axes in panels[: len(bands)][-columns:]:  # those with no panel below
@@ -202,7 +203,6 @@ def _finish(figure: Figure, log: bool, reach: tuple[float, float], text: str) ->
     for axes in figure.axes:
         axes.set_yscale("log" if log else "linear")
         axes.set_xlim(reach[0] - margin, reach[1] + margin)  # also where nothing is drawn, as after a divergence
-        axes.xaxis.get_major_locator().set_params(integer=True)
         sns.despine(ax=axes)
         axes.xaxis.set_major_formatter("{x:,.10g}")
     figure.supylabel("loss", fontsize="medium")
