@@ -102,9 +102,8 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
         return pd.Series(frame.get("run", ""), frame.index, dtype="category")
     names = [name for name in ("norm", "groups", "channel_groups", *SETTINGS) if name in frame]
     # A run of which no norm is known is a band by itself.
-    keys = frame[names].assign(
-        run=frame.get("run", pd.Series("", frame.index)).astype(object).where(frame["norm"].isna())
-    )
+    runs = frame["run"].astype(object) if "run" in frame else pd.Series("", frame.index)
+    keys = frame[names].assign(run=runs.where(frame["norm"].isna()))
     differing = [
         name for name in SETTINGS if name in frame and len(frame.loc[frame["norm"].notna(), name].unique()) > 1
     ]

@@ -97,6 +97,17 @@ def test_ranges_per_epoch_and_norm():
     assert list(summary["updates"]) == [20, 20, 10] * 2
 
 
+def test_runs_of_which_no_norm_is_known_are_bands_by_themselves():
+    own = [frame("x", steps=1).drop(columns="norm").assign(run=run) for run in ("a", "b")]
+    runs = pd.concat([*own, frame("batch", steps=1).assign(batch_size=128)], ignore_index=True)
+    assert list(band_labels(runs)) == ["a", "b", "BatchNorm"]
+
+
+def test_bands_tell_other_settings_apart():
+    runs = [frame("batch", steps=1).assign(base_lr=lr) for lr in (0.1, 2.0)]
+    assert list(band_labels(pd.concat(runs, ignore_index=True))) == ["BatchNorm, base lr 0.1", "BatchNorm, base lr 2.0"]
+
+
 def test_bands_are_named_and_ordered_as_in_the_paper():
     runs = pd.concat(
         [
