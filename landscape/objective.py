@@ -33,9 +33,11 @@ class Scene(nn.Module):
 
     def written(self) -> list[tuple[dict[str, Any], str, Tensor]]:
         """Buffers and moving parameters, which forward passes write to, with the dict that holds each and its name."""
-        holders = [holder for module in self.modules() for holder in (module._buffers, module._parameters)]
-        places = [(holder, name, t) for holder in holders for name, t in holder.items() if t is not None]
-        return [place for place in places if type(place[2]) is not nn.Parameter or id(place[2]) in self.moving]
+        buffers = [(module._buffers, name, b) for module in self.modules() for name, b in module._buffers.items()]
+        frozen = [(module._parameters, name, p) for module in self.modules() for name, p in module._parameters.items()]
+        return [(held, name, b) for held, name, b in buffers if b is not None] + [
+            (held, name, p) for held, name, p in frozen if p is not None and id(p) in self.moving
+        ]
 
     def frozen_versions(self) -> dict[int, int]:
         """How often each frozen parameter (by id) was written to."""
