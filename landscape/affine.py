@@ -108,8 +108,8 @@ class SharedProducts(TorchFunctionMode):
     def _use(self, values: Iterable[Any]) -> None:
         """Parameters among the values are about to be used as they are: build those that are not up to date."""
         for value in values:
-            if isinstance(value, list | tuple):
+            if type(value) in (list, tuple):
                 self._use(value)
-            elif (name := self.names.get(id(value))) in self.idle:
+            elif id(value) in self.names and (name := self.names[id(value)]) in self.idle:
                 self.idle.remove(name)
                 self.walk.build(name)
