@@ -16,6 +16,8 @@ from landscape.errors import UserError
 T = TypeVar("T")
 Closure = Callable[[nn.Module], Tensor]
 Parameters = Mapping[str, Tensor]
+Place = tuple[Any, str, Any]
+"""A module's own dict of buffers or parameters, the name of a tensor in it, and the tensor."""
 
 
 class Scene(nn.Module):
@@ -31,13 +33,15 @@ class Scene(nn.Module):
         self.moving: set[int] = set()
         """Frozen parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
 
-    def written(self) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """Buffers and moving parameters, which forward passes write to, with the dict that holds each and its name."""
-        buffers = [(module._buffers, name, b) for module in self.modules() for name, b in module._buffers.items()]
-        frozen = [(module._parameters, name, p) for module in self.modules() for name, p in module._parameters.items()]
-        return [(held, name, b) for held, name, b in buffers if b is not None] + [
-            (held, name, p) for held, name, p in frozen if p is not None and id(p) in self.moving
-        ]
+    def written(self) -> "list[Place]":
+        """Buffers and moving parameters, which forward passes write to."""
+        places: list[Place] = []
+        for module in self.modules():
+            places += [
+                (module._buffers, name, buffer) for name, buffer in module._buffers.items() if buffer is not None
+            ]
+            places += [(module._parameters, name, p) for name, p in module._parameters.items() if id(p) in self.moving]
+        return places
 
     def frozen_versions(self) -> dict[int, int]:
         """How often each frozen parameter (by id) was written to."""
@@ -117,7 +121,7 @@ class ForwardState:
 
     scene: Scene
     attributes: Sequence[tuple[nn.Module, dict[str, Any]]]
-    tensors: Sequence[tuple[dict[str, Any], str, Tensor]]
+    tensors: Sequence[Place]
     random: RandomState
     autocast: tuple[Autocast, ...]
 
@@ -174,7 +178,7 @@ class ForwardState:
                 owner[name] = tensor
 
 
-def _copies(tensors: Iterable[tuple[dict[str, Any], str, Tensor]]) -> list[tuple[dict[str, Any], str, Tensor]]:
+def _copies(tensors: Iterable[Place]) -> list[Place]:
     """The same places with copies of their tensors; one that is in several places stays one."""
     places, copies = list(tensors), {}
     for _, _, tensor in places:
