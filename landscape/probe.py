@@ -190,7 +190,7 @@ class LandscapeProbe:
                     self._check(update, direction, step_sizes)
                 started = time.perf_counter()
                 losses = losses_along(update.objective, update.origin, direction, step_sizes, self.engine)
-        except UserError as error:
+        except Exception as error:  # a training run that has begun well shall not end because of its probe
             if self._checks_left == CHECKS and not isinstance(error, NotYetError):
                 raise
             warnings.warn(f"Step {self.step} is not in the trace: {error}", stacklevel=2)

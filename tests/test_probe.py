@@ -1,6 +1,7 @@
 import copy
 import gc
 import itertools
+import warnings
 import weakref
 
 import pytest
@@ -334,6 +335,27 @@ def test_after_the_first_row_a_bad_capture_is_left_out_with_a_warning():
             optimizer.step()
         train(model, optimizer, criterion, updates=1)
     assert list(probe.frame().step) == [0, 1, 3]
+
+
+def test_an_error_in_the_middle_of_a_run_does_not_end_it():
+    calls = []
+
+    def closure(model, inputs, targets):
+        calls.append(inputs)
+        if len(calls) > 30 and not torch.is_grad_enabled():
+            raise MemoryError("out of memory")
+        return F.cross_entropy(model(inputs), targets)
+
+    model = make_model()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES) as probe, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            optimizer.zero_grad()
+            probe.observe(closure, *batch()).backward()
+            optimizer.step()
+    assert 0 < len(probe.frame()) < 6
+    assert "is not in the trace: out of memory" in str(seen[-1].message)
 
 
 def test_a_loss_that_cannot_be_repeated_is_noticed():
