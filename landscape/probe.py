@@ -143,7 +143,7 @@ class LandscapeProbe:
         return _fetch([self._last])[0] if self._last else {}
 
     def frame(self) -> pd.DataFrame:
-        """All rows so far, with the columns of ``landscape.columns.UPDATES``."""
+        """All rows so far: the run's scalar facts, and the columns of ``landscape.columns.UPDATES``."""
         return self.trace.frame()
 
     def _due(self) -> bool:
@@ -219,8 +219,8 @@ class LandscapeProbe:
         gradient = GradientCheck.of(update.objective, update.origin, update.gradient)
         if gradient is not None:
             self._judge(gradient)
-        engine, repeatable = choose_engine(self.engine, len(step_sizes)), at_zero.apart <= at_zero.tolerance
-        if repeatable and not engine_agrees(engine, update.objective, update.origin, direction, step_sizes):
+        engine = choose_engine(self.engine, len(step_sizes))
+        if at_zero.agrees and not engine_agrees(engine, update.objective, update.origin, direction, step_sizes):
             warnings.warn(f"The engine {engine!r} does not fit this model; it is measured by the loop.", stacklevel=2)
             engine = self.engine = "loop"
         mode = "training" if self.model.training else "evaluation"

@@ -1,11 +1,15 @@
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from landscape.checks import GradientCheck
+from landscape.checks import GradientCheck, LossCheck
 from landscape.objective import Objective
+
+NAN = float("nan")
 
 
 def check(alter=lambda gradient: gradient, penalty=0.0, weight=None):
@@ -17,6 +21,16 @@ def check(alter=lambda gradient: gradient, penalty=0.0, weight=None):
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradient = {name: alter(part) for name, part in zip(names, torch.autograd.grad(loss, parameters), strict=True)}
     return GradientCheck.of(objective, dict(model.named_parameters()), gradient)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "evaluated", "words"), [(1.0, 1.0, 0), (1.0, 1.5, 1), (1.0, NAN, 1), (NAN, NAN, 0)]
+)
+def test_a_loss_that_is_not_the_recorded_one_is_told(recorded, evaluated, words):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        LossCheck(recorded, evaluated, 1e-5).warn()
+    assert len(seen) == words
 
 
 def test_the_gradient_of_the_loss_agrees():
