@@ -33,7 +33,7 @@ class Scene(nn.Module):
         self.moving: set[int] = set()
         """Frozen parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
 
-    def written(self) -> "list[Place]":
+    def written(self) -> list[Place]:
         """Buffers and moving parameters, which forward passes write to."""
         places: list[Place] = []
         for module in self.modules():
@@ -215,7 +215,7 @@ class Term:
 
         def differentiate(model: nn.Module) -> tuple[Tensor, ...]:
             # In here, so that what is computed again (checkpoints) finds the same tensors.
-            loss = self._scalar(model) if self.weight is None else self.weight * self._scalar(model)
+            loss = self.weighted(self._scalar(model))
             gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             if all(part is None for part in gradient):
                 raise RuntimeError("The loss depends on no parameter that autograd knows of.")
@@ -224,6 +224,10 @@ class Term:
             )
 
         return self.state.each(differentiate, leaves, [None])[0]
+
+    def weighted(self, loss: Tensor) -> Tensor:
+        """A loss, or several, times the weight."""
+        return loss if self.weight is None else self.weight * loss
 
     def _scalar(self, model: nn.Module) -> Tensor:
         loss = self.closure(model)
@@ -241,7 +245,7 @@ class Objective:
     """The loss of one update, ``sum of weight * loss`` over its backward passes, as a function of the parameters.
 
     Calling it changes nothing in the live model: parameters and buffers are swapped for the call
-    (:func:`torch.func.functional_call`), train flags and random streams are put back.
+    (:func:`torch.func.functional_call`), attributes of modules and random streams are put back.
     """
 
     terms: Sequence[Term]
@@ -265,7 +269,7 @@ class Objective:
     def total(self, losses: Sequence[Tensor]) -> Tensor:
         """Weighted sum over the terms of their ``losses``, which may all carry the same further dimensions."""
         pairs = zip(self.terms, losses, strict=True)
-        return torch.stack([loss if term.weight is None else term.weight * loss for term, loss in pairs]).sum(0)
+        return torch.stack([term.weighted(loss) for term, loss in pairs]).sum(0)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -68,7 +68,7 @@ def plot_landscape(frame: pd.DataFrame, *, x: str = "step", scale: str = "auto",
             overlays unless one band would hide another.
 
     Returns:
-        A figure, 8 inches wide, to be shown by a notebook or written by ``save``.
+        A figure, 8 inches wide, to be shown by a notebook or written by its ``savefig`` or by :func:`save`.
 
     Raises:
         UserError: An option is none of these, the frame has no rows, or a loss has no place on a logarithmic axis.

@@ -77,9 +77,7 @@ def _affine(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]
     order = sorted(range(len(step_sizes)), key=lambda k: abs(step_sizes[k]))
     try:
         losses = replace(term, closure=closure).losses(walk.point, (products.arrive(step_sizes[k]) for k in order))
-    except (
-        RuntimeError
-    ):  # what a model does may not go together with the mode; if it is the model's own, it comes again
+    except RuntimeError:  # what a model does may not go together with the mode; an error of its own comes again
         return _loop(term, walk, step_sizes)
     # NaN is how a use of a parameter shows that no TorchFunctionMode sees; on a GPU a look would wait for it.
     if any(loss.device.type == "cpu" and loss.isnan() for loss in losses):

@@ -170,11 +170,12 @@ def read_traces(paths: str | Path | Iterable[str | Path], table: str = "updates"
     Raises:
         UserError: There is no such table, nothing is at a path or was recorded in it, or a file cannot be read.
     """
-    column_names(table)
+    column_names(table)  # a table that does not exist is told before its parts are missed
     paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     names, parts = _find_runs(paths, table)
     rows = [pa.concat_tables([read_part(part, table) for part in parts[folder]]) for folder in parts]
-    facts = [{**_read_facts(folder / "run.json"), "run": names[folder]} for folder in parts]
+    run = {folder: {"run": names[folder]} for folder in parts}  # before all facts, and not to be renamed by one
+    facts = [run[folder] | _read_facts(folder / "run.json") | run[folder] for folder in parts]
     return _joined(rows, facts, table)
 
 
@@ -182,7 +183,7 @@ def _joined(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> pd
     """The rows of all runs behind their scalar facts; a fact named like a column of the rows is left out."""
     taken = {"version", *column_names(table)}
     scalars = [{n: f for n, f in run.items() if n not in taken and not isinstance(f, dict | list)} for run in facts]
-    columns = _fact_columns([{name: run[name] for name in sorted(run, key=lambda n: n != "run")} for run in scalars])
+    columns = _fact_columns(scalars)
     repeated = columns.loc[np.repeat(columns.index, [run.num_rows for run in rows])].reset_index(drop=True)
     return pd.concat([repeated, to_pandas(pa.concat_tables(rows))], axis=1)
 
