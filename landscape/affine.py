@@ -1,115 +1,46 @@
-"""Linear operations along a ray, evaluated once for all points where their input is the same at all of them."""
+"""A ray point by point, with all that does not depend on the step size evaluated once."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
-from landscape.walk import Walk
-
-_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_LINEAR = {F.linear, F.embedding} | _CONVOLUTIONS
+from landscape.masks import SharedDraws
+from landscape.objective import Term
+from landscape.products import SharedProducts
+from landscape.walk import Ray, Walk
 
 
-@dataclass
-class _Product:
-    """A linear operation as evaluated at step size ``eta``; holding its input keeps that memory from being reused."""
-
-    names: tuple[str, ...]
-    inputs: Tensor
-    inputs_version: int
-    outputs: Tensor
-    outputs_version: int
-    eta: float
-    slope: Tensor | None = None
+def affine(ray: Ray) -> Tensor:
+    """Each point by itself, but what does not depend on eta, or is affine in it, is evaluated once for all points."""
+    return _shared(ray, Walk(ray))
 
 
-class SharedProducts(TorchFunctionMode):
-    """Evaluates ``op(X, W - eta G, b - eta c)`` as ``op(X, W, b) - eta op(X, G, c)`` where X does not depend on eta.
+def channels_last(ray: Ray) -> Tensor:
+    """The affine engine, with the weights of convolutions, and so what they give, in channels-last layout."""
+    return _shared(ray, Walk(ray, channels_last=True))
 
-    Whether it does is decided by looking: X at a later point must be the very memory that was X at the first point
-    (held since then, so it cannot have been handed out again), with the same geometry, and unwritten in between.
-    From the third point on, parameters of shared products are not computed any more, unless another use comes up.
-    """
 
-    def __init__(self, walk: Walk) -> None:
-        super().__init__()
-        self.walk = walk
-        self.names = {id(tensor): name for name, tensor in walk.point.items()}
-        self.versions: dict[str, int] = {}
-        self.products: dict[Any, _Product] = {}
-        self.points = 0
-        self.idle: set[str] = set()
+def _shared(ray: Ray, walk: Walk) -> Tensor:
+    # From the nearest point outwards: differences of large products would cancel.
+    order = sorted(range(len(ray.step_sizes)), key=lambda k: abs(ray.step_sizes[k]))
+    columns = []
+    for term in ray.objective.terms:
+        losses = _outwards(term, walk, [ray.step_sizes[k] for k in order])
+        columns.append(torch.stack([losses[order.index(k)] for k in range(len(order))]))
+    return ray.objective.total(columns)
 
-    def arrive(self, eta: float) -> None:
-        """Go to the next point."""
-        if self.points == 2:
-            self._settle()
-        self.points += 1
-        self.walk.move(eta, skipped=self.idle)
-        self.versions = {name: tensor._version for name, tensor in self.walk.point.items()}
 
-    def _settle(self) -> None:
-        """Let go of what was not found again at the second point, and of the parameters of what was."""
-        self.products = {key: product for key, product in self.products.items() if product.slope is not None}
-        self.idle = set().union(*(product.names for product in self.products.values()))
-        for name in self.idle:
-            self.walk.point[name].fill_(torch.nan)  # a use that cannot be seen from here shall not pass for a loss
+def _outwards(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
+    products, draws = SharedProducts(walk, term.bases), SharedDraws()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # An embedding with max_norm writes to its weight.
-        if func in _LINEAR and kwargs.get("max_norm") is None:
-            return self._linear(func, *args, **kwargs)
-        if self.idle:
-            self._use(args)
-            self._use(kwargs.values())
-        return func(*args, **kwargs)
+    def closure(model: nn.Module) -> Tensor:
+        with products, draws.point():
+            return term.closure(model)
 
-    def _linear(
-        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        def product(weight: Tensor, bias: Tensor | None) -> Tensor:
-            return func(input, weight, *(() if func is F.embedding else (bias, *args)), **kwargs)
-
-        names = self._unwritten(weight, bias)
-        if type(input) is not Tensor or names is None:
-            self._use((input, weight, bias))
-            return product(weight, bias)
-        geometry = input.data_ptr(), input.shape, input.stride(), input.dtype, input.device
-        key = (func, names, *geometry, repr((args, kwargs)))
-        known = self.products.get(key)
-        if known is None or not known.inputs._version == known.inputs_version == input._version:
-            self._use((input, weight, bias))
-            outputs = product(weight, bias)
-            # In bfloat16 or half the sum of two rounded products would not be the rounded product.
-            if self.points == 1 and outputs.dtype in (torch.float32, torch.float64):
-                self.products[key] = _Product(names, input, input._version, outputs, outputs._version, self.walk.eta)
-            return outputs
-        if known.slope is None:
-            if known.outputs._version != known.outputs_version:  # an in-place activation has overwritten it
-                known.outputs, known.eta = product(weight, bias), self.walk.eta
-            slopes = [self.walk.direction[name] for name in names]
-            known.slope = product(slopes[0], slopes[1] if bias is not None else None)
-        return torch.sub(known.outputs, known.slope, alpha=self.walk.eta - known.eta)
-
-    def _unwritten(self, *tensors: Tensor | None) -> tuple[str, ...] | None:
-        """Names of the tensors that are there, if all are parameters of the walk and unwritten at this point."""
-        named = [(self.names.get(id(tensor), ""), tensor) for tensor in tensors if tensor is not None]
-        unwritten = all(self.versions.get(name) == tensor._version for name, tensor in named)
-        return tuple(name for name, _ in named) if unwritten else None
-
-    def _use(self, values: Iterable[Any]) -> None:
-        """Parameters among the values are about to be used as they are: build those that are not up to date."""
-        for value in values:
-            if type(value) in (list, tuple):
-                self._use(value)
-            elif id(value) in self.names and (name := self.names[id(value)]) in self.idle:
-                self.idle.remove(name)
-                self.walk.build(name)
+    moves = [partial(products.arrive, eta) for eta in step_sizes]
+    losses = replace(term, closure=closure).losses(walk.point, moves)
+    term.state.scene.shared |= products.layers()
+    return losses

@@ -1,8 +1,10 @@
 """Captures the losses of the user's own training loop, as it runs, in a form that can be evaluated again."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from landscape.errors import UserError
-from landscape.objective import Autocast, Closure, ForwardState, Scene, Term
+from landscape.objective import Base, Term
+from landscape.state import Autocast, Closure, ForwardState, Scene
 
 OBSERVE = "Hand the loss to the probe: `loss = probe.observe(lambda model: ...)`, once for each backward pass"
 
@@ -45,6 +48,10 @@ class Capture:
         self._call: _Call | None = None
         self._terms: list[Term] = []
         self._handles: list[RemovableHandle] = []
+        self._bases: list[Base] | None = None
+        """Shared linear layers of the forward pass that is under way."""
+        self._watched: set[str] = set()
+        self._seconds = 0.0
 
     def attach(self) -> None:
         """Start to listen."""
@@ -59,7 +66,7 @@ class Capture:
         """Stop listening, and forget what has not been taken."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._watched = [], set()
         self.take()
 
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -68,20 +75,29 @@ class Capture:
             return closure(self.model, *args, **kwargs)
         state, arguments = self._state(), _Leaves.of((args, kwargs))
         versions = self._scene.frozen_versions()
+        bases = self._bases = []
         with replaying():
             loss = closure(self.model, *args, **kwargs)
+        self._bases = None
 
         def again(model: nn.Module) -> Tensor:
             args, kwargs = arguments.nest("An argument of the observed loss")
             return closure(model, *args, **kwargs)
 
-        self._await(Term(self._unless_moved(versions, again), state), loss)
+        self._await(Term(self._unless_moved(versions, again), state, bases=bases), loss)
         return loss
 
     def take(self) -> list[Term]:
         """The terms that were differentiated since the last call; captures start anew."""
-        terms, self._terms, self._call = self._terms, [], None
+        terms, self._terms, self._call, self._bases = self._terms, [], None, None
+        for term in terms:
+            term.bases = [base for base in term.bases if base.current()]
         return terms
+
+    def take_seconds(self) -> float:
+        """Time that remembering states has taken since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def _listening(self) -> bool:
         return not _replays and torch.is_grad_enabled() and self._wanted()
@@ -91,21 +107,48 @@ class Capture:
         # A loss scaler skips the step when gradients overflow; then they are cleared, and their terms stay behind.
         if all(parameter.grad is None for group in self.optimizer.param_groups for parameter in group["params"]):
             self._terms = []
-        return ForwardState.capture(self._scene)
+        started = time.perf_counter()
+        self._watch()
+        state = ForwardState.capture(self._scene)
+        self._seconds += time.perf_counter() - started
+        return state
+
+    def _watch(self) -> None:
+        """Listen to the linear layers that rays have turned out to share: one product less for each of them."""
+        if self._scene.shared <= self._watched:
+            return
+        self._watched |= self._scene.shared
+        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in self.model.modules()):
+            return  # a hook would make compiled code compile anew
+        for prefix, module in self.model.named_modules():
+            names = {name: f"{prefix}.{name}".lstrip(".") for name in module._parameters}
+            if type(module) is nn.Linear and names["weight"] in self._scene.shared:
+                hook = _Hook(partial(self._after_linear, names=tuple(names.values())))
+                self._handles.append(module.register_forward_hook(hook, prepend=True))
+
+    def _after_linear(self, layer: nn.Linear, args: tuple[Any, ...], outputs: Any, names: tuple[str, ...]) -> None:
+        tensors = [*args, outputs]
+        if self._bases is None or not all(type(t) is Tensor and not t.is_inference() for t in tensors):
+            return
+        if len(args) == 1 and outputs.dtype in (torch.float32, torch.float64):  # as in affine evaluation
+            parameters = {n: p for n, p in zip(names, layer._parameters.values(), strict=True) if p is not None}
+            self._bases.append(Base.of(parameters, args[0], outputs))
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self._listening():
             self._call = _Call(self._state(), _Leaves.of((args, kwargs)), self._scene.frozen_versions())
+            self._bases = self._call.bases
 
     def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
         if self._call is not None and self._listening():
             self._call.outputs = _Leaves.of(outputs)
+            self._bases = None
 
     def _after_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
             call = self._call or _Call(self._state(), _Leaves.of(()), self._scene.frozen_versions())
             closure = self._unless_moved(call.versions, _replay(call, criterion, (args, kwargs)))
-            self._await(Term(closure, call.state), loss)
+            self._await(Term(closure, call.state, bases=call.bases), loss)
 
     def _unless_moved(self, versions: dict[int, int], closure: Closure) -> Closure:
         """The closure, unless the forward pass wrote to a frozen parameter of which there is no copy from before."""
@@ -198,6 +241,7 @@ class _Call:
     arguments: _Leaves
     versions: dict[int, int]
     outputs: _Leaves | None = None
+    bases: list[Base] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

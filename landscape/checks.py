@@ -2,14 +2,54 @@
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from landscape.objective import Objective, Parameters
-from landscape.ray import losses_along
+from landscape.capture import OBSERVE
+from landscape.errors import UserError
+from landscape.gradients import gradient as gradient_of
+from landscape.objective import Objective
+from landscape.state import Parameters
+
+CHECKS = 10
+"""Updates that are asked, at most, whether the captured loss is the one that is trained."""
+
+
+class FirstChecks:
+    """Finds out, before the first row, whether the objective is what is trained.
+
+    An update whose loss or gradient is not finite or zero says nothing, and the next one is asked.
+
+    Args:
+        observed: Whether the user hands over the losses, so that what does not fit is known to them.
+    """
+
+    def __init__(self, observed: bool) -> None:
+        self._observed = observed
+        self._left = CHECKS
+
+    @property
+    def begun(self) -> bool:
+        """Whether an update has passed."""
+        return self._left < CHECKS
+
+    def check(self, objective: Objective, origin: Parameters, gradient: Parameters) -> dict[str, Any] | None:
+        """Facts about the run, while there is something to find out; ``gradient`` is what the optimizer got.
+
+        Raises:
+            UserError: The gradient is not that of the objective, and the losses were not handed over by the user.
+        """
+        if not self._left:
+            return None
+        at_zero = LossCheck.of(objective, origin)
+        at_zero.warn()
+        check = GradientCheck.of(objective, origin, gradient)
+        if check is not None:
+            check.judge(self._observed)
+        self._left = self._left - 1 if check is None else 0
+        return {"loss_at_zero": asdict(at_zero), "gradient": None if check is None else asdict(check)}
 
 
 @dataclass(frozen=True)
@@ -24,7 +64,10 @@ class LossCheck:
     def of(cls, objective: Objective, origin: Parameters) -> "LossCheck":
         """Evaluate the objective at ``origin``; some roundings are allowed, for kernels that vary in their order."""
         with torch.no_grad():
-            recorded, evaluated = objective.recorded(), objective(origin)
+            recorded, evaluated = (
+                objective.recorded(),
+                objective({name: tensor.clone() for name, tensor in origin.items()}),
+            )
         roundings = 100 if recorded.dtype.itemsize > 2 else 4
         return cls(recorded.item(), evaluated.item(), roundings * torch.finfo(recorded.dtype).eps)
 
@@ -66,9 +109,11 @@ class GradientCheck:
     @classmethod
     def of(cls, objective: Objective, origin: Parameters, gradient: Parameters) -> "GradientCheck | None":
         """Differentiate the objective at ``origin``; None if that cannot be done or is not finite."""
-        own = _flat_gradient(objective, origin, list(gradient))
-        if own is None:
+        try:
+            parts = gradient_of(objective, {name: origin[name] for name in gradient})
+        except RuntimeError:  # reentrant checkpointing, or a step of the loss that has no derivative this way
             return None
+        own = torch.cat([part.flatten() for part in parts])
         got = torch.cat([tensor.flatten().to(own) for tensor in gradient.values()])
         size = torch.dot(own, own)
         scale = torch.dot(own, got) / size if size else size
@@ -84,36 +129,29 @@ class GradientCheck:
         """Whether the optimizer's gradient is that of the objective, but for a factor (as of clipping by norm)."""
         return self.rest <= self.tolerance
 
+    def judge(self, observed: bool) -> None:
+        """Warn of unusual weights; refuse another gradient, or warn of it where the losses were ``observed``."""
+        if not self.plain_weights:
+            warnings.warn(
+                f"The captured losses were differentiated with weights that sum to {self.weight:.6g}, and are "
+                "recorded times their weights. For a loss scale pass grad_scaler=; where the training loss is no "
+                "multiple of the criterion, or is differentiated more than once, use probe.observe.",
+                stacklevel=2,
+            )
+        if self.agrees:
+            return
+        message = f"The optimizer's gradient is not that of the captured loss ({self.rest:.1%} of it is something else)"
+        if not observed:
+            raise UserError(
+                f"{message}: the training loss is more than criterion(model(inputs), targets), or the gradient was "
+                f"changed after the backward pass (clipped by value, masked). {OBSERVE}; there this is a warning."
+            )
+        warnings.warn(f"{message}: a part of the loss was not observed, or the gradient was changed.", stacklevel=2)
+
     @property
     def plain_weights(self) -> bool:
         """Whether the losses were differentiated as a sum or a mean; anything else is worth a word."""
         return min(abs(self.weight - 1), abs(self.weight - self.terms)) <= self.tolerance
-
-
-def engine_agrees(
-    engine: str, objective: Objective, origin: Parameters, direction: Parameters, step_sizes: Sequence[float]
-) -> bool:
-    """Whether an engine gives the losses of the plain loop, to one percent: rounding may grow far from the origin."""
-    if engine == "loop":
-        return True
-    losses, expected = (losses_along(objective, origin, direction, step_sizes, name) for name in (engine, "loop"))
-    return torch.allclose(losses, expected, rtol=1e-2, atol=1e-2 * objective.recorded().abs().item(), equal_nan=True)
-
-
-def _flat_gradient(objective: Objective, origin: Parameters, names: list[str]) -> Tensor | None:
-    leaves = {name: origin[name].detach().requires_grad_() for name in names}
-    try:
-        with torch.enable_grad(), objective.undisturbed():
-            gradients = [term.gradient(leaves) for term in objective.terms]
-    except RuntimeError:  # reentrant checkpointing, or a step of the loss that has no derivative this way
-        return None
-    parts = [torch.stack([_dense(part) for part in column]).sum(0).flatten() for column in zip(*gradients, strict=True)]
-    return torch.cat(parts)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    return gradient.float() if gradient.dtype.itemsize < 4 else gradient
 
 
 def _reduced_precision(objective: Objective, origin: Parameters) -> bool:

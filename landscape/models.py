@@ -1,7 +1,9 @@
-"""The models of the paper; each takes ``norm``, which makes a normalization layer for a number of channels."""
+"""The paper's models; each takes ``norm``, which makes a normalization layer for a number of channels."""
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Callable[[int], nn.Module]
@@ -36,5 +38,64 @@ class SimpleNet(nn.Module):
         return self.layers(inputs)
 
 
-MODELS: dict[str, Callable[[int, int, Norm], nn.Module]] = {"simplenet": SimpleNet}
-"""Models by name, each made of the number of inputs, the number of classes and a norm."""
+class ResNet(nn.Module):
+    """The residual network for small images: three stages of n blocks with 16, 32 and 64 channels, 6n + 2 layers.
+
+    He et al. 2016 (arXiv:1512.03385), section 4.2, with parameter-free shortcuts (option A). With 56 layers and
+    BatchNorm it has 0.85 million parameters.
+
+    Args:
+        depth: Number of layers, 6n + 2: 20, 32, 44, 56, ...
+        channels: Channels of the images; a batch is (M, channels, H, W).
+        classes: Number of classes; the output is (M, classes) logits.
+        norm: ``norm(channels)`` gives a normalization layer, as :func:`landscape.make_norm` makes them.
+    """
+
+    def __init__(self, depth: int, channels: int, classes: int, norm: Norm) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        widths = [16] * blocks + [32] * blocks + [64] * blocks
+        self.layers = nn.Sequential(
+            *(_convolution(channels, 16), norm(16), nn.ReLU()),
+            *(_Residual(before, after, norm) for before, after in zip([16, *widths], widths, strict=False)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (M, classes)."""
+        return self.layers(images)
+
+
+class _Residual(nn.Module):
+    """Two convolutions and a shortcut around them; more channels come with half the resolution."""
+
+    def __init__(self, before: int, after: int, norm: Norm) -> None:
+        super().__init__()
+        self.stride = after // before
+        self.added = after - before
+        self.layers = nn.Sequential(
+            _convolution(before, after, self.stride), norm(after), nn.ReLU(), _convolution(after, after), norm(after)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.relu(self.layers(images) + self._shortcut(images))
+
+    def _shortcut(self, images: Tensor) -> Tensor:
+        """The images themselves; where shapes change, every second pixel, and zeros for more channels (option A)."""
+        if not self.added:
+            return images
+        return F.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added // 2, self.added // 2))
+
+
+def _convolution(before: int, after: int, stride: int = 1) -> nn.Conv2d:
+    convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+    return convolution
+
+
+MODELS: dict[str, Callable[[torch.Size, int, Norm], nn.Module]] = {
+    "simplenet": lambda shape, classes, norm: SimpleNet(shape.numel(), classes, norm),
+    "resnet20": lambda shape, classes, norm: ResNet(20, shape[0], classes, norm),
+    "resnet56": lambda shape, classes, norm: ResNet(56, shape[0], classes, norm),
+}
+"""Models by name, each made of the shape of one input, the number of classes and a norm."""

@@ -1,190 +1,36 @@
 """The training loss of one update as a pure function of the parameters."""
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from landscape.errors import UserError
-
-T = TypeVar("T")
-Closure = Callable[[nn.Module], Tensor]
-Parameters = Mapping[str, Tensor]
-Place = tuple[Any, str, Any]
-"""A module's own dict of buffers or parameters, the name of a tensor in it, and the tensor."""
-
-
-class Scene(nn.Module):
-    """A model and its criterion as one module, so that the tensors of both are known and can be swapped.
-
-    The scene only holds them; it is never trained, moved or switched to another mode itself.
-    """
-
-    def __init__(self, model: nn.Module, criterion: nn.Module | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.criterion = criterion
-        self.moving: set[int] = set()
-        """Frozen parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
-
-    def written(self) -> list[Place]:
-        """Buffers and moving parameters, which forward passes write to."""
-        places: list[Place] = []
-        for module in self.modules():
-            places += [
-                (module._buffers, name, buffer) for name, buffer in module._buffers.items() if buffer is not None
-            ]
-            places += [(module._parameters, name, p) for name, p in module._parameters.items() if id(p) in self.moving]
-        return places
-
-    def frozen_versions(self) -> dict[int, int]:
-        """How often each frozen parameter (by id) was written to."""
-        return {id(p): p._version for p in self.parameters() if not p.requires_grad and not p.is_inference()}
-
-    def forward(self, closure: Closure) -> Tensor:
-        """``closure(model)``; a forward pass, so that ``functional_call`` can swap tensors around it."""
-        return closure(self.model)
-
-    def devices(self) -> set[torch.device]:
-        """Every device that a parameter or a buffer lives on."""
-        return {tensor.device for tensors in (self.parameters(), self.buffers()) for tensor in tensors}
+from landscape.state import Closure, ForwardState, Parameters, RandomState, Scene
 
 
 @dataclass(frozen=True)
-class RandomState:
-    """The state of every global random stream: Python's, numpy's, torch's on the CPU and on accelerators."""
+class Base:
+    """A linear layer as the forward pass of the update evaluated it: its input and output at step size 0."""
 
-    python: Any
-    numpy: dict[str, Any]
-    cpu: Tensor
-    accelerators: Mapping[torch.device, Tensor]
-
-    @classmethod
-    def capture(cls, accelerators: Sequence[torch.device]) -> "RandomState":
-        """The state as it is now, on the CPU and on the ``accelerators``."""
-        on_device = {device: torch.get_device_module(device).get_rng_state(device) for device in accelerators}
-        return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), on_device)  # noqa: NPY002
-
-    def restore(self) -> None:
-        """Make it the current state."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
-        torch.set_rng_state(self.cpu)
-        for device, state in self.accelerators.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-@dataclass(frozen=True)
-class Autocast:
-    """The autocast state of one kind of device."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
+    parameters: Mapping[str, Tensor]
+    inputs: Tensor
+    outputs: Tensor
+    versions: Sequence[int]
+    """How often each of the tensors above was written to, in their order."""
 
     @classmethod
-    def capture(cls, device_types: Sequence[str]) -> "tuple[Autocast, ...]":
-        """The state as it is now, for each of the ``device_types``."""
-        return tuple(
-            cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types
-        )
+    def of(cls, parameters: Mapping[str, Tensor], inputs: Tensor, outputs: Tensor) -> "Base":
+        """The layer as it is now; ``outputs`` may still be a part of autograd's graph."""
+        tensors = [*parameters.values(), inputs, outputs]
+        return cls(parameters, inputs.detach(), outputs.detach(), [tensor._version for tensor in tensors])
 
-    @staticmethod
-    @contextmanager
-    def restored(states: "tuple[Autocast, ...]") -> Iterator[None]:
-        """Run the body in ``states``; enters nothing where they are the current ones."""
-        with ExitStack() as stack:
-            for was in states:
-                if Autocast.capture([was.device_type]) != (was,):
-                    stack.enter_context(torch.autocast(was.device_type, was.dtype, was.enabled, cache_enabled=False))
-            yield
-
-
-@dataclass(frozen=True)
-class ForwardState:
-    """All that a forward pass reads besides its parameters and arguments, as far as it is held by the modules.
-
-    Attributes:
-        scene: The model and its criterion.
-        attributes: The attributes of every module, the train flag among them; lists and the like are not copied.
-        tensors: Copies of what a forward pass may write to, with the modules' own dicts that hold it: all buffers, and
-            frozen parameters that are known to be written to.
-        random: The random streams.
-        autocast: The autocast state, for each kind of device.
-    """
-
-    scene: Scene
-    attributes: Sequence[tuple[nn.Module, dict[str, Any]]]
-    tensors: Sequence[Place]
-    random: RandomState
-    autocast: tuple[Autocast, ...]
-
-    @classmethod
-    def capture(cls, scene: Scene) -> "ForwardState":
-        """The state as it is now; the forward pass to come may move the tensors, so they are copied."""
-        devices = scene.devices()
-        return cls(
-            scene,
-            [(module, dict(vars(module))) for module in scene.modules()],
-            _copies(scene.written()),
-            RandomState.capture([device for device in devices if device.type in ("cuda", "xpu")]),
-            Autocast.capture(sorted({"cpu"} | {device.type for device in devices if device.type != "meta"})),
-        )
-
-    def each(self, function: Callable[[nn.Module], T], parameters: Parameters, moves: Iterable[object]) -> list[T]:
-        """``function(model)`` after each of ``moves``, always from this state; the live model stays as it is.
-
-        The moves write to ``parameters``, which stand for the model's own of these names meanwhile.
-        """
-
-        def run(model: nn.Module) -> Any:
-            results = []
-            for _ in moves:
-                self._enter()
-                results.append(function(model))
-            return results
-
-        tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
-        with self._undone(), Autocast.restored(self.autocast):
-            # One swap for all points: it takes as long as the forward pass of a small model.
-            return functional_call(self.scene, tensors, (run,))
-
-    def _enter(self) -> None:
-        """Make this the current state, with tensors that may be written to."""
-        self.random.restore()
-        for module, attributes in self.attributes:
-            vars(module).update(attributes)
-        for owner, name, tensor in _copies(self.tensors):
-            owner[name] = tensor
-
-    @contextmanager
-    def _undone(self) -> Iterator[None]:
-        """After the body, put back what the modules held before it."""
-        attributes = [(module, dict(vars(module))) for module, _ in self.attributes]
-        tensors = [(owner, name, owner[name]) for owner, name, _ in self.tensors]
-        try:
-            yield
-        finally:
-            for module, before in attributes:
-                vars(module).clear()
-                vars(module).update(before)
-            for owner, name, tensor in tensors:
-                owner[name] = tensor
-
-
-def _copies(tensors: Iterable[Place]) -> list[Place]:
-    """The same places with copies of their tensors; one that is in several places stays one."""
-    places, copies = list(tensors), {}
-    for _, _, tensor in places:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach().clone()
-    return [(owner, name, copies[id(tensor)]) for owner, name, tensor in places]
+    def current(self) -> bool:
+        """Whether nothing has been written to since."""
+        tensors = [*self.parameters.values(), self.inputs, self.outputs]
+        return all(tensor._version == version for tensor, version in zip(tensors, self.versions, strict=True))
 
 
 @dataclass
@@ -197,39 +43,42 @@ class Term:
     """What the forward pass gave, detached."""
     weight: Tensor | None = None
     """Derivative of what was differentiated by this loss (1/n under accumulation over n batches); None is 1."""
+    bases: Sequence[Base] = ()
+    """Linear layers that need not be evaluated at step size 0 again."""
 
     def __call__(self, parameters: Parameters) -> Tensor:
         """The unweighted loss at ``parameters``, a scalar tensor."""
-        return self.losses(parameters, [None])[0]
+        return self.losses(parameters, [_stay])[0]
 
-    def losses(self, parameters: Parameters, moves: Iterable[object]) -> list[Tensor]:
+    def losses(self, parameters: Parameters, moves: Sequence[Callable[[], object]]) -> list[Tensor]:
         """The unweighted loss after each of ``moves``, which write to ``parameters``; scalar tensors."""
-        return self.state.each(self._scalar, parameters, moves)
+        return self.state.each(self.scalar, parameters, moves)
 
-    def gradient(self, leaves: Parameters) -> tuple[Tensor, ...]:
-        """The gradient of the weighted loss at ``leaves``, which require it, in their order.
+    def gradient(self, leaves: Parameters) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The unweighted loss at ``leaves``, and the gradient of the weighted one in their order; they require it.
 
         Raises:
             RuntimeError: The loss cannot be differentiated, or depends on none of them.
         """
 
-        def differentiate(model: nn.Module) -> tuple[Tensor, ...]:
+        def differentiate(model: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
             # In here, so that what is computed again (checkpoints) finds the same tensors.
-            loss = self.weighted(self._scalar(model))
-            gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            loss = self.scalar(model)
+            gradient = torch.autograd.grad(self.weighted(loss), list(leaves.values()), allow_unused=True)
             if all(part is None for part in gradient):
                 raise RuntimeError("The loss depends on no parameter that autograd knows of.")
-            return tuple(
+            return loss.detach(), tuple(
                 torch.zeros_like(x) if part is None else part for x, part in zip(leaves.values(), gradient, strict=True)
             )
 
-        return self.state.each(differentiate, leaves, [None])[0]
+        return self.state.each(differentiate, leaves, [_stay])[0]
 
     def weighted(self, loss: Tensor) -> Tensor:
         """A loss, or several, times the weight."""
         return loss if self.weight is None else self.weight * loss
 
-    def _scalar(self, model: nn.Module) -> Tensor:
+    def scalar(self, model: nn.Module) -> Tensor:
+        """``closure(model)``; a UserError unless it is a tensor with one element."""
         loss = self.closure(model)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -238,6 +87,10 @@ class Term:
             )
         # A copy: the loss could be (a view of) a parameter, and points share their memory.
         return loss.reshape(()).clone()
+
+
+def _stay() -> None:
+    """A move to where the parameters are."""
 
 
 @dataclass(frozen=True)

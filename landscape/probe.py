@@ -4,8 +4,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,17 +14,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from landscape.capture import OBSERVE, Capture, NotYetError, replaying
-from landscape.checks import GradientCheck, LossCheck, engine_agrees
+from landscape.checks import FirstChecks
+from landscape.choice import EngineChoice
 from landscape.errors import UserError
-from landscape.objective import Parameters
-from landscape.ray import checked_step_sizes, choose_engine, losses_along
+from landscape.gradients import gradients_along, inner, norm
+from landscape.ray import check_engine, checked_step_sizes
+from landscape.schedule import Schedule
+from landscape.state import Parameters
 from landscape.trace import TraceWriter
-from landscape.update import Update
+from landscape.update import Update, fetch
+from landscape.walk import Ray
 
 StepSizes = Sequence[float] | Callable[[int], Sequence[float]]
 DIRECTIONS = ("gradient", "update")
-CHECKS = 10
-"""Updates that are asked, at most, whether the captured loss is the one that is trained."""
 
 
 class LandscapeProbe:
@@ -56,7 +56,12 @@ class LandscapeProbe:
         overwrite: Whether a trace that is already in the folder is replaced.
         steps_per_epoch: Updates in an epoch; gives the ``epoch`` column.
         grad_scaler: The loss scaler, where one is used: recorded losses are without its scale.
-        engine: How rays are evaluated; see :func:`landscape.ray_losses`.
+        engine: How rays are evaluated; see :func:`landscape.ray_losses`. ``"auto"`` times the engines on the first
+            probes and takes the fastest; ``run.json`` says which, and why others were refused.
+        max_memory: Bytes that a ray may hold at its peak, beside what training holds.
+        gradients: Whether to compute the gradient at each point too, for gradient predictiveness and the effective
+            beta-smoothness: K + 1 forward and backward passes, by the plain loop.
+        overhead: Share of the training time that probes may cost, such as 0.1; updates to probe are chosen by it.
 
     Raises:
         UserError: An argument out of range. At the first probed step, also: no loss could be captured, or the one
@@ -79,17 +84,22 @@ class LandscapeProbe:
         steps_per_epoch: int | None = None,
         grad_scaler: "torch.amp.GradScaler | None" = None,
         engine: str = "auto",
+        max_memory: int | None = None,
+        gradients: bool = False,
+        overhead: float | None = None,
     ) -> None:
-        _check_arguments(model, optimizer, criterion, every, direction, engine)
+        _check_arguments(model, optimizer, criterion, every, direction, engine, overhead)
         step_sizes = step_sizes if callable(step_sizes) else checked_step_sizes(step_sizes)
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
         self.step_sizes, self.relative, self.every, self.direction = step_sizes, relative, every, direction
-        self.steps_per_epoch, self.engine = steps_per_epoch, engine
+        self.steps_per_epoch, self.gradients, self.overhead = steps_per_epoch, gradients, overhead
         self.step = 0
         self._capture = Capture(model, criterion, optimizer, self._due, grad_scaler)
-        self.trace = TraceWriter(trace, self._facts() | dict(facts or {}), overwrite=overwrite, resolve=_fetch)
+        self.trace = TraceWriter(trace, self._facts() | dict(facts or {}), overwrite=overwrite, resolve=fetch)
         self._pending: Update | None = None
-        self._checks_left = CHECKS
+        self._checks = FirstChecks(observed=criterion is None)
+        self._choice = EngineChoice(engine, max_memory, self.trace.note)
+        self._schedule = Schedule(every, overhead, _device(model))
         self._last: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -101,6 +111,7 @@ class LandscapeProbe:
                 self.optimizer.register_step_pre_hook(self._before_step),
                 self.optimizer.register_step_post_hook(self._after_step),
             ]
+            self._schedule.start()
         return self
 
     def detach(self) -> None:
@@ -109,6 +120,7 @@ class LandscapeProbe:
             handle.remove()
         self._handles = []
         self._capture.detach()
+        self.trace.note(**self._schedule.facts())
         self.trace.close()
 
     def __enter__(self) -> Self:
@@ -140,14 +152,14 @@ class LandscapeProbe:
 
     def last(self) -> dict[str, Any]:
         """The row of the last probed update, with plain numbers; waits for the device. Empty before the first."""
-        return _fetch([self._last])[0] if self._last else {}
+        return fetch([self._last])[0] if self._last else {}
 
     def frame(self) -> pd.DataFrame:
         """All rows so far: the run's scalar facts, and the columns of ``landscape.columns.UPDATES``."""
         return self.trace.frame()
 
     def _due(self) -> bool:
-        return bool(self._handles) and self.step % self.every == 0
+        return bool(self._handles) and self._schedule.due
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -167,31 +179,35 @@ class LandscapeProbe:
 
     def _before_update(self) -> None:
         if self._due():
-            update = Update.of(self.model, self.optimizer, self._capture.take())
-            if self.direction == "gradient":
-                self._measure(update, update.gradient)
-            else:
-                self._pending = update.snapshot()
+            with self._schedule.probing():
+                update = Update.of(self.model, self.optimizer, self._capture.take())
+                if self.direction == "gradient":
+                    self._measure(update, update.gradient)
+                else:
+                    self._pending = update.snapshot()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._pending is not None:
             update, self._pending = self._pending, None
-            self._measure(update, update.made(self.model))
+            with self._schedule.probing():
+                self._measure(update, update.made(self.model))
         self._capture.take()  # what a step(closure) has computed after the first time
+        self._schedule.advance(self._capture.take_seconds())
         self.step += 1
 
     def _measure(self, update: Update, direction: Parameters) -> None:
+        started = time.perf_counter()
         try:
             step_sizes = self._step_sizes(update.lr)
             if not update.objective.terms:
                 raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
             with replaying():
-                if self._checks_left:
-                    self._check(update, direction, step_sizes)
-                started = time.perf_counter()
-                losses = losses_along(update.objective, update.origin, direction, step_sizes, self.engine)
+                if facts := self._checks.check(update.objective, update.origin, update.gradient):
+                    self.trace.note(mode="training" if self.model.training else "evaluation", checks=facts)
+                    started = time.perf_counter()
+                measured = self._evaluate(update.ray(direction, step_sizes), update)
         except Exception as error:  # a training run that has begun well shall not end because of its probe
-            if self._checks_left == CHECKS and not isinstance(error, NotYetError):
+            if not self._last and not isinstance(error, NotYetError):
                 raise
             warnings.warn(f"Step {self.step} is not in the trace: {error}", stacklevel=2)
             return
@@ -200,53 +216,27 @@ class LandscapeProbe:
             "epoch": self.step / self.steps_per_epoch if self.steps_per_epoch else math.nan,
             "lr": update.lr,
             "step_sizes": step_sizes,
-            "losses": update.values(losses),
+            **measured,
             "seconds": time.perf_counter() - started,
         }
         self.trace.append(self._last)
 
+    def _evaluate(self, ray: Ray, update: Update) -> dict[str, Tensor]:
+        """The columns that are computed on the device, still there."""
+        size = norm(list(update.gradient.values()))
+        measured = {"loss": update.objective.recorded(), "grad_norm": size, "direction_norm": size, "slope": size**2}
+        if ray.direction is not update.gradient:
+            direction = list(ray.direction.values())
+            slope = inner([update.gradient[name] for name in ray.direction], direction)
+            measured |= {"direction_norm": norm(direction), "slope": slope}
+        if self.gradients:
+            there = gradients_along(ray)
+            return measured | {"losses": there.losses, "slope": there.slope, "gradient_distances": there.distances}
+        return measured | {"losses": self._choice.losses(ray)}
+
     def _step_sizes(self, lr: float) -> list[float]:
         step_sizes = self.step_sizes(self.step) if callable(self.step_sizes) else self.step_sizes
         return [eta * lr if self.relative else eta for eta in checked_step_sizes(step_sizes)]
-
-    def _check(self, update: Update, direction: Parameters, step_sizes: Sequence[float]) -> None:
-        """Find out, before the first row, whether the objective is what is trained, and the engine can be trusted.
-
-        An update whose loss or gradient is not finite or zero says nothing, and the next one is asked.
-        """
-        at_zero = LossCheck.of(update.objective, update.origin)
-        at_zero.warn()
-        gradient = GradientCheck.of(update.objective, update.origin, update.gradient)
-        if gradient is not None:
-            self._judge(gradient)
-        engine = choose_engine(self.engine, len(step_sizes))
-        if at_zero.agrees and not engine_agrees(engine, update.objective, update.origin, direction, step_sizes):
-            warnings.warn(f"The engine {engine!r} does not fit this model; it is measured by the loop.", stacklevel=2)
-            engine = self.engine = "loop"
-        mode = "training" if self.model.training else "evaluation"
-        facts = {"loss_at_zero": asdict(at_zero), "gradient": None if gradient is None else asdict(gradient)}
-        self.trace.note(engine=engine, mode=mode, checks=facts)
-        self._checks_left = 0 if gradient is not None else self._checks_left - 1
-
-    def _judge(self, check: GradientCheck) -> None:
-        if not check.plain_weights:
-            warnings.warn(
-                f"The captured losses were differentiated with weights that sum to {check.weight:.6g}, and are "
-                "recorded times their weights. For a loss scale pass grad_scaler=; where the training loss is no "
-                "multiple of the criterion, or is differentiated more than once, use probe.observe.",
-                stacklevel=2,
-            )
-        if check.agrees:
-            return
-        message = (
-            f"The optimizer's gradient is not that of the captured loss ({check.rest:.1%} of it is something else)"
-        )
-        if self.criterion is not None:
-            raise UserError(
-                f"{message}: the training loss is more than criterion(model(inputs), targets), or the gradient was "
-                f"changed after the backward pass (clipped by value, masked). {OBSERVE}; there this is a warning."
-            )
-        warnings.warn(f"{message}: a part of the loss was not observed, or the gradient was changed.", stacklevel=2)
 
     def _facts(self) -> dict[str, Any]:
         options = {
@@ -263,23 +253,16 @@ class LandscapeProbe:
             "probe_lrs": "a function of the step" if callable(self.step_sizes) else list(self.step_sizes),
             "relative": self.relative,
             "every": self.every,
+            "overhead": self.overhead,
+            "gradients": self.gradients,
             "steps_per_epoch": self.steps_per_epoch,
             "threads": torch.get_num_threads(),
         }
 
 
-def _fetch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with plain numbers; the tensors of all of them come over from the device in one transfer."""
-    if "losses" not in rows[0]:  # rows of another table
-        return rows
-    values = iter(torch.cat([row["losses"] for row in rows]).tolist())
-    return [
-        row | {"loss": next(values), "grad_norm": next(values), "losses": list(islice(values, len(row["step_sizes"])))}
-        for row in rows
-    ]
-
-
-def _check_arguments(model: Any, optimizer: Any, criterion: Any, every: Any, direction: str, engine: str) -> None:
+def _check_arguments(
+    model: Any, optimizer: Any, criterion: Any, every: Any, direction: str, engine: str, overhead: Any
+) -> None:
     if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError("Give a model (nn.Module) and its optimizer (torch.optim.Optimizer), in this order.")
     if criterion is not None and not isinstance(criterion, nn.Module):
@@ -291,9 +274,15 @@ def _check_arguments(model: Any, optimizer: Any, criterion: Any, every: Any, dir
         raise UserError(f"every={every}: probe each n-th update, with n a whole number from 1 on.")
     if direction not in DIRECTIONS:
         raise UserError(f"Unknown direction {direction!r}; choose one of {', '.join(DIRECTIONS)}.")
-    choose_engine(engine, 1)
+    check_engine(engine)
+    if overhead is not None and not 0 < float(overhead) < math.inf:
+        raise UserError(f"overhead={overhead}: give the share of the training time that probes may cost, such as 0.1.")
     known = {id(parameter) for parameter in model.parameters()}
     if not all(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
         warnings.warn(
             "The optimizer holds parameters that the model does not have; they stay where they are.", stacklevel=3
         )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -1,18 +1,16 @@
 """Losses at K points of a ray ``theta - eta * direction``: the plain loop, and its fast twin."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from landscape.affine import SharedProducts
+from landscape.engines import ENGINES, evaluate, loop, refusal
 from landscape.errors import UserError
-from landscape.objective import Closure, Objective, Parameters, Term
-from landscape.walk import Walk
-
-Engine = Callable[[Term, Walk, Sequence[float]], list[Tensor]]
+from landscape.objective import Objective
+from landscape.state import Closure, Parameters
+from landscape.walk import Ray
 
 
 def ray_losses(
@@ -30,7 +28,8 @@ def ray_losses(
             are. For the paper's ray it is the gradient (Santurkar et al. 2018, section 3.1).
         step_sizes: The K step sizes eta, finite, in any order.
         engine: ``"loop"`` evaluates each point by itself; ``"affine"`` evaluates linear operations whose input does
-            not depend on eta once for all points; ``"auto"`` chooses.
+            not depend on eta, and random numbers, once for all points; ``"channels_last"`` does so in that layout;
+            ``"stacked"`` evaluates all points in one pass; ``"auto"`` chooses.
 
     Returns:
         The K losses at ``theta - eta * direction``, on the device and in the type of the loss; no synchronization.
@@ -38,67 +37,25 @@ def ray_losses(
     Raises:
         UserError: A direction or a step size that does not fit, an unknown engine, or a loss that is no scalar.
     """
+    check_engine(engine)
     origin = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return losses_along(Objective.of(model, closure), origin, direction, step_sizes, engine)
+    ray = Ray(Objective.of(model, closure), origin, direction, checked_step_sizes(step_sizes))
+    # Affine evaluation takes two products, so it pays from three points on.
+    name = engine if engine != "auto" else "affine" if len(ray.step_sizes) > 2 else "loop"
+    try:
+        return evaluate(ENGINES[name](), ray)
+    except RuntimeError as error:
+        if name == "loop":
+            raise
+        if engine == name:
+            warnings.warn(refusal(engine, error), stacklevel=2)
+    return evaluate(loop, ray)
 
 
-def losses_along(
-    objective: Objective, origin: Parameters, direction: Parameters, step_sizes: Sequence[float], engine: str = "auto"
-) -> Tensor:
-    """The K losses of ``objective`` at ``origin - eta * direction``; see :func:`ray_losses`."""
-    step_sizes = checked_step_sizes(step_sizes)
-    _check_direction(origin, direction, max(map(abs, step_sizes)))
-    evaluate, walk = ENGINES[choose_engine(engine, len(step_sizes))], Walk(origin, direction)
-    with torch.no_grad(), objective.undisturbed():
-        return objective.total([torch.stack(evaluate(term, walk, step_sizes)) for term in objective.terms])
-
-
-def choose_engine(engine: str, points: int) -> str:
-    """The engine that serves ``points`` points; affine evaluation takes two products, so it pays from three on."""
+def check_engine(engine: str) -> None:
+    """Raise a UserError unless there is an engine of that name."""
     if engine != "auto" and engine not in ENGINES:
         raise UserError(f"Unknown engine {engine!r}; choose one of auto, {', '.join(ENGINES)}.")
-    return engine if engine != "auto" else "affine" if points > 2 else "loop"
-
-
-def _loop(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
-    """Each point by itself: the obvious twin of every other engine."""
-    return term.losses(walk.point, (walk.move(eta) for eta in step_sizes))
-
-
-def _affine(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
-    """The loop, with linear operations whose input does not depend on eta evaluated once for all points."""
-    products = SharedProducts(walk)
-
-    def closure(model: nn.Module) -> Tensor:
-        with products:
-            return term.closure(model)
-
-    # From the nearest point outwards: differences of large products would cancel.
-    order = sorted(range(len(step_sizes)), key=lambda k: abs(step_sizes[k]))
-    try:
-        losses = replace(term, closure=closure).losses(walk.point, (products.arrive(step_sizes[k]) for k in order))
-    except RuntimeError:  # what a model does may not go together with the mode; an error of its own comes again
-        return _loop(term, walk, step_sizes)
-    # NaN is how a use of a parameter shows that no TorchFunctionMode sees; on a GPU a look would wait for it.
-    if any(loss.device.type == "cpu" and loss.isnan() for loss in losses):
-        return _loop(term, walk, step_sizes)
-    return [losses[order.index(k)] for k in range(len(step_sizes))]
-
-
-ENGINES: dict[str, Engine] = {"loop": _loop, "affine": _affine}
-
-
-def _check_direction(origin: Parameters, direction: Parameters, farthest: float) -> None:
-    if not direction:
-        raise UserError("The direction is empty; give a tensor for at least one of the model's parameters.")
-    for name, tensor in direction.items():
-        if name not in origin:
-            raise UserError(f"The direction names {name!r}, which model.named_parameters() does not have.")
-        if tensor.shape != origin[name].shape:
-            shapes = f"{tuple(tensor.shape)}, the parameter {tuple(origin[name].shape)}"
-            raise UserError(f"The direction of {name!r} has shape {shapes}; the two must be equal.")
-        if farthest > torch.finfo(origin[name].dtype).max:
-            raise UserError(f"The step size {farthest} is more than {origin[name].dtype} holds; give smaller ones.")
 
 
 def checked_step_sizes(step_sizes: Iterable[float]) -> list[float]:

@@ -100,7 +100,7 @@ def _model(recipe: Recipe, data: Dataset) -> nn.Module:
         raise UserError(f"Unknown model {recipe.model!r}; choose one of {', '.join(MODELS)}.")
     torch.manual_seed(recipe.seed)
     norm = make_norm(recipe.norm, **recipe.norm_options)
-    model = MODELS[recipe.model](data.train_inputs[0].numel(), data.classes, norm).to(data.train_inputs.device)
+    model = MODELS[recipe.model](data.train_inputs[0].shape, data.classes, norm).to(data.train_inputs.device)
     try:  # a norm that does not fit is found before a trace is begun
         deepcopy(model)(data.train_inputs[: recipe.batch_size])
     except UserError:

@@ -1,12 +1,16 @@
-"""What is known of one update before and after the optimizer makes it."""
+"""What is known of one update before and after the optimizer makes it, and its row on the way to the trace."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from landscape.objective import Objective, Parameters, Term
+from landscape.objective import Objective, Term
+from landscape.state import Parameters
+from landscape.walk import Ray
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,27 @@ class Update:
         now = dict(model.named_parameters())
         return {name: (self.origin[name] - now[name].detach()) / (self.lr or 1.0) for name in self.gradient}
 
-    def values(self, losses: Tensor) -> Tensor:
-        """Training loss, gradient norm and the K losses in one tensor, left on the device until rows are written."""
-        norm = torch.nn.utils.get_total_norm(self.gradient.values())
-        parts = [self.objective.recorded().reshape(1), norm.detach().reshape(1), losses]
-        return torch.cat([part.to(torch.promote_types(losses.dtype, torch.float32)) for part in parts])
+    def ray(self, direction: Parameters, step_sizes: Sequence[float]) -> Ray:
+        """The ray that leads from where the update starts along ``direction``."""
+        return Ray(self.objective, self.origin, direction, step_sizes)
 
 
 def _plain(gradient: Tensor, scale: Tensor | None) -> Tensor:
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
     return gradient if scale is None else gradient / scale
+
+
+def fetch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with plain numbers; the tensors of all of them come over from the device in one transfer."""
+    tensors = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
+    if not tensors:
+        return rows
+    kind = torch.promote_types(tensors[0].dtype, torch.float32)
+    numbers = iter(torch.cat([tensor.detach().reshape(-1).to(kind) for tensor in tensors]).tolist())
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return list(islice(numbers, len(value))) if value.dim() else next(numbers)
+
+    return [{name: plain(value) for name, value in row.items()} for row in rows]

@@ -1,21 +1,66 @@
-"""The parameters along a ray, in memory that each point takes over from the one before."""
+"""A ray, and the parameters along it in memory that each point takes over from the one before."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from landscape.objective import Parameters
+from landscape.errors import UserError
+from landscape.objective import Objective
+from landscape.state import Parameters
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Ray:
+    """What is to be evaluated: ``objective`` at ``origin - eta * direction`` for each eta of ``step_sizes``.
+
+    Raises:
+        UserError: A direction that does not fit the origin, or a step size that the parameters' type does not hold.
+    """
+
+    objective: Objective
+    origin: Parameters
+    direction: Parameters
+    step_sizes: Sequence[float]
+
+    def __post_init__(self) -> None:
+        farthest = max(map(abs, self.step_sizes))
+        if not self.direction:
+            raise UserError("The direction is empty; give a tensor for at least one of the model's parameters.")
+        for name, tensor in self.direction.items():
+            if name not in self.origin:
+                raise UserError(f"The direction names {name!r}, which model.named_parameters() does not have.")
+            origin = self.origin[name]
+            if tensor.shape != origin.shape:
+                shapes = f"{tuple(tensor.shape)}, the parameter {tuple(origin.shape)}"
+                raise UserError(f"The direction of {name!r} has shape {shapes}; the two must be equal.")
+            if farthest > torch.finfo(origin.dtype).max:
+                raise UserError(f"The step size {farthest} is more than {origin.dtype} holds; give smaller ones.")
 
 
 class Walk:
-    """``point`` holds ``origin - eta * direction`` for the eta of the last move; the tensors stay the same objects."""
+    """``point`` holds ``origin - eta * direction`` for the eta of the last move; the tensors stay the same objects.
 
-    def __init__(self, origin: Parameters, direction: Parameters) -> None:
-        self.origin = origin
-        self.direction = direction
-        self.point: dict[str, Tensor] = {name: torch.empty_like(origin[name]) for name in direction}
+    With ``channels_last``, weights of 2d and 3d convolutions have that layout, and so has what they are applied to.
+    """
+
+    def __init__(self, ray: Ray, channels_last: bool = False) -> None:
+        formats = _CHANNELS_LAST if channels_last else {}
+        layout = {name: formats.get(tensor.dim(), torch.preserve_format) for name, tensor in ray.direction.items()}
+        self.origin = ray.origin
+        self.direction = {name: _laid_out(tensor, layout[name]) for name, tensor in ray.direction.items()}
+        self.point: dict[str, Tensor] = {
+            name: torch.empty_like(ray.origin[name], memory_format=layout[name]) for name in ray.direction
+        }
         self.eta = 0.0
+
+    def moves(self, step_sizes: Sequence[float]) -> list[Callable[[], None]]:
+        """A move to each of the step sizes."""
+        return [partial(self.move, eta) for eta in step_sizes]
 
     def move(self, eta: float, skipped: Container[str] = ()) -> None:
         """Go to ``eta``; the tensors that are ``skipped`` keep what is in them."""
@@ -27,3 +72,7 @@ class Walk:
     def build(self, name: str) -> None:
         """Write one tensor as it is at the current point."""
         torch.sub(self.origin[name], self.direction[name], alpha=self.eta, out=self.point[name])
+
+
+def _laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
+    return tensor if layout is torch.preserve_format else tensor.contiguous(memory_format=layout)

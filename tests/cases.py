@@ -8,16 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from landscape import make_norm
+from landscape.models import ResNet, SimpleNet
+
+NORMS = {"none": {}, "batch": {}, "ghost": {"groups": 3}, "seq": {"groups": 2, "channel_groups": 4}, "layer": {}}
 Closure = Callable[[nn.Module], Tensor]
 
 
 class Tied(nn.Module):
     """A small transformer with attention, LayerNorm and an embedding that is also the output layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(11, 8, padding_idx=0)
-        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=True)
         self.head = nn.Linear(8, 11, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -156,12 +160,17 @@ def _renormalized() -> Case:
     return Case(model, lambda model: model(tokens).square().mean())
 
 
-def _language() -> Case:
-    torch.manual_seed(0)
-    tokens = torch.randint(0, 11, (4, 7))
-    return Case(
-        Tied().double(), lambda model: F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-    )
+def _language(dropout: float) -> Callable[[], Case]:
+    def case() -> Case:
+        torch.manual_seed(0)
+        tokens = torch.randint(0, 11, (4, 7))
+
+        def closure(model):
+            return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+        return Case(Tied(dropout).double(), closure)
+
+    return case
 
 
 def _frozen() -> nn.Module:
@@ -208,5 +217,20 @@ CASES: dict[str, Callable[[], Case]] = {
         lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 3)), nn.Linear(3, 3)), 12, 6
     ),
     "renormalized": _renormalized,
-    "transformer": _language,
+    "transformer": _language(0.1),
+    "transformer without dropout": _language(0.0),
+    **{
+        f"SimpleNet {norm}": _classifier(
+            lambda norm=norm, options=options: SimpleNet(6, 3, make_norm(norm, **options)), 12, 6
+        )
+        for norm, options in NORMS.items()
+    },
+    **{
+        f"ResNet-20 {norm}": _classifier(lambda norm=norm: ResNet(20, 3, 3, make_norm(norm, **NORMS[norm])), 6, 3, 8, 8)
+        for norm in ("batch", "ghost", "seq")
+    },
 }
+REFUSED = {
+    "stacked": {"recurrent", "branching", "late use", "writes", "spectral norm", "transformer"},
+}
+"""By engine: the cases that it leaves to the loop."""

@@ -10,13 +10,14 @@ import pytest
 import landscape
 
 LEVELS = [
-    {"errors", "columns", "files"},
-    {"vocabulary"},
-    {"facts", "parts", "data", "ghost", "models", "recipes", "objective", "measures"},
-    {"norms", "capture", "walk", "update", "captions", "trace"},
-    {"affine"},
-    {"ray"},
-    {"checks"},
+    {"errors", "columns", "files", "standardize", "state", "masks", "meter", "schedule"},
+    {"vocabulary", "objective"},
+    {"facts", "parts", "data", "ghost", "models", "recipes", "smoothness", "walk", "capture"},
+    {"norms", "measures", "trace", "products", "stacked", "gradients", "update"},
+    {"affine", "bands", "captions", "checks"},
+    {"compiled"},
+    {"engines"},
+    {"ray", "choice"},
     {"plots", "probe"},
     {"training"},
 ]
@@ -28,7 +29,9 @@ TABLE_SIDE = {
     "facts",
     "parts",
     "trace",
+    "smoothness",
     "measures",
+    "bands",
     "captions",
     "plots",
     "recipes",

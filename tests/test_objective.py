@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from landscape.objective import Autocast, ForwardState, Objective, Scene, Term
+from landscape.objective import Objective, Term
+from landscape.state import Autocast, ForwardState, Scene
 
 
 class Restless(nn.Module):

@@ -1,0 +1,164 @@
+"""Which engine evaluates the rays of a run: found out on its first probes, by trying."""
+
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from landscape.engines import ENGINES, OPT_IN, Engine, evaluate, loop, refusal
+from landscape.errors import UserError
+from landscape.meter import Meter
+from landscape.stacked import Stacked
+from landscape.walk import Ray
+
+ROUNDS = 3
+"""Timed rounds in which the candidates take turns."""
+
+
+class EngineChoice:
+    """Evaluates rays; on the first ones it compares the engines with the loop and, for ``"auto"``, races them.
+
+    Args:
+        engine: ``"auto"`` or a name of ``ENGINES``.
+        max_memory: Bytes that a ray may hold at its peak. Without it, the stacked engine alone is bounded: by half of
+            what is free on a GPU, by 1 GiB on a CPU.
+        note: Takes what was found out, as facts of the run.
+    """
+
+    def __init__(self, engine: str, max_memory: int | None, note: Callable[..., None]) -> None:
+        self.asked = engine
+        self.max_memory = max_memory
+        self._note = note
+        self._compared = False
+        self._engines: dict[str, Engine] = {"loop": loop}
+        self._seconds: dict[str, list[float]] = {}
+        self._refused: dict[str, str] = {}
+        self._peaks: dict[str, int] = {}
+
+    def losses(self, ray: Ray) -> Tensor:
+        """The K losses of the ray.
+
+        Raises:
+            UserError: Not even the loop stays below ``max_memory``.
+        """
+        if not self._compared:
+            return self._compare(ray)
+        return self._race(ray) if len(self._engines) > 1 else self._evaluate(ray)
+
+    def _evaluate(self, ray: Ray) -> Tensor:
+        """By the engine that was chosen; the model's code may have taken a turn that it does not follow."""
+        (name,) = self._engines
+        try:
+            return evaluate(self._engines[name], ray)
+        except RuntimeError as error:
+            if name == "loop":
+                raise
+            warnings.warn(refusal(name, error), stacklevel=2)
+            self._refuse(name, error)
+            self._settle("loop")
+            return self._evaluate(ray)
+
+    def _compare(self, ray: Ray) -> Tensor:
+        """Every engine once, beside the loop and with an eye on memory; a ray that is not finite says nothing."""
+        with Meter() as meter:
+            expected = evaluate(loop, ray)
+        self._peaks["loop"] = meter.peak
+        if self.max_memory is not None and meter.peak > self.max_memory:
+            raise UserError(
+                f"max_memory={self.max_memory}: a single point of the ray takes {meter.peak:,} bytes; allow more, or "
+                "probe smaller batches."
+            )
+        if expected.isfinite().any():
+            self._compared = True
+            for name, engine in self._candidates(ray).items():
+                self._try(name, engine, ray, expected)
+            if self.asked != "auto":
+                self._settle(next(reversed(self._engines)))
+            elif len(self._engines) == 1:
+                self._settle("loop")
+        return expected
+
+    def _candidates(self, ray: Ray) -> dict[str, Engine]:
+        if self.asked != "auto":
+            return {} if self.asked == "loop" else {self.asked: ENGINES[self.asked]()}
+        convolutions = any(tensor.dim() in (4, 5) for tensor in ray.direction.values())
+        pointless = {"loop", *OPT_IN} if convolutions else {"loop", "channels_last", *OPT_IN}
+        return {name: make() for name, make in ENGINES.items() if name not in pointless}
+
+    def _try(self, name: str, engine: Engine, ray: Ray, expected: Tensor) -> None:
+        if isinstance(engine, Stacked):
+            engine.chunk = max(1, self._free(expected.device) // self._peaks["loop"])
+        meter = Meter()
+        try:
+            # Nothing is compiled under a meter.
+            with nullcontext() if name in OPT_IN else meter:
+                losses = evaluate(engine, ray)
+        except RuntimeError as error:
+            self._refuse(name, error)
+        else:
+            self._peaks[name] = meter.peak
+            if not _agree(losses, expected, ray):
+                self._refuse(name, RuntimeError("it gives other losses than the loop"))
+            elif self.max_memory is not None and meter.peak > self.max_memory:
+                self._refuse(name, RuntimeError(f"it takes {meter.peak:,} bytes, and max_memory={self.max_memory:,}"))
+            else:
+                self._engines[name] = engine
+        if self.asked == name and name in self._refused:
+            warnings.warn(self._refused[name], stacklevel=2)
+
+    def _race(self, ray: Ray) -> Tensor:
+        """Every candidate once more, on the clock; slow ones are not asked twice, and after some rounds one is left."""
+        names = list(self._engines)
+        turn = len(self._seconds.get("loop", ())) % len(names)
+        results = {}
+        for name in names[turn:] + names[:turn]:
+            started = self._now(ray)
+            try:
+                results[name] = evaluate(self._engines[name], ray)
+            except RuntimeError as error:  # as when the number of points has changed
+                self._refuse(name, error)
+                names.remove(name)
+                if name == "loop":
+                    raise
+            else:
+                self._seconds.setdefault(name, []).append(self._now(ray) - started)
+        medians = {name: median(self._seconds[name]) for name in names}
+        fastest = min(medians, key=lambda name: medians[name])
+        kept = [name for name in names if name == "loop" or medians[name] < 2 * medians[fastest]]
+        if len(kept) == 1 or len(self._seconds["loop"]) == ROUNDS:
+            self._settle(fastest)
+        else:
+            self._engines = {name: self._engines[name] for name in kept}
+        return results["loop"]
+
+    def _settle(self, name: str) -> None:
+        self._engines = {name: self._engines.get(name, loop)}
+        seconds = {name: median(seconds) for name, seconds in self._seconds.items()}
+        self._note(engine=name, engine_seconds=seconds, engine_refused=self._refused, peak_memory=self._peaks[name])
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        self._refused[name] = refusal(name, error)
+
+    def _free(self, device: torch.device) -> int:
+        """Bytes that a stacked pass may take."""
+        if self.max_memory is not None:
+            return self.max_memory
+        return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
+
+    @staticmethod
+    def _now(ray: Ray) -> float:
+        for device in ray.objective.terms[0].state.random.accelerators:
+            torch.get_device_module(device).synchronize(device)
+        return time.perf_counter()
+
+
+def _agree(losses: Tensor, expected: Tensor, ray: Ray) -> bool:
+    """To one part in ten thousand at the nearest point, and to one percent elsewhere, where rounding may grow."""
+    nearest = min(range(len(ray.step_sizes)), key=lambda k: abs(ray.step_sizes[k]))
+    slack = ray.objective.recorded().abs().item()
+    near = losses[nearest].isclose(expected[nearest], rtol=1e-4, atol=1e-4 * slack, equal_nan=True)
+    return bool(near) and torch.allclose(losses, expected, rtol=1e-2, atol=1e-2 * slack, equal_nan=True)

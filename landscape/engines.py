@@ -1,0 +1,48 @@
+"""The ways to evaluate a ray: the plain loop, and its fast twins."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from landscape.affine import affine, channels_last
+from landscape.compiled import Compiled
+from landscape.stacked import Stacked
+from landscape.walk import Ray, Walk
+
+Engine = Callable[[Ray], Tensor]
+"""A ray to its K losses; a RuntimeError where the model does not allow it."""
+
+
+def loop(ray: Ray) -> Tensor:
+    """Each point by itself: the obvious twin of every other engine."""
+    walk = Walk(ray)
+    moves = walk.moves(ray.step_sizes)
+    return ray.objective.total([torch.stack(term.losses(walk.point, moves)) for term in ray.objective.terms])
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "loop": lambda: loop,
+    "affine": lambda: affine,
+    "channels_last": lambda: channels_last,
+    "stacked": Stacked,
+    "compiled": Compiled,
+}
+"""Makers of the engines, by name."""
+OPT_IN = ("compiled",)
+"""Engines that are used only where they are asked for by name."""
+
+
+def evaluate(engine: Engine, ray: Ray) -> Tensor:
+    """The K losses of a ray by an engine, with all random streams left as they were."""
+    with torch.no_grad(), ray.objective.undisturbed():
+        losses = engine(ray)
+        # NaN is how a use of a parameter shows that no TorchFunctionMode sees; on a GPU a look would wait for it.
+        unsure = engine is not loop and losses.device.type == "cpu" and bool(losses.isnan().any())
+        return loop(ray) if unsure else losses
+
+
+def refusal(name: str, error: Exception) -> str:
+    """One line on why an engine cannot be used."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"The engine {name!r} does not fit this model ({reason[:200]}); its rays are evaluated by the loop."

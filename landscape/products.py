@@ -1,0 +1,161 @@
+"""Linear operations along a ray, evaluated once for all points where their input is the same at all of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from landscape.objective import Base
+from landscape.walk import Walk
+
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_LINEAR = {F.linear, F.embedding} | _CONVOLUTIONS
+
+
+@dataclass
+class _Product:
+    """A linear operation as evaluated at step size ``eta``; holding its input keeps that memory from being reused."""
+
+    names: tuple[str, ...]
+    inputs: Tensor
+    inputs_version: int
+    outputs: Tensor
+    outputs_version: int
+    eta: float
+    slope: Tensor | None = None
+
+    def holds(self, inputs: Tensor) -> bool:
+        """Whether neither this input, which has the same address, nor the one that is held was written to."""
+        return self.inputs._version == self.inputs_version == inputs._version
+
+
+class SharedProducts(TorchFunctionMode):
+    """Evaluates ``op(X, W - eta G, b - eta c)`` as ``op(X, W, b) - eta op(X, G, c)`` where X does not depend on eta.
+
+    Whether it does is decided by looking: X at a later point must be the very memory that was X at the first point
+    (held since then, so it cannot have been handed out again), with the same geometry, and unwritten in between.
+    Parameters of shared products are not computed, unless another use of them comes up.
+    """
+
+    def __init__(self, walk: Walk, bases: Sequence[Base] = ()) -> None:
+        super().__init__()
+        self.walk = walk
+        self.names = {id(tensor): name for name, tensor in walk.point.items()}
+        self.versions: dict[str, int] = {}
+        self.bases = {_layer(tuple(base.parameters), base.inputs): base for base in bases}
+        self.products: dict[Any, _Product] = {}
+        self.fresh: set[int] = set()
+        """Addresses of memory that came into being during the first point, which no other point can find again."""
+        self.points = 0
+        self.idle: set[str] = set()
+        self._let_idle({name for base in bases for name in base.parameters})
+
+    def arrive(self, eta: float) -> None:
+        """Go to the next point."""
+        if self.points == 2:
+            self._settle()
+        self.points += 1
+        self.walk.move(eta, skipped=self.idle)
+        self.versions = {name: tensor._version for name, tensor in self.walk.point.items()}
+
+    def layers(self) -> set[str]:
+        """Parameters of the linear layers that turned out to be shared."""
+        return {name for (func, *_), product in self.products.items() if func is F.linear for name in product.names}
+
+    def _settle(self) -> None:
+        """Let go of what was not found again at the second point, and of the parameters of what was."""
+        self.products = {key: product for key, product in self.products.items() if product.slope is not None}
+        self._let_idle(set().union(*(product.names for product in self.products.values())) - self.idle)
+
+    def _let_idle(self, names: set[str]) -> None:
+        self.idle |= names
+        for name in names:
+            self.walk.point[name].fill_(torch.nan)  # a use that cannot be seen from here shall not pass for a loss
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # An embedding with max_norm writes to its weight.
+        if func in _LINEAR and kwargs.get("max_norm") is None:
+            result = self._linear(func, *args, **kwargs)
+        else:
+            if self.idle:
+                self._use(args)
+                self._use(kwargs.values())
+            result = func(*args, **kwargs)
+        if self.points == 1:
+            self._note(args, result)
+        return result
+
+    def _linear(
+        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        def product(weight: Tensor, bias: Tensor | None) -> Tensor:
+            return func(input, weight, *(() if func is F.embedding else (bias, *args)), **kwargs)
+
+        names = self._unwritten(weight, bias)
+        if type(input) is not Tensor or names is None or _address(input) in self.fresh:
+            self._use((input, weight, bias))
+            return product(weight, bias)
+        key = func, *_layer(names, input), repr((args, kwargs))
+        known = self.products.get(key) or self._based(key, input)
+        if known is None or not known.holds(input):
+            self._use((input, weight, bias))
+            outputs = product(weight, bias)
+            # In bfloat16 or half the sum of two rounded products would not be the rounded product.
+            if self.points == 1 and outputs.dtype in (torch.float32, torch.float64):
+                self.products[key] = _Product(names, input, input._version, outputs, outputs._version, self.walk.eta)
+            return outputs
+        if known.slope is None:
+            if known.outputs._version != known.outputs_version:  # an in-place activation has overwritten it
+                self._use((weight, bias))
+                known.outputs, known.eta = product(weight, bias), self.walk.eta
+            slopes = [self.walk.direction[name] for name in names]
+            known.slope = product(slopes[0], slopes[1] if bias is not None else None)
+        return torch.sub(known.outputs, known.slope, alpha=self.walk.eta - known.eta)
+
+    def _based(self, key: tuple[Any, ...], input: Tensor) -> _Product | None:
+        """The product that the update's own forward pass has evaluated, if it has."""
+        func, *layer, _ = key
+        base = self.bases.get(tuple(layer)) if func is F.linear else None
+        if base is None or base.inputs._version != base.versions[-2]:
+            return None
+        self.products[key] = _Product(
+            tuple(base.parameters), base.inputs, base.versions[-2], base.outputs, base.versions[-1], eta=0.0
+        )
+        return self.products[key]
+
+    def _note(self, args: Iterable[Any], result: Any) -> None:
+        """Remember the memory of what was computed, unless it is that of an argument (a view, or a write in place)."""
+        tensors = [value for value in (result if type(result) in (list, tuple) else (result,)) if type(value) is Tensor]
+        known = {_address(value) for value in args if type(value) is Tensor} - self.fresh
+        self.fresh.update(address for address in map(_address, tensors) if address not in known)
+
+    def _unwritten(self, *tensors: Tensor | None) -> tuple[str, ...] | None:
+        """Names of the tensors that are there, if all are parameters of the walk and unwritten at this point."""
+        named = [(self.names.get(id(tensor), ""), tensor) for tensor in tensors if tensor is not None]
+        unwritten = all(self.versions.get(name) == tensor._version for name, tensor in named)
+        return tuple(name for name, _ in named) if unwritten else None
+
+    def _use(self, values: Iterable[Any]) -> None:
+        """Parameters among the values are about to be used as they are: build those that are not up to date."""
+        for value in values:
+            if type(value) in (list, tuple):
+                self._use(value)
+            elif id(value) in self.names and (name := self.names[id(value)]) in self.idle:
+                self.idle.remove(name)
+                self.walk.build(name)
+
+
+def _layer(names: tuple[str, ...], inputs: Tensor) -> tuple[Any, ...]:
+    """Names of the parameters, and where and what the input is."""
+    return names, inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs.device
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0

@@ -1,0 +1,124 @@
+"""Which updates are probed: each n-th, or as many as a share of the training time pays for."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Budget:
+    """Probes that cost at most ``share`` of the time that training takes.
+
+    The first update is probed in any case; later ones as soon as a probe as dear as the last can be paid for.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.training = 0.0
+        """Seconds of training so far, without probes."""
+        self.probing = 0.0
+        """Seconds of probes so far."""
+        self._last = 0.0
+
+    def train(self, seconds: float) -> None:
+        """Account for a piece of training."""
+        self.training += seconds
+
+    def probe(self, seconds: float) -> None:
+        """Account for a probe."""
+        self.probing += seconds
+        self._last = seconds
+
+    def affords(self) -> bool:
+        """Whether another probe can be paid for."""
+        return self.probing + self._last <= self.share * self.training
+
+
+class Stopwatch:
+    """Times pieces of work in seconds, on a GPU by its own clock and without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = torch.get_device_module(device) if device.type == "cuda" else None
+        self._running: deque[tuple[Any, Any]] = deque()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time the body."""
+        started = self._mark()
+        try:
+            yield
+        finally:
+            self._running.append((started, self._mark()))
+
+    def take(self) -> list[float]:
+        """The pieces that have come to their end since the last call."""
+        seconds = []
+        while self._running and (self._gpu is None or self._running[0][1].query()):
+            started, ended = self._running.popleft()
+            seconds.append(ended - started if self._gpu is None else started.elapsed_time(ended) / 1e3)
+        return seconds
+
+    def pending(self) -> bool:
+        """Whether a piece is still under way."""
+        return bool(self._running)
+
+    def _mark(self) -> Any:
+        if self._gpu is None:
+            return time.perf_counter()
+        event = self._gpu.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Schedule:
+    """Decides, after each update, whether the next one is probed.
+
+    Args:
+        every: Probe each n-th update, the first included.
+        share: Share of the training time that probes may cost; None does not look at the time.
+        device: Where the model is.
+    """
+
+    def __init__(self, every: int, share: float | None, device: torch.device) -> None:
+        self.due = True
+        """Whether the current update is probed."""
+        self._every = every
+        self._budget = None if share is None else Budget(share)
+        self._watch = Stopwatch(device)
+        self._updates = self._probes = 0
+        self._ended = time.perf_counter()
+
+    def start(self) -> None:
+        """Training goes on from here."""
+        self._ended = time.perf_counter()
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """The body is a part of a probe."""
+        with self._watch.running():
+            yield
+
+    def advance(self, extra: float) -> None:
+        """An update is done; a probe of it has cost ``extra`` seconds beside what was timed."""
+        self._updates += 1
+        self._probes += self.due
+        if self._budget is None:
+            self._watch.take()
+            self.due = self._updates % self._every == 0
+            return
+        now, probes = time.perf_counter(), [*self._watch.take(), *([extra] if extra else [])]
+        self._budget.train(now - self._ended - sum(probes))
+        if probes:
+            self._budget.probe(sum(probes))
+        self._ended = now
+        self.due = self._updates % self._every == 0 and not self._watch.pending() and self._budget.affords()
+
+    def facts(self) -> dict[str, Any]:
+        """What was asked and what came out, where there is a budget."""
+        if self._budget is None:
+            return {}
+        spent = {"training_seconds": self._budget.training, "probing_seconds": self._budget.probing}
+        return {"budget": {"share": self._budget.share, **spent, "probes": self._probes, "updates": self._updates}}

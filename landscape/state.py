@@ -1,0 +1,233 @@
+"""All that a forward pass reads besides its parameters and arguments: remembered, entered again, and put back."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+T = TypeVar("T")
+Closure = Callable[[nn.Module], Tensor]
+Parameters = Mapping[str, Tensor]
+Place = tuple[Any, str, Any]
+"""A module's own dict of buffers or parameters, the name of a tensor in it, and the tensor."""
+
+
+class Scene(nn.Module):
+    """A model and its criterion as one module, so that the tensors of both are known and can be swapped.
+
+    The scene only holds them; it is never trained, moved or switched to another mode itself.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+        self.moving: set[int] = set()
+        """Frozen parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
+        self.draws = False
+        """Whether forward passes are known to draw from Python's or numpy's random streams."""
+        self.shared: set[str] = set()
+        """Parameters of the model whose linear layers are known to have the same input all along a ray."""
+
+    def written(self) -> list[Place]:
+        """Buffers and moving parameters, which forward passes write to."""
+        places: list[Place] = []
+        for module in self.modules():
+            places += [
+                (module._buffers, name, buffer) for name, buffer in module._buffers.items() if buffer is not None
+            ]
+            places += [(module._parameters, name, p) for name, p in module._parameters.items() if id(p) in self.moving]
+        return places
+
+    def frozen_versions(self) -> dict[int, int]:
+        """How often each frozen parameter (by id) was written to."""
+        return {id(p): p._version for p in self.parameters() if not p.requires_grad and not p.is_inference()}
+
+    def forward(self, closure: Closure) -> Tensor:
+        """``closure(model)``; a forward pass, so that ``functional_call`` can swap tensors around it."""
+        return closure(self.model)
+
+    def devices(self) -> set[torch.device]:
+        """Every device that a parameter or a buffer lives on."""
+        return {tensor.device for tensors in (self.parameters(), self.buffers()) for tensor in tensors}
+
+
+@dataclass(frozen=True)
+class HostStreams:
+    """The state of Python's and numpy's random streams, which take longer to put back than a small layer takes."""
+
+    python: Any
+    numpy: dict[str, Any]
+
+    @classmethod
+    def capture(cls) -> "HostStreams":
+        """The state as it is now."""
+        return cls(random.getstate(), np.random.get_state(legacy=False))  # noqa: NPY002
+
+    def restore(self) -> None:
+        """Make it the current state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+
+    def moved(self) -> bool:
+        """Whether anything was drawn since."""
+        now = HostStreams.capture()
+        if now.python != self.python or now.numpy["has_gauss"] != self.numpy["has_gauss"]:
+            return True
+        states = now.numpy["state"].values(), self.numpy["state"].values()
+        return not all(map(np.array_equal, *states))
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of every global random stream: the host's, torch's on the CPU and on accelerators."""
+
+    host: HostStreams
+    cpu: Tensor
+    accelerators: Mapping[torch.device, Tensor]
+
+    @classmethod
+    def capture(cls, accelerators: Sequence[torch.device]) -> "RandomState":
+        """The state as it is now, on the host and on the ``accelerators``."""
+        on_device = {device: torch.get_device_module(device).get_rng_state(device) for device in accelerators}
+        return cls(HostStreams.capture(), torch.get_rng_state(), on_device)
+
+    def restore(self, host: bool = True) -> None:
+        """Make it the current state; ``host=False`` leaves out the streams of Python and numpy."""
+        if host:
+            self.host.restore()
+        torch.set_rng_state(self.cpu)
+        for device, state in self.accelerators.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of one kind of device."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def capture(cls, device_types: Sequence[str]) -> "tuple[Autocast, ...]":
+        """The state as it is now, for each of the ``device_types``."""
+        return tuple(
+            cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types
+        )
+
+    @staticmethod
+    @contextmanager
+    def restored(states: "tuple[Autocast, ...]") -> Iterator[None]:
+        """Run the body in ``states``; enters nothing where they are the current ones."""
+        with ExitStack() as stack:
+            for was in states:
+                if Autocast.capture([was.device_type]) != (was,):
+                    stack.enter_context(torch.autocast(was.device_type, was.dtype, was.enabled, cache_enabled=False))
+            yield
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """All that a forward pass reads besides its parameters and arguments, as far as it is held by the modules.
+
+    Attributes:
+        scene: The model and its criterion.
+        attributes: The attributes of every module, the train flag among them; lists and the like are not copied.
+        tensors: Copies of what a forward pass may write to, with the modules' own dicts that hold it: all buffers, and
+            frozen parameters that are known to be written to.
+        random: The random streams.
+        autocast: The autocast state, for each kind of device.
+    """
+
+    scene: Scene
+    attributes: Sequence[tuple[nn.Module, dict[str, Any]]]
+    tensors: Sequence[Place]
+    random: RandomState
+    autocast: tuple[Autocast, ...]
+
+    @classmethod
+    def capture(cls, scene: Scene) -> "ForwardState":
+        """The state as it is now; the forward pass to come may move the tensors, so they are copied."""
+        devices = scene.devices()
+        return cls(
+            scene,
+            [(module, dict(vars(module))) for module in scene.modules()],
+            _copies(scene.written()),
+            RandomState.capture([device for device in devices if device.type in ("cuda", "xpu")]),
+            Autocast.capture(sorted({"cpu"} | {device.type for device in devices if device.type != "meta"})),
+        )
+
+    def each(
+        self, function: Callable[[nn.Module], T], parameters: Parameters, moves: Sequence[Callable[[], object]]
+    ) -> list[T]:
+        """``function(model)`` after each of ``moves``, always from this state; the live model stays as it is.
+
+        The moves write to ``parameters``, which stand for the model's own of these names meanwhile.
+        """
+
+        def run(model: nn.Module) -> Any:
+            results = []
+            for move in moves:
+                self._enter()
+                move()
+                results.append(function(model))
+            return results
+
+        tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
+        with self._undone(), Autocast.restored(self.autocast):
+            before = HostStreams.capture()
+            # One swap for all points: it takes as long as the forward pass of a small model.
+            results = functional_call(self.scene, tensors, (run,))
+            if not self.scene.draws and before.moved():
+                self.scene.draws = True
+                results = functional_call(self.scene, tensors, (run,))
+            return results
+
+    def written_copies(self, points: int) -> dict[str, Tensor]:
+        """What a forward pass may write to, once for each of ``points`` (the first dimension), by the scene's names."""
+        places = {
+            (id(module._buffers), id(module._parameters)): prefix for prefix, module in self.scene.named_modules()
+        }
+        copies = {}
+        for owner, name, tensor in self.tensors:
+            prefix = next(prefix for owners, prefix in places.items() if id(owner) in owners)
+            copies[f"{prefix}.{name}".lstrip(".")] = tensor.expand(points, *tensor.shape).clone()
+        return copies
+
+    def _enter(self) -> None:
+        """Make this the current state, with tensors that may be written to."""
+        self.random.restore(host=self.scene.draws)
+        for module, attributes in self.attributes:
+            vars(module).update(attributes)
+        for owner, name, tensor in _copies(self.tensors):
+            owner[name] = tensor
+
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        """After the body, put back what the modules held before it."""
+        attributes = [(module, dict(vars(module))) for module, _ in self.attributes]
+        tensors = [(owner, name, owner[name]) for owner, name, _ in self.tensors]
+        try:
+            yield
+        finally:
+            for module, before in attributes:
+                vars(module).clear()
+                vars(module).update(before)
+            for owner, name, tensor in tensors:
+                owner[name] = tensor
+
+
+def _copies(tensors: Iterable[Place]) -> list[Place]:
+    """The same places with copies of their tensors; one that is in several places stays one."""
+    places, copies = list(tensors), {}
+    for _, _, tensor in places:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone()
+    return [(owner, name, copies[id(tensor)]) for owner, name, tensor in places]
