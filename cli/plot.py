@@ -1,15 +1,35 @@
 """``landscape plot``: the shaded figure of recorded traces."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from landscape.vocabulary import MEASURES
+
+if TYPE_CHECKING:  # --help does not wait for pandas
+    import pandas as pd
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", default="landscape.png", show_default=True, help="Picture to write: .png, .svg or .pdf.")
-@click.option("--x", default="step", show_default=True, metavar="[step|epoch]", help="What the losses are drawn over.")
-@click.option("--scale", default="auto", show_default=True, metavar="[auto|log|linear]", help="Scale of the loss axis.")
+@click.option(
+    "--measure",
+    "measures",
+    multiple=True,
+    default=("loss",),
+    help=f"What is drawn: {', '.join(MEASURES)}. Repeatable; each is a panel.  [default: loss]",
+)
+@click.option("--x", default="step", show_default=True, metavar="[step|epoch]", help="What it is drawn over.")
+@click.option(
+    "--scale",
+    default="auto",
+    show_default=True,
+    metavar="[auto|log|symlog|linear]",
+    help="Scale of the measures' axes.",
+)
 @click.option(
     "--layout",
     default="auto",
@@ -17,24 +37,36 @@ import click
     metavar="[auto|overlay|multiples]",
     help="All bands in one panel, or one panel each; auto: one panel unless a band would be hidden.",
 )
-def command(paths: tuple[Path, ...], out: str, x: str, scale: str, layout: str) -> None:
+def command(paths: tuple[Path, ...], out: str, measures: tuple[str, ...], x: str, scale: str, layout: str) -> None:
     """Draw the losses around each update, one band per norm, from the traces in PATHS.
 
-    PATHS are run folders, or folders that hold runs at any depth.
-    """
+    PATHS are run folders, or folders that hold runs at any depth. What can be drawn of the points around an update:
+
+    \b
+    loss            the losses there, and the loss before the step
+    predictiveness  distances of the gradients there from that before the step
+    beta            the largest such distance per distance moved
+    gap             differences of the losses from their linear prediction
+    curvature       mean curvature of the loss on the way there
+    """  # noqa: D301 (click looks for the character \b)
     # Imported here, so that --help does not wait for pandas and matplotlib.
-    from landscape.measures import summarize
     from landscape.plots import plot_landscape, save
     from landscape.trace import read_traces
 
     frame = read_traces(paths)
-    save(plot_landscape(frame, x=x, scale=scale, layout=layout), out)
-    tables = [summarize(frame, by="band").set_index("band").rename_axis(None)]
-    if x == "epoch":
-        epochs = summarize(frame, by=("epoch", "band"))
-        tables.append(
-            epochs.pivot(index="epoch", columns="band", values="mean_range").rename_axis(columns="mean range")
-        )
-    for table in tables:
-        click.echo(table.to_string(float_format="{:.4g}".format) + "\n")
+    save(plot_landscape(frame, measure=measures, x=x, scale=scale, layout=layout), out)
+    for measure in dict.fromkeys(measures):
+        for table in _tables(frame, measure, per_epoch=x == "epoch"):
+            click.echo(table.to_string(float_format="{:.4g}".format) + "\n")
     click.echo(f"Figure: {out}")
+
+
+def _tables(frame: "pd.DataFrame", measure: str, per_epoch: bool) -> Iterator["pd.DataFrame"]:
+    """How rough the landscape was, for each band, and also for each epoch."""
+    from landscape.measures import size_name, summarize
+
+    yield summarize(frame, by="band", measure=measure).set_index("band").rename_axis(None)
+    if per_epoch:
+        size = size_name(measure)
+        epochs = summarize(frame, by=("epoch", "band"), measure=measure)
+        yield epochs.pivot(index="epoch", columns="band", values=f"mean_{size}").rename_axis(columns=f"mean {size}")

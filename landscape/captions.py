@@ -1,24 +1,41 @@
 """The words under a figure: what was measured, on what, and how it was joined."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
+
+from landscape.measures import recorded
+from landscape.smoothness import flat
+from landscape.vocabulary import MEASURES
 
 DIRECTIONS = {"gradient": "the gradient", "update": "the optimizer's update"}
 MODES = {"training": ", in training mode (batch statistics)", "evaluation": ", in evaluation mode (running statistics)"}
 
 
-def caption(frame: pd.DataFrame, points: int) -> str:
-    """Say what a figure shows: step sizes, batch, statistics, runs and how they are joined, and what is not finite.
+def caption(frame: pd.DataFrame, measures: Sequence[str], points: int) -> str:
+    """Say what a figure shows: step sizes, batch, statistics, measures, runs and how they are joined, and any gaps.
 
     Args:
-        frame: The rows that are drawn, with a column ``band``.
+        frame: All rows, with a column ``band`` and the columns of each measure.
+        measures: The measures that are drawn, by name.
         points: Most points that a band is drawn with.
     """
-    return " ".join([_probes(frame), _runs(frame), _updates(frame, points), _not_finite(frame)]).strip()
+    known = {measure: recorded(frame, measure) for measure in measures}
+    drawn = frame.loc[np.logical_or.reduce(list(known.values()))]
+    band = any(MEASURES[measure].band for measure in measures)
+    line = any(MEASURES[measure].line for measure in measures)
+    sentences = [
+        _probes(drawn),
+        *(_measure(measure, alone=len(measures) == 1) for measure in measures),
+        _zero(drawn, measures),
+        _runs(drawn, band, line),
+        _updates(drawn, points, band, line),
+        _left_out(frame, known),
+        _not_finite(frame, known),
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def _probes(frame: pd.DataFrame) -> str:
@@ -26,22 +43,38 @@ def _probes(frame: pd.DataFrame) -> str:
     samples = f" of {batch:,} samples" if isinstance(batch, int | np.integer) else ""
     direction = DIRECTIONS.get(_only(frame, "direction"), "the probed direction")
     return (
-        f"Band: smallest to largest loss at {_step_sizes(frame)}, along {direction}, on the batch{samples} of each "
-        f"probed update{MODES.get(_only(frame, 'mode'), '')}. Line: the loss before the step, at step size 0."
+        f"Measured at {_step_sizes(frame)}, along {direction}, on the batch{samples} of each probed update"
+        f"{MODES.get(_only(frame, 'mode'), '')}."
     )
+
+
+def _measure(measure: str, alone: bool) -> str:
+    name = MEASURES[measure]
+    band = "band" if name.line else "band with thin edges"
+    parts = [f"{kind}: {words}" for kind, words in ((band, name.band), ("line", name.line)) if words]
+    if alone:
+        return " ".join(f"{part.capitalize()}." for part in parts)
+    return f"{name.title.capitalize()}, {'; '.join(parts)}."
+
+
+def _zero(frame: pd.DataFrame, measures: Sequence[str]) -> str:
+    titles = [MEASURES[measure].title for measure in measures if not MEASURES[measure].at_zero]
+    if not titles or flat(frame, "step_sizes")[0].all():
+        return ""
+    return f"Step size 0, which moves nothing, is left out of the {' and the '.join(titles)}."
 
 
 def _step_sizes(frame: pd.DataFrame) -> str:
     """The step sizes if all updates share them, or the shared multiples of the learning rate, or else the range."""
-    lists = pa.Table.from_pandas(pd.DataFrame(frame["step_sizes"])).column(0).combine_chunks()
-    sizes, counts = lists.flatten().to_numpy(), lists.value_lengths().to_numpy(zero_copy_only=False)
+    sizes, counts = flat(frame, "step_sizes")
     if (counts == counts[0]).all():
         rows = sizes.reshape(len(frame), -1)
         if (rows == rows[0]).all():
             return f"step sizes {_enumeration(rows[0])}"
-        multiples = rows / frame[["lr"]].to_numpy()
-        if np.allclose(multiples, multiples[0]):
-            return f"{_enumeration(multiples[0])} times the learning rate"
+        lr = frame["lr"].to_numpy()
+        largest = lr.argmax()  # a warm-up may begin with a learning rate of 0
+        if lr[largest] > 0 and np.allclose(rows, np.outer(lr, rows[largest] / lr[largest]), atol=0):
+            return f"{_enumeration(rows[largest] / lr[largest])} times the learning rate"
     return f"step sizes from {sizes.min():.4g} to {sizes.max():.4g}"
 
 
@@ -50,31 +83,57 @@ def _enumeration(values: Sequence[float] | np.ndarray) -> str:
     return ", ".join(words if len(words) <= 4 else [*words[:2], "…", words[-1]])
 
 
-def _runs(frame: pd.DataFrame) -> str:
+def _runs(frame: pd.DataFrame, band: bool, line: bool) -> str:
     """How many runs a band joins; they are seeds only if no two of them have the same."""
     bands = frame.groupby("band", observed=True)
     runs = list(bands["run"].nunique()) if "run" in frame else [1]
     word = "seed" if "seed" in frame and list(bands["seed"].nunique()) == runs else "run"
+    what = "band" if band else "line"
     if max(runs) == 1:
-        return f"One {word} per band."
+        return f"One {word} per {what}."
     number = f"{max(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
-    return f"{number} {word}s per band, joined: the band spans all of them and the line is their mean."
+    how = " and ".join(["the band spans all of them"] * band + ["the line is their mean"] * line)
+    return f"{number} {word}s per {what}, joined: {how}."
 
 
-def _updates(frame: pd.DataFrame, points: int) -> str:
+def _updates(frame: pd.DataFrame, points: int, band: bool, line: bool) -> str:
     steps = frame["step"].unique()
     sizes = frame.groupby([name for name in ("band", "run") if name in frame], observed=True).size().to_numpy()
     least, most = sizes.min(), sizes.max()
     number = f"{most:,}" if least == most else f"{least:,} to {most:,}"
-    binned = f", drawn at {points:,} points that keep every extreme" if len(steps) > points else ""
+    how = " and ".join(["the band keeps every extreme"] * band + ["the line is a mean"] * line)
+    binned = f", drawn at {points:,} points: {how}" if len(steps) > points else ""
     return f"Updates probed in each run: {number}{binned}."
 
 
-def _not_finite(frame: pd.DataFrame) -> str:
-    finite = np.isfinite(frame[["loss", "loss_min", "loss_max"]].to_numpy()).all(axis=1)
-    return (
-        "" if finite.all() else f"At {(~finite).sum():,} updates a loss was NaN or infinite, and the drawing has a gap."
+def _left_out(frame: pd.DataFrame, known: Mapping[str, np.ndarray]) -> str:
+    """Which runs are not drawn; measures that lack the same of the same runs are named together."""
+    titles: dict[str, list[str]] = {}
+    for measure, rows in known.items():
+        if not rows.all():
+            reason = f"for want of {MEASURES[measure].needs[0]}: {_runs_of(frame, ~rows)}"
+            titles.setdefault(reason, []).append(MEASURES[measure].title)
+    return " ".join(f"Not in the {' and the '.join(of)}, {reason}." for reason, of in titles.items())
+
+
+def _runs_of(frame: pd.DataFrame, rows: np.ndarray) -> str:
+    """The bands that rows belong to, and how many of a band's runs, where they are not all of it."""
+    frame = frame if "run" in frame else frame.assign(run="")
+    lacking, runs = (of.groupby("band", observed=True)["run"].nunique().to_dict() for of in (frame.loc[rows], frame))
+    return ", ".join(
+        f"{band}" if number == runs[band] else f"{band} ({number} of {runs[band]} runs)"
+        for band, number in lacking.items()
     )
+
+
+def _not_finite(frame: pd.DataFrame, known: Mapping[str, np.ndarray]) -> str:
+    finite = np.ones(len(frame), bool)
+    for measure, rows in known.items():
+        columns = [f"{measure}_min", f"{measure}_max", *([measure] if MEASURES[measure].line else [])]
+        finite &= np.isfinite(frame[columns].to_numpy()).all(axis=1) | ~rows
+    number, what = np.count_nonzero(~finite), "loss" if list(known) == ["loss"] else "value"
+    updates = f"{number:,} updates" if number > 1 else "1 update"
+    return f"At {updates} a {what} was NaN or infinite, and the drawing has a gap." if number else ""
 
 
 def _only(frame: pd.DataFrame, fact: str) -> Any:

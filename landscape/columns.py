@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass
 
-VERSION = 1
-"""Version of the trace format; a reader refuses a trace with a higher one."""
+VERSION = 2
+"""Version of the trace format; a reader refuses a trace with a higher one, and reads all lower ones."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its name, its Arrow type in words, its unit and its meaning."""
+    """One column: its name, its Arrow type in words, its unit, its meaning, and the format that it came with."""
 
     name: str
     type: str
     unit: str
     meaning: str
+    since: int = 1
 
 
 UPDATES = (
@@ -21,9 +22,30 @@ UPDATES = (
     Column("epoch", "float64", "epochs", "passes over the data completed before this step; NaN if not known"),
     Column("lr", "float64", "1", "learning rate of the first parameter group at this step"),
     Column("loss", "float64", "loss", "training loss at step size 0, the loss that was differentiated"),
-    Column("grad_norm", "float64", "loss / parameter", "l2 norm of the direction walked along"),
+    Column("grad_norm", "float64", "loss / parameter", "l2 norm of the gradient as the optimizer got it"),
+    Column(
+        "slope",
+        "float64",
+        "loss / learning rate",
+        "inner product of gradient and direction: to first order the loss falls by eta * slope",
+        since=2,
+    ),
+    Column(
+        "direction_norm",
+        "float64",
+        "parameter / learning rate",
+        "l2 norm of the direction: a step moves the parameters by |eta| * direction_norm",
+        since=2,
+    ),
     Column("step_sizes", "list<float64>", "learning rate", "the K step sizes eta"),
     Column("losses", "list<float64>", "loss", "the K losses at theta - eta * direction"),
+    Column(
+        "gradient_distances",
+        "list<float64>",
+        "loss / parameter",
+        "l2 distances of the K gradients there from the gradient at theta; missing unless they were asked for",
+        since=2,
+    ),
     Column("loss_min", "float64", "loss", "smallest of the K losses; NaN if one of them is"),
     Column("loss_max", "float64", "loss", "largest of the K losses; NaN if one of them is"),
     Column("seconds", "float64", "s", "time that the host spent on this probe"),

@@ -1,4 +1,4 @@
-"""Measures on traces: a frame in, a smaller frame out."""
+"""Measures joined over updates and runs: a frame in, a smaller frame out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,51 +7,59 @@ import numpy as np
 import pandas as pd
 
 from landscape.errors import UserError
-from landscape.vocabulary import NORMS, NormName
+from landscape.smoothness import holds, measured
+from landscape.vocabulary import MEASURES, NORMS, NormName
 
 SETTINGS = ("dataset", "model", "batch_size", "base_lr", "direction")
 """Facts that join a band's label when runs differ in them."""
 
 
-def envelope(frame: pd.DataFrame, x: str = "step", by: str | Sequence[str] = "run", bins: int = 1000) -> pd.DataFrame:
+def envelope(
+    frame: pd.DataFrame, x: str = "step", by: str | Sequence[str] = "run", bins: int = 1000, measure: str = "loss"
+) -> pd.DataFrame:
     """The band of every group over ``x``, in at most ``bins`` points and without losing an extreme.
 
     Neighbouring values of ``x`` share a bin, the same one in all groups; up to ``bins`` distinct values each have their
-    own. All runs of a group are joined: the band spans the smallest to the largest of them.
+    own. All runs of a group are joined: the band spans the smallest to the largest of them. Runs that did not record
+    what the measure needs are left out (:func:`recorded`).
 
     Args:
         frame: Rows of ``read_traces`` or ``TraceWriter.frame``.
         x: ``"step"`` or ``"epoch"``.
         by: Columns whose values make the groups; ``"band"`` stands for ``band_labels(frame)``.
         bins: Most points per group.
+        measure: What the band is of: a measure of :func:`landscape.smoothness.measured`.
 
     Returns:
-        One row per group and bin: ``x`` (the bin's first), ``loss`` (mean; NaN if one is not finite), ``loss_min`` and
-        ``loss_max`` (smallest and largest finite value), ``updates`` (rows joined) and ``not_finite`` (those of them
-        with a probed loss that is NaN or infinite).
+        One row per group and bin: ``x`` (the bin's first), ``<measure>_min`` and ``<measure>_max`` (smallest and
+        largest finite value), ``updates`` (rows joined) and ``not_finite`` (those of them with a value that is NaN or
+        infinite). The measures ``loss`` and ``beta`` have a line, too: the mean in a column of that name, NaN if one is
+        not finite.
 
     Raises:
-        UserError: A column is missing, or ``x`` was not recorded.
+        UserError: A column is missing, ``x`` was not recorded, or there is no such measure or nothing that it needs.
     """
     keys = _keys(frame, by, x)
     if pd.isna(frame[x].to_numpy()).any():
         raise UserError(f"The trace does not know the {x} of every update; choose another x, such as step.")
-    losses = frame[["loss", "loss_min", "loss_max"]]
-    rows = keys.assign(
-        **losses.where(np.isfinite), x=frame[x], bin=_bins(frame[x].to_numpy(), bins), not_finite=~_finite(frame)
-    )
-    groups = rows.groupby([*keys.columns, "bin"], observed=True, dropna=False)
+    frame = measured(frame, measure)
+    names = [measure, f"{measure}_min", f"{measure}_max"]
+    values = frame.reindex(columns=names).where(np.isfinite).set_axis(["line", "low", "high"], axis=1)
+    rows = keys.assign(**values, x=frame[x], bin=_bins(frame[x].to_numpy(), bins), not_finite=~_finite(frame, measure))
+    groups = pd.DataFrame(rows[recorded(frame, measure)]).groupby([*keys.columns, "bin"], observed=True, dropna=False)
     joined = groups.agg(
         x=("x", "min"),
-        loss=("loss", "mean"),
-        known=("loss", "count"),
-        loss_min=("loss_min", "min"),
-        loss_max=("loss_max", "max"),
+        line=("line", "mean"),
+        known=("line", "count"),
+        low=("low", "min"),
+        high=("high", "max"),
         updates=("x", "size"),
         not_finite=("not_finite", "sum"),
     )
-    joined["loss"] = joined["loss"].where(joined.pop("known") == joined["updates"])
-    return joined.droplevel("bin").reset_index().rename(columns={"x": x})
+    joined["line"] = joined["line"].where(joined.pop("known") == joined["updates"])
+    joined = joined if MEASURES[measure].line else joined.drop(columns="line")
+    columns = dict(zip(["x", "line", "low", "high"], [x, *names], strict=True))
+    return joined.droplevel("bin").reset_index().rename(columns=columns)
 
 
 def _bins(x: np.ndarray, bins: int) -> np.ndarray:
@@ -59,37 +67,66 @@ def _bins(x: np.ndarray, bins: int) -> np.ndarray:
     return position * min(bins, len(values)) // max(len(values), 1)
 
 
-def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.DataFrame:
-    """How rough the landscape was: the range of the probed losses, ``loss_max - loss_min``, averaged over updates.
+def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str = "loss") -> pd.DataFrame:
+    """How rough the landscape was: for each update one number, averaged over the updates of a group.
+
+    For ``loss`` that number is the range of the probed losses, ``loss_max - loss_min``; for every other measure it is
+    the value of the largest magnitude among those at the K step sizes, without its sign.
 
     Args:
         frame: Rows of ``read_traces`` or ``TraceWriter.frame``.
         by: Columns whose values make the groups, such as ``("band", "epoch")``: ``band`` stands for
             ``band_labels(frame)``, and ``epoch`` counts the passes completed, so that the first one is 0.
+        measure: A measure of :func:`landscape.smoothness.measured`.
 
     Returns:
-        One row per group: ``updates`` probed, ``not_finite`` (updates with a probed loss that is NaN or infinite),
-        ``mean_range`` and ``median_range`` over the other updates, ``mean_loss`` over the finite training losses, and
-        the ``seconds`` that probing took. A mean over nothing is NaN.
+        One row per group: ``updates`` probed, ``not_finite`` (updates with a value that is NaN or infinite),
+        ``mean_range`` and ``median_range`` over the other updates (``mean_beta`` and ``median_beta`` for ``beta``, and
+        so on), ``mean_loss`` over the finite training losses, and the ``seconds`` that probing took. A mean over
+        nothing is NaN. Updates of runs that did not record what the measure needs (:func:`recorded`) are not counted.
 
     Raises:
-        UserError: A column is missing.
+        UserError: A column is missing, or there is no such measure or nothing that it needs.
     """
     keys = _keys(frame, by)
     if "epoch" in keys:
         keys["epoch"] = np.floor(keys["epoch"]).astype("Int64")
-    finite = _finite(frame)
-    width = (frame["loss_max"] - frame["loss_min"]).where(finite)
+    frame = measured(frame, measure)
+    known, finite = recorded(frame, measure), _finite(frame, measure)
     loss = frame["loss"].where(np.isfinite(frame["loss"]))
-    rows = keys.assign(_finite=~finite, _width=width, _loss=loss, _seconds=frame["seconds"])
+    rows = keys.assign(
+        _known=known,
+        _not_finite=known & ~finite,
+        _size=_size(frame, measure).where(finite),
+        _loss=loss,
+        _seconds=frame["seconds"],
+    )
     return rows.groupby(list(keys.columns), observed=True, dropna=False, as_index=False).agg(
-        updates=("_finite", "size"),
-        not_finite=("_finite", "sum"),
-        mean_range=("_width", "mean"),
-        median_range=("_width", "median"),
+        updates=("_known", "sum"),
+        not_finite=("_not_finite", "sum"),
+        **{f"{average}_{size_name(measure)}": ("_size", average) for average in ("mean", "median")},
         mean_loss=("_loss", "mean"),
         seconds=("_seconds", "sum"),
     )
+
+
+def size_name(measure: str) -> str:
+    """What ``summarize`` averages, as in its column ``mean_range``."""
+    return measure if MEASURES[measure].has_origin else "range"
+
+
+def _size(frame: pd.DataFrame, measure: str) -> pd.Series:
+    low, high = frame[f"{measure}_min"], frame[f"{measure}_max"]
+    return pd.Series(np.maximum(low.abs(), high.abs()) if MEASURES[measure].has_origin else high - low)
+
+
+def recorded(frame: pd.DataFrame, measure: str) -> np.ndarray:
+    """Whether each row is of a run that recorded what the measure needs, at any of its updates; bool (rows,)."""
+    known = holds(frame, measure)
+    if known.all():
+        return known
+    keys = _keys(frame, ("run", "band")).assign(known=known)
+    return keys.groupby(["run", "band"], observed=True, dropna=False)["known"].transform("any").to_numpy()
 
 
 def band_labels(frame: pd.DataFrame) -> pd.Series:
@@ -130,9 +167,9 @@ def _position(facts: Mapping[str, Any]) -> tuple[Any, ...]:
     return norm, str(facts["norm"]), facts.get("channel_groups") or 0, facts.get("groups") or 0
 
 
-def _finite(frame: pd.DataFrame) -> np.ndarray:
-    """Whether all probed losses of an update are finite: the extremes are NaN or infinite if one of them is."""
-    return np.isfinite(frame["loss_min"].to_numpy()) & np.isfinite(frame["loss_max"].to_numpy())
+def _finite(frame: pd.DataFrame, measure: str) -> np.ndarray:
+    """Whether all K values of an update are finite: the extremes are NaN or infinite if one of them is."""
+    return np.isfinite(frame[f"{measure}_min"].to_numpy()) & np.isfinite(frame[f"{measure}_max"].to_numpy())
 
 
 def _keys(frame: pd.DataFrame, by: str | Sequence[str], *others: str) -> pd.DataFrame:

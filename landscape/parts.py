@@ -57,7 +57,7 @@ def write_part(part: pa.Table, file: BinaryIO) -> None:
 
 
 def read_part(path: Path, table: str) -> pa.Table:
-    """Read one part of a table.
+    """Read one part of a table; columns that came with a later format than the part's are missing values.
 
     Raises:
         UserError: The file is no Parquet file, or no part of this table, or is in a newer format.
@@ -70,14 +70,19 @@ def read_part(path: Path, table: str) -> pa.Table:
             f"{path} cannot be read as Parquet ({error}). Name run folders or parts; "
             "to read the rest, move a damaged part out of its folder."
         ) from error
-    check_version((part.schema.metadata or {}).get(b"landscape_version", VERSION), path)
-    if missing := [name for name in column_names(table) if name not in part.column_names]:
+    names = column_names(table)
+    # A part that another tool has rewritten may have lost its version: it has that of its newest column.
+    newest = max((column.since for column in TABLES[table] if column.name in part.column_names), default=VERSION)
+    version = check_version((part.schema.metadata or {}).get(b"landscape_version", newest), path)
+    known = {column.name for column in TABLES[table] if column.since <= version}
+    if missing := [name for name in names if name in known.difference(part.column_names)]:
         raise UserError(f"{path} is no part of the table {table}: it has no column {', '.join(missing)}.")
-    return part.select(column_names(table)).cast(schema(table))
+    columns = [part[name] if name in known else pa.nulls(part.num_rows) for name in names]
+    return pa.table(columns, names).cast(schema(table))
 
 
-def check_version(version: bytes | int, path: Path) -> None:
-    """Refuse what a later version of this package has written.
+def check_version(version: bytes | int, path: Path) -> int:
+    """The version of what is read, as a number; what a later version of this package has written is refused.
 
     Raises:
         UserError: The version is higher than the one that this package writes.
@@ -88,3 +93,4 @@ def check_version(version: bytes | int, path: Path) -> None:
         raise UserError(f"{path} has no trace format but {version!r}; it was not written by landscape.") from error
     if number > VERSION:
         raise UserError(f"{path} has trace format {number}, and only {VERSION} is known here; upgrade landscape.")
+    return number

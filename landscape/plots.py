@@ -2,47 +2,35 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from landscape.bands import POINTS, Band, Scale, View, hides, largest_first, view_of
 from landscape.captions import caption
 from landscape.errors import UserError
 from landscape.files import whole_file
-from landscape.measures import band_labels, envelope
+from landscape.measures import band_labels
+from landscape.smoothness import measured
+from landscape.vocabulary import MEASURES, check_measure
 
 X_LABELS = {"step": "update", "epoch": "epoch"}
-SCALES = ("auto", "log", "linear")
+SCALES = ("auto", "log", "symlog", "linear")
 LAYOUTS = ("auto", "overlay", "multiples")
-POINTS = 1000
-"""Most points of a band: about as many as a page has pixels."""
 
 _UNDATED = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 Colour = tuple[float, ...]
-
-
-class Band(NamedTuple):
-    """The points of one band; NaN interrupts the drawing."""
-
-    x: np.ndarray
-    loss: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-Bands = dict[str, Band]
 
 
 class LandscapeFigure(Figure):
@@ -54,36 +42,57 @@ class LandscapeFigure(Figure):
         return buffer.getvalue()
 
 
-def plot_landscape(frame: pd.DataFrame, *, x: str = "step", scale: str = "auto", layout: str = "auto") -> Figure:
+def plot_landscape(
+    frame: pd.DataFrame,
+    *,
+    measure: str | Sequence[str] = "loss",
+    x: str = "step",
+    scale: str = "auto",
+    layout: str = "auto",
+) -> Figure:
     """Draw the landscape along a training run: at every update, a band from the smallest to the largest probed loss.
 
     The wider the band, the rougher the landscape (Santurkar et al. 2018, figure 4a; Dimitriou & Arandjelovic 2020,
-    section 3.1). Each norm is one band; runs that differ in their seed are joined, and the caption says how.
+    section 3.1). Each norm is one band; runs that differ in their seed are joined, and the caption says how. ::
+
+        plot_landscape(frame, measure=("loss", "predictiveness", "beta"))  # Santurkar et al. 2018, figure 4
 
     Args:
         frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
+        measure: What is drawn: ``"loss"``, ``"predictiveness"``, ``"beta"``, ``"gap"`` or ``"curvature"``, as
+            :func:`landscape.smoothness.measured` defines them; or several of them, side by side. Runs that did not
+            record what a measure needs are left out of it, and the caption names them.
         x: ``"step"`` or ``"epoch"``.
-        scale: Of the loss axis: ``"log"``, ``"linear"``, or ``"auto"``, logarithmic if losses span more than a decade.
+        scale: Of the measures' axes: ``"log"``, ``"linear"``, ``"symlog"`` (logarithmic on both sides of a linear
+            middle), or ``"auto"``: logarithmic if values span more than a decade, and where there are some that are 0
+            or less, symmetrically so; but losses of 0 or less have a linear axis, as their 0 means nothing.
         layout: ``"overlay"``; ``"multiples"``, a panel per band with the others in grey behind; or ``"auto"``, which
-            overlays unless one band would hide another.
+            overlays unless one band would hide another. Several measures are always overlaid, in a panel each.
 
     Returns:
         A figure, 8 inches wide, to be shown by a notebook or written by its ``savefig`` or by :func:`save`.
 
     Raises:
-        UserError: An option is none of these, the frame has no rows, or a loss has no place on a logarithmic axis.
+        UserError: An option is none of these, the frame has no rows or no run with what a measure needs, or a value
+            has no place on a logarithmic axis.
     """
-    _check(frame, x=(x, tuple(X_LABELS)), scale=(scale, SCALES), layout=(layout, LAYOUTS))
+    measures = [measure] if isinstance(measure, str) else list(dict.fromkeys(measure))
+    _check(frame, measures, x=(x, tuple(X_LABELS)), scale=(scale, SCALES), layout=(layout, LAYOUTS))
     frame = frame.assign(band=band_labels(frame))
-    bands = _bands(frame, x)
-    log = _is_log(bands, scale)
+    for name in measures:
+        frame = measured(frame, name)
+    views = [view_of(frame, x, name, scale) for name in measures]
+    shown = {label for view in views for label in view.bands}
+    labels = [label for label in map(str, frame["band"].cat.categories) if label in shown]
     with sns.axes_style("ticks"), sns.plotting_context("paper"):
         figure = LandscapeFigure(figsize=(8, 4.5), layout="constrained")
-        if layout == "multiples" or (layout == "auto" and _hidden(bands, log)):
-            _draw_multiples(figure, bands, X_LABELS[x])
+        if layout == "multiples" or (layout == "auto" and len(views) == 1 and hides(views[0])):
+            _draw_multiples(figure, views[0], labels, X_LABELS[x])
         else:
-            _draw_overlay(figure, bands, X_LABELS[x], log)
-        _finish(figure, log, (float(np.min(frame[x])), float(np.max(frame[x]))), caption(frame, POINTS))
+            _draw_overlays(figure, views, labels, X_LABELS[x])
+        title = views[0].measure.title if len(views) == 1 else ""
+        reach = (float(np.min(frame[x])), float(np.max(frame[x])))
+        _finish(figure, reach, title, f"{caption(frame, measures, POINTS)} {_about_axes(views)}")
     return figure
 
 
@@ -105,92 +114,91 @@ def save(figure: Figure, path: str | Path) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}. Give another path.") from error
 
 
-def _check(frame: pd.DataFrame, **options: tuple[str, Sequence[str]]) -> None:
+def _check(frame: pd.DataFrame, measures: Sequence[str], **options: tuple[str, Sequence[str]]) -> None:
     for name, (value, allowed) in options.items():
         if value not in allowed:
             raise UserError(f"{name} is {value!r}; it can be {', '.join(allowed)}.")
+    for name in measures:
+        check_measure(name)
+    if not measures:
+        raise UserError(f"No measure is given; choose from {', '.join(MEASURES)}.")
+    if len(measures) > 1 and options["layout"][0] == "multiples":
+        raise UserError("layout='multiples' draws one measure; choose one, or another layout.")
     if frame.empty:
         raise UserError("The frame has no rows to draw; give one of read_traces or LandscapeProbe.frame.")
 
 
-def _bands(frame: pd.DataFrame, x: str) -> Bands:
-    points = envelope(frame, x, by="band", bins=POINTS)
-    points.loc[points["not_finite"] > 0, ["loss_min", "loss_max"]] = np.nan
-    columns = [x, "loss", "loss_min", "loss_max"]
-    return {str(label): Band(*band[columns].to_numpy().T) for label, band in points.groupby("band", observed=True)}
-
-
-def _is_log(bands: Bands, scale: str) -> bool:
-    smallest = np.fmin.reduce(np.concatenate([losses for band in bands.values() for losses in (band.low, band.loss)]))
-    largest = np.fmax.reduce(np.concatenate([band.high for band in bands.values()]))
-    if scale == "log" and smallest <= 0:
-        raise UserError(f"A loss of {smallest:.4g} has no place on a logarithmic axis; choose scale linear.")
-    return scale == "log" or (scale == "auto" and 0 < 10 * smallest < largest)
-
-
-def _largest_first(bands: Bands, log: bool) -> Bands:
-    """The order of drawing: small bands lie over large ones."""
-    return dict(sorted(bands.items(), key=lambda item: -np.nansum(_height(item[1].low, item[1].high, log))))
-
-
-def _height(low: np.ndarray, high: np.ndarray, log: bool) -> np.ndarray:
-    """As it is seen on the axis."""
-    return np.log(high) - np.log(low) if log else high - low
-
-
-def _hidden(bands: Bands, log: bool) -> bool:
-    """Whether a band would lie with more than two thirds of its area under a smaller one."""
-    drawn = _largest_first(bands, log).values()
-    return any(_covered(large, small, log) > 2 / 3 for large, small in combinations(drawn, 2))
-
-
-def _covered(large: Band, small: Band, log: bool) -> float:
-    _, i, j = np.intersect1d(large.x, small.x, return_indices=True)
-    low, high = np.maximum(large.low[i], small.low[j]), np.minimum(large.high[i], small.high[j])
-    area = np.nansum(_height(large.low[i], large.high[i], log))
-    return np.nansum(_height(low, high, log).clip(0)) / area if area else 0.0
-
-
-def _colours(bands: Bands) -> dict[str, Colour]:
+def _colours(labels: Collection[str]) -> dict[str, Colour]:
     """One colour per band, from light to dark, so that they differ in grey and to colour-blind eyes too."""
-    return dict(zip(bands, sns.color_palette("plasma_r", len(bands)), strict=True))
+    return dict(zip(labels, sns.color_palette("plasma_r", len(labels)), strict=True))
 
 
-def _draw_overlay(figure: Figure, bands: Bands, x_label: str, log: bool) -> None:
-    axes = figure.subplots()
-    axes.set_xlabel(x_label)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-    colours = _colours(bands)
-    drawn = {label: _draw_band(axes, band, colours[label]) for label, band in _largest_first(bands, log).items()}
-    if any(bands):
-        handles: list[Any] = [drawn[label] for label in bands]
-        columns = max(1, min(4, 100 // (6 + max(map(len, bands)))))
-        figure.legend(handles, list(bands), loc="outside upper left", ncols=columns, frameon=False)
+def _draw_overlays(figure: Figure, views: Sequence[View], labels: Sequence[str], x_label: str) -> None:
+    """A panel for each measure, with all bands in it."""
+    colours, handles = _colours(labels), {label: {} for label in labels}
+    panels = _panels(figure, len(views), x_label)
+    for axes, view in zip(panels, views, strict=True):
+        for label, band in largest_first(view).items():
+            handles[label] |= {type(artist): artist for artist in _draw_band(axes, view, band, colours[label])}
+        _set_scale(axes, view.scale)
+        axes.set_title(view.measure.title if len(views) > 1 else "", loc="left")
+    if any(labels):
+        entries: list[Any] = [tuple(sorted(of.values(), key=Artist.get_zorder)) for of in handles.values()]
+        columns = max(1, min(4, 100 // (6 + max(map(len, labels)))))
+        figure.legend(entries, labels, loc="outside upper left", ncols=columns, frameon=False)
 
 
-def _draw_multiples(figure: Figure, bands: Bands, x_label: str) -> None:
-    columns = 2 if len(bands) in (2, 4) else 3
-    rows = -(-len(bands) // columns)
-    figure.set_size_inches(8, 1.3 + 2.4 * rows)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, (label, colour) in zip(panels, _colours(bands).items(), strict=False):
-        for other in bands.keys() - {label}:
-            _shade(axes, bands[other], color="0.88")
-        _draw_band(axes, bands[label], colour)
+def _draw_multiples(figure: Figure, view: View, labels: Sequence[str], x_label: str) -> None:
+    """A panel for each band, with the others in grey behind."""
+    panels = _panels(figure, len(labels), x_label, sharey=True)
+    for axes, (label, colour) in zip(panels, _colours(labels).items(), strict=True):
+        for other in view.bands.keys() - {label}:
+            _draw_behind(axes, view, view.bands[other])
+        _draw_band(axes, view, view.bands[label], colour)
+        _set_scale(axes, view.scale)
         axes.set_title(label, loc="left")
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
-    for axes in panels[len(bands) :]:
+
+
+def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> list[Axes]:
+    columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
+    rows = -(-count // columns)
+    if count > 1:
+        figure.set_size_inches(8, 1.3 + 2.4 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=sharey, squeeze=False).ravel()
+    for axes in panels[count:]:
         axes.remove()
-    for axes in panels[: len(bands)][-columns:]:  # those with no panel below
+    for axes in panels[:count]:
+        axes.xaxis.set_major_locator(MaxNLocator("auto" if count == 1 else 4, steps=[1, 2, 5, 10], integer=True))
+    for axes in panels[:count][-columns:]:  # those with no panel below
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(x_label)
+    return list(panels[:count])
 
 
-def _draw_band(axes: Axes, band: Band, colour: Colour) -> tuple[PolyCollection, Line2D]:
-    marker = "." if np.isfinite(band.loss).sum() == 1 else None  # a lone point makes no line
-    (line,) = axes.plot(band.x, band.loss, color=colour, linewidth=0.9, marker=marker)
-    tint = tuple(0.4 + 0.6 * part for part in colour[:3])  # opaque: mixed shades would match no entry of the legend
-    return _shade(axes, band, color=tint), line
+def _draw_band(axes: Axes, view: View, band: Band, colour: Colour) -> list[Artist]:
+    """Draw the band, the line, or both; these are also what a legend shows."""
+    artists: list[Artist] = []
+    if view.measure.band:
+        tint = tuple(0.4 + 0.6 * part for part in colour[:3])  # opaque: mixed shades would match no entry of the legend
+        artists.append(_shade(axes, band, color=tint))
+    if view.measure.line:
+        artists.append(_line(axes, band.x, band.line, color=colour))
+    else:  # edges, which show where a band goes on under another one
+        for edge in (band.low, band.high):
+            _line(axes, band.x, edge, color=colour, linewidth=0.5)
+    return artists
+
+
+def _draw_behind(axes: Axes, view: View, band: Band) -> None:
+    if view.measure.band:
+        _shade(axes, band, color="0.88")
+    else:
+        _line(axes, band.x, band.line, color="0.88", zorder=1)
+
+
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> Artist:
+    marker = "." if np.isfinite(y).sum() == 1 else None  # a lone point makes no line
+    return axes.plot(x, y, marker=marker, **{"linewidth": 0.9, **style})[0]
 
 
 def _shade(axes: Axes, band: Band, **style: Any) -> PolyCollection:
@@ -198,13 +206,32 @@ def _shade(axes: Axes, band: Band, **style: Any) -> PolyCollection:
     return axes.fill_between(band.x, band.low, band.high, linewidth=0.5, **style)
 
 
-def _finish(figure: Figure, log: bool, reach: tuple[float, float], text: str) -> None:
+def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -> None:
     margin = 0.01 * (reach[1] - reach[0]) or 0.5
     for axes in figure.axes:
-        axes.set_yscale("log" if log else "linear")
         axes.set_xlim(reach[0] - margin, reach[1] + margin)  # also where nothing is drawn, as after a divergence
         sns.despine(ax=axes)
         axes.xaxis.set_major_formatter("{x:,.10g}")
-    figure.supylabel("loss", fontsize="medium")
-    text += " On this logarithmic axis, heights are ratios." if log else ""
-    figure.supxlabel(textwrap.fill(text, 142), x=0.01, ha="left", fontsize="small", color="0.3")
+    figure.supylabel(title, fontsize="medium")
+    figure.supxlabel(textwrap.fill(text, 134), x=0.01, ha="left", fontsize="small", color="0.3")
+
+
+def _set_scale(axes: Axes, scale: Scale) -> None:
+    axes.set_yscale(scale.name, **scale.options)
+    low, high = axes.get_ylim()
+    if scale.name == "log" and high < 100 * low:  # powers of ten alone would be a tick or two
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _about_axes(views: Sequence[View]) -> str:
+    ratios = any(view.measure.band and view.scale.name == "log" for view in views)
+    return " ".join(
+        ["On a logarithmic axis, heights are ratios."] * ratios
+        + [
+            f"The axis of the {view.measure.title} is logarithmic beyond {view.scale.linear:g}, on either side of 0."
+            for view in views
+            if view.scale.name == "symlog"
+        ]
+    )

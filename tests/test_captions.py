@@ -1,14 +1,18 @@
 import numpy as np
 import pandas as pd
 import pytest
-from traces import frame, frames
+from traces import frame, frames, without
 
 from landscape.captions import caption
 from landscape.measures import band_labels
+from landscape.smoothness import measured
 
 
-def words(runs, points=1000):
-    return caption(runs.assign(band=band_labels(runs)), points)
+def words(runs, *measures, points=1000):
+    runs, measures = runs.assign(band=band_labels(runs)), measures or ("loss",)
+    for measure in measures:
+        runs = measured(runs, measure)
+    return caption(runs, measures, points)
 
 
 def with_step_sizes(step_sizes, arrow=False):
@@ -24,12 +28,20 @@ def with_step_sizes(step_sizes, arrow=False):
         ([[0.1, 0.2, 0.4]] * 3, "at step sizes 0.1, 0.2, 0.4,"),
         ([list(np.arange(1, 9) / 10)] * 3, "at step sizes 0.1, 0.2, …, 0.8,"),
         ([[0.05, 0.2], [0.1, 0.4], [0.15, 0.6]], "at 0.5, 2 times the learning rate,"),
+        ([[0.05, 0.2], [0.1, 0.4], [0.15, 0.7]], "at step sizes from 0.05 to 0.7,"),
         ([[0.1, 0.2], [0.1, 0.3], [0.1, 0.2]], "at step sizes from 0.1 to 0.3,"),
         ([[0.1], [0.1, 0.3], [0.05]], "at step sizes from 0.05 to 0.3,"),
     ],
 )
 def test_step_sizes_are_those_of_the_rows(step_sizes, expected, arrow):
     assert expected in words(with_step_sizes(step_sizes, arrow))
+
+
+def test_a_warm_up_from_zero_has_multiples_too():
+    run = with_step_sizes([[0.0, 0.0], [0.1, 0.4], [0.15, 0.6]]).assign(lr=[0.0, 0.2, 0.3])
+    assert "at 0.5, 2 times the learning rate," in words(run)
+    run = with_step_sizes([[0.0, 0.1], [0.1, 0.4]]).assign(lr=0.0)
+    assert "at step sizes from 0 to 0.4," in words(run)
 
 
 def test_facts_are_said_if_all_runs_share_them():
@@ -67,8 +79,90 @@ def test_it_counts_updates_and_those_that_are_not_finite():
     run = frame(steps=1200)
     assert "Updates probed in each run: 1,200." in words(run, points=1200)
     assert words(run, points=1000).endswith(
-        "Updates probed in each run: 1,200, drawn at 1,000 points that keep every extreme."
+        "Updates probed in each run: 1,200, drawn at 1,000 points: the band keeps every extreme and the line is a mean."
     )
     run.loc[[3, 5], "loss_max"] = np.inf
     run.loc[7, "loss"] = np.nan
     assert words(run).endswith("At 3 updates a loss was NaN or infinite, and the drawing has a gap.")
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        ("loss", ". Band: smallest to largest loss. Line: the loss before the step, at step size 0. One seed"),
+        ("predictiveness", "Band with thin edges: smallest to largest l2 distance from the gradient before the step"),
+        ("beta", ". Line: largest ratio of the change of the gradient to the distance moved (l2 norms). One seed"),
+        ("gap", "Band with thin edges: smallest to largest difference between the loss and its linear prediction"),
+        ("curvature", "Band with thin edges: smallest to largest mean curvature of the loss on the way there. One"),
+    ],
+)
+def test_it_says_what_band_and_line_are(measure, expected):
+    assert expected in words(frame(steps=2), measure)
+
+
+def test_several_measures_are_told_apart():
+    said = words(frame(steps=2), "loss", "beta")
+    assert said.startswith("Measured at step sizes 0.1, 0.2, 0.4, along")
+    assert "Loss, band: smallest to largest loss; line: the loss before the step, at step size 0." in said
+    assert "Effective β-smoothness, line: largest ratio" in said
+
+
+@pytest.mark.parametrize(
+    ("measures", "joined", "binned"),
+    [
+        (["loss"], "2 seeds per band, joined: the band spans all of them and the line is their mean.", "and the line"),
+        (["gap"], "2 seeds per band, joined: the band spans all of them.", "points: the band keeps every extreme."),
+        (["beta"], "2 seeds per line, joined: the line is their mean.", "points: the line is a mean."),
+        (
+            ["gap", "beta"],
+            "2 seeds per band, joined: the band spans all of them and the line is their mean.",
+            "and the",
+        ),
+    ],
+)
+def test_it_says_how_bands_and_lines_are_made(measures, joined, binned):
+    said = words(frames("batch", steps=3), *measures, points=2)
+    assert joined in said
+    assert binned in said
+
+
+def test_one_run_without_a_band_is_one_per_line():
+    assert "One seed per line." in words(frame(steps=2), "beta")
+
+
+def test_step_size_zero_is_left_out_only_where_it_says_nothing():
+    run = with_step_sizes([[0.0, 0.1, 0.2]] * 3)
+    sentence = (
+        "Step size 0, which moves nothing, is left out of the effective β-smoothness and the curvature along the ray"
+    )
+    assert sentence in words(run, "beta", "gap", "curvature")
+    assert "moves nothing" not in words(run, "predictiveness", "gap")
+    assert "moves nothing" not in words(with_step_sizes([[0.3, 0.1, 0.2]] * 3), "beta")
+
+
+def test_runs_that_are_left_out_are_named():
+    lacking = [
+        without(frame("ghost", steps=2), "gradient_distances"),
+        without(frame("none", steps=2), "gradient_distances"),
+    ]
+    runs = pd.concat([*lacking, frame("none", seed=1, steps=2)], ignore_index=True)
+    sentence = (
+        "Not in the gradient predictiveness and the effective β-smoothness, for want of gradient_distances: "
+        "No normalization (1 of 2 runs), GhostNorm."
+    )
+    assert sentence in words(runs, "loss", "predictiveness", "beta")
+    assert "for want of" not in words(runs, "loss", "gap")
+    alone = words(runs, "beta")
+    assert "One seed per line." in alone
+    assert "NaN" not in alone
+    nameless = pd.concat([frame("batch", steps=2), lacking[0]], ignore_index=True).drop(columns=["run", "seed"])
+    assert "for want of gradient_distances: GhostNorm." in words(nameless, "beta")
+
+
+def test_values_that_are_not_finite_are_counted_over_all_measures():
+    run = frame(steps=6)
+    run.loc[1, "loss_max"] = np.inf
+    run.loc[[1, 2], "direction_norm"] = 0.0
+    assert words(run, "loss", "beta").endswith("At 2 updates a value was NaN or infinite, and the drawing has a gap.")
+    assert words(run, "loss").endswith("At 1 update a loss was NaN or infinite, and the drawing has a gap.")
+    assert "NaN" not in words(run, "predictiveness")

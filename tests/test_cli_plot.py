@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -8,6 +9,9 @@ from landscape_cli import main
 from traces import rows
 
 from landscape.trace import TraceWriter
+from landscape.vocabulary import MEASURES
+
+FIRST_FORMAT = str(Path(__file__).parents[1] / "figures" / "traces" / "mnist-batch-seed0")
 
 
 @pytest.fixture
@@ -47,6 +51,27 @@ def test_options_reach_the_figure(folder):
     assert "<!-- update -->" not in drawn
 
 
+def test_measures_have_a_panel_and_a_table_each(folder):
+    result = run("traces", "--measure", "loss", "--measure", "beta", "--measure", "beta", "--out", "a.svg")
+    assert result.exit_code == 0, result.output
+    tables = [line.split()[2] for line in result.output.splitlines() if line.split()[:1] == ["updates"]]
+    assert tables == ["mean_range", "mean_beta"]
+    drawn = (folder / "a.svg").read_text()
+    assert "<!-- loss -->" in drawn
+    assert "<!-- effective β-smoothness -->" in drawn
+
+
+def test_a_table_of_a_measure_over_epochs(folder):
+    result = run("traces", "--measure", "gap", "--x", "epoch")
+    assert result.exit_code == 0, result.output
+    assert "\nmean gap " in result.output
+
+
+def test_help_names_the_measures():
+    shown = run("--help").output
+    assert not [name for name in MEASURES if f"\n  {name} " not in shown]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -55,6 +80,10 @@ def test_options_reach_the_figure(folder):
         (["traces", "--out", "figure.jpg"], "ends in .png, .svg, .pdf"),
         (["traces", "--out", "traces/none-0/run.json/figure.png"], "cannot be written"),
         (["traces", "--x", "time"], "x is 'time'; it can be step, epoch"),
+        (["traces", "--measure", "width"], "Unknown measure 'width'; choose one of loss, predictiveness, beta"),
+        (["traces", "--measure", "loss", "--measure", "gap", "--layout", "multiples"], "draws one measure"),
+        ([FIRST_FORMAT, "--measure", "gap"], "needs slope, which all rows lack (missing or NaN); traces have it from"),
+        ([FIRST_FORMAT, "--measure", "loss", "--measure", "beta"], "record with `landscape probe --gradients`"),
         (["corrupt"], "updates-000000000.parquet cannot be read as Parquet"),
         ([], "Missing argument"),
     ],

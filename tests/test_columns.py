@@ -1,6 +1,6 @@
 import pytest
 
-from landscape.columns import TABLES
+from landscape.columns import TABLES, VERSION
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -9,5 +9,6 @@ def test_every_column_has_a_known_type_a_unit_and_a_meaning(table):
     assert len(names) == len(set(names))
     for column in TABLES[table]:
         assert column.type in {"int64", "float64", "list<float64>"}
+        assert column.since in range(1, VERSION + 1)
         assert column.unit
         assert column.meaning

@@ -1,10 +1,12 @@
 import numpy as np
 import pandas as pd
 import pytest
-from traces import frame, frames
+from traces import frame, frames, without
 
 from landscape.errors import UserError
-from landscape.measures import band_labels, envelope, summarize
+from landscape.measures import band_labels, envelope, recorded, summarize
+from landscape.smoothness import measured
+from landscape.vocabulary import MEASURES
 
 NAN, INF = np.nan, np.inf
 
@@ -95,6 +97,82 @@ def test_ranges_per_epoch_and_norm():
     rows = runs[(runs["norm"] == "none") & (runs["step"].between(10, 19))]
     assert summary.loc[("none", 1), "mean_range"] == pytest.approx((rows["loss_max"] - rows["loss_min"]).mean())
     assert list(summary["updates"]) == [20, 20, 10] * 2
+
+
+OTHERS = [measure for measure in MEASURES if measure != "loss"]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_band_of_a_measure_spans_that_of_the_updates(measure):
+    runs = frames("batch", seeds=(0, 1, 2), steps=20)
+    band = envelope(runs, by="norm", bins=10, measure=measure)
+    joined = measured(runs, measure).groupby(runs["step"] // 2)
+    np.testing.assert_array_equal(band[f"{measure}_min"], joined[f"{measure}_min"].min())
+    np.testing.assert_array_equal(band[f"{measure}_max"], joined[f"{measure}_max"].max())
+    assert set(band["updates"]) == {6}
+    assert (measure in band) == (measure in ("loss", "beta"))
+    if measure in band:
+        np.testing.assert_allclose(band[measure], joined[measure].mean(), rtol=1e-12)
+
+
+def signed():
+    """Three updates whose gaps are -4 to -1, -1 to 3, and not all finite."""
+    losses = [[-4.0, -1.0], [-1.0, 3.0], [np.nan, 1.0]]
+    run = frame(steps=3).assign(loss=0.0, slope=0.0, direction_norm=2.0)
+    lists = pd.DataFrame({"losses": losses, "step_sizes": [[0.5, 1.0]] * 3, "gradient_distances": [[1.0, 6.0]] * 3})
+    return run.assign(**lists)
+
+
+@pytest.mark.parametrize(
+    ("measure", "sizes"), [("predictiveness", [6, 6, 6]), ("beta", [3, 3, 3]), ("gap", [4, 3]), ("curvature", [8, 2])]
+)
+def test_the_largest_magnitude_of_an_update_is_averaged(measure, sizes):
+    summary = summarize(signed(), measure=measure).iloc[0]
+    assert list(summary.index[3:5]) == [f"mean_{measure}", f"median_{measure}"]
+    assert (summary["updates"], summary["not_finite"]) == (3, 3 - len(sizes))
+    assert summary[f"mean_{measure}"] == np.mean(sizes)
+    assert summary[f"median_{measure}"] == np.median(sizes)
+
+
+def test_a_mean_of_beta_over_what_is_not_finite_is_a_gap():
+    run = frame(steps=4)
+    run.loc[2, "direction_norm"] = 0.0
+    band = envelope(run, bins=2, measure="beta")
+    assert list(band["beta"].isna()) == [False, True]
+    assert list(band["not_finite"]) == [0, 1]
+    np.testing.assert_array_equal(band["beta_max"].iloc[1], measured(run, "beta")["beta"][3])
+
+
+@pytest.mark.parametrize("measure", OTHERS)
+def test_runs_that_lack_what_a_measure_needs_are_left_out(measure):
+    lacking = without(frames("none", seeds=(0, 1), steps=3), "slope", "direction_norm", "gradient_distances")
+    runs = pd.concat([frame("batch", steps=3), lacking, frame("none", seed=2, steps=3)], ignore_index=True)
+    assert list(recorded(runs, measure)) == [True] * 3 + [False] * 6 + [True] * 3
+    assert set(envelope(runs, measure=measure)["run"]) == {"batch-0", "none-2"}
+    assert set(envelope(runs, by="band", measure=measure)["updates"]) == {1}
+    summary = summarize(runs, measure=measure).set_index("run")
+    assert summary["updates"].to_dict() == {"batch-0": 3, "none-0": 0, "none-1": 0, "none-2": 3}
+    assert list(summary[f"mean_{measure}"].isna()) == [False, True, True, False]
+    assert set(summary["not_finite"]) == {0}
+    assert summary["mean_loss"].notna().all()
+
+
+@pytest.mark.parametrize("known", [["run"], ["norm"], []])
+def test_an_update_that_lacks_what_others_of_its_run_have_is_a_gap(known):
+    run = frame(steps=4)
+    run.loc[1, "slope"] = np.nan
+    runs = pd.concat([run, without(frame("none", steps=4), "slope")] if known else [run], ignore_index=True)
+    runs = runs.drop(columns={"run", "norm"} - set(known))
+    assert list(recorded(runs, "gap")) == [True] * 4 + [False] * 4 * bool(known)
+    assert list(envelope(runs, by=known or "run", measure="gap")["not_finite"]) == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("measure", [envelope, summarize])
+def test_what_no_run_has_is_told(measure):
+    with pytest.raises(UserError, match="gap needs slope"):
+        measure(without(frame(steps=2), "slope"), measure="gap")
+    with pytest.raises(UserError, match="Unknown measure 'width'"):
+        measure(frame(steps=2), measure="width")
 
 
 def test_runs_of_which_no_norm_is_known_are_bands_by_themselves():

@@ -54,6 +54,41 @@ def test_a_newer_format_is_refused(tmp_path):
         read_part(tmp_path / "part", "updates")
 
 
+def rewritten(path, version, drop=()):
+    """A part whose columns ``drop`` are gone, and which says another version of the format, or none."""
+    part = to_arrow(rows(steps=3), "updates").drop_columns(list(drop))
+    pq.write_table(part.replace_schema_metadata({"landscape_version": version} if version else {}), path)
+    return path
+
+
+NEW = [column.name for column in UPDATES if column.since == 2]
+
+
+@pytest.mark.parametrize("version", ["1", None])
+def test_columns_that_came_later_are_missing_in_an_older_part(tmp_path, version):
+    part = read_part(rewritten(tmp_path / "part", version, drop=NEW), "updates")
+    assert part.schema == schema("updates")
+    assert {name: part[name].null_count for name in NEW} == dict.fromkeys(NEW, 3)
+    assert part["losses"].to_pylist() == [row["losses"] for row in rows(steps=3)]
+
+
+def test_a_column_that_others_added_is_not_taken_for_one_that_came_later(tmp_path):
+    part = read_part(rewritten(tmp_path / "part", "1"), "updates")
+    assert {name: part[name].null_count for name in NEW} == dict.fromkeys(NEW, 3)
+
+
+@pytest.mark.parametrize("version", ["2", None])
+@pytest.mark.parametrize("column", ["slope", "gradient_distances", "losses"])
+def test_a_part_without_a_column_of_its_version_is_refused(tmp_path, version, column):
+    with pytest.raises(UserError, match=f"no part of the table updates: it has no column {column}"):
+        read_part(rewritten(tmp_path / "part", version, drop=[column]), "updates")
+
+
+def test_a_part_that_has_lost_its_version_is_read_whole(tmp_path):
+    part = read_part(rewritten(tmp_path / "part", None), "updates")
+    assert part["slope"].to_pylist() == [row["slope"] for row in rows(steps=3)]
+
+
 def test_another_table_is_refused(tmp_path):
     write(tmp_path / "part", rows(steps=1))
     with pytest.raises(UserError, match="no part of the table epochs: it has no column train_loss"):

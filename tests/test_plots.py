@@ -9,10 +9,14 @@ import pandas as pd
 import pytest
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
-from traces import frame, frames
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from traces import frame, frames, without
 
 from landscape.errors import UserError
 from landscape.plots import plot_landscape, save
+from landscape.smoothness import measured
+from landscape.vocabulary import MEASURES
 
 
 def bands(axes):
@@ -143,6 +147,116 @@ def test_the_narrow_band_lies_over_the_wide_one():
     assert luminance(wide.get_facecolor()[0][:3]) < luminance(narrow.get_facecolor()[0][:3])  # colours keep their norm
 
 
+@pytest.mark.parametrize("measure", ["predictiveness", "gap", "curvature"])
+def test_a_band_without_a_line_shows_its_edges(measure):
+    run = measured(frame(steps=20), measure)
+    figure = plot_landscape(run, measure=measure)
+    (axes,) = figure.axes
+    low, high = (line.get_xydata() for line in axes.lines)
+    np.testing.assert_array_equal(low, run[["step", f"{measure}_min"]])
+    np.testing.assert_array_equal(high, run[["step", f"{measure}_max"]])
+    assert len(bands(axes)) == 1
+    assert figure.get_supylabel() == MEASURES[measure].title
+
+
+def test_a_measure_without_a_band_is_a_line():
+    runs = frames("batch", steps=20)
+    (axes,) = plot_landscape(runs, measure="beta").axes
+    (line,) = axes.lines
+    np.testing.assert_allclose(line.get_ydata(), measured(runs, "beta").groupby("step")["beta"].mean())
+    assert not bands(axes)
+
+
+def test_a_panel_for_each_measure():
+    runs = frames("none", "batch", steps=20)
+    figure = plot_landscape(runs, measure=("loss", "predictiveness", "beta", "loss"))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "loss",
+        "gradient predictiveness",
+        "effective β-smoothness",
+    ]
+    assert [(len(bands(axes)), len(axes.lines)) for axes in figure.axes] == [(2, 2), (2, 4), (0, 2)]
+    assert len({axes.get_ylim() for axes in figure.axes}) == 3
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    assert [axes.get_xlabel() for axes in figure.axes] == ["update"] * 3
+    assert figure.get_supylabel() == ""
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["No normalization", "BatchNorm"]
+    said = figure.get_supxlabel().replace("\n", " ")
+    assert all(f"{title}, " in said for title in ("Loss", "Gradient predictiveness", "Effective β-smoothness"))
+
+
+def test_every_panel_has_the_scale_that_fits_it():
+    run = frame(steps=20)
+    run["slope"] -= 1.0  # some gaps are negative now
+    figure = plot_landscape(run.assign(loss_max=run["loss_min"] * 1.1, loss=run["loss_min"]), measure=["loss", "gap"])
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "symlog"]
+    said = figure.get_supxlabel().replace("\n", " ")
+    linear = figure.axes[1].yaxis.get_transform().linthresh
+    assert (
+        f"The axis of the gap to the linear prediction is logarithmic beyond {linear:g}, on either side of 0." in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("measure", "patches", "lines"),
+    [("loss", 2, 2), ("beta", 0, 2), ("gap", 2, 0), (["gap", "beta"], 2, 2), (["beta", "loss"], 2, 2)],
+)
+def test_a_legend_entry_shows_all_that_stands_for_a_band(measure, patches, lines):
+    (legend,) = plot_landscape(frames("none", "batch", steps=5), measure=measure, layout="overlay").legends
+    assert (len(legend.findobj(Rectangle)), len(legend.findobj(Line2D))) == (patches, lines)
+
+
+def test_a_band_that_lacks_a_measure_keeps_its_colour_in_the_other_panels():
+    lacking = without(frame("none", steps=5), "gradient_distances")
+    runs = pd.concat([lacking, frame("batch", steps=5)], ignore_index=True)
+    figure = plot_landscape(runs, measure=["beta", "loss"])
+    beta, loss = (axes.lines for axes in figure.axes)
+    assert (len(beta), len(loss)) == (1, 2)
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries == ["No normalization", "BatchNorm"]
+    assert beta[0].get_color() in {line.get_color() for line in loss}
+    assert "for want of gradient_distances: No normalization." in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_a_band_that_is_left_out_is_not_in_the_legend():
+    lacking = without(frame("none", steps=5), "slope")
+    runs = pd.concat([lacking, frame("batch", steps=5)], ignore_index=True)
+    figure = plot_landscape(runs, measure="gap")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["BatchNorm"]
+    with pytest.raises(UserError, match="gap needs slope"):
+        plot_landscape(lacking, measure="gap")
+
+
+def test_lines_have_panels_too_with_the_others_in_grey():
+    figure = plot_landscape(frames("none", "batch", "ghost", steps=5), measure="beta", layout="multiples")
+    assert [len(axes.lines) for axes in figure.axes] == [3, 3, 3]
+    assert [[line.get_color() for line in axes.lines].count("0.88") for axes in figure.axes] == [2, 2, 2]
+    assert [axes.yaxis.get_tick_params().get("labelleft", True) for axes in figure.axes] == [True, False, False]
+
+
+def test_the_caption_is_as_wide_as_the_figure_at_most():
+    runs = pd.concat([without(frame("none", steps=5), "slope"), frame("batch", steps=5)], ignore_index=True)
+    runs = runs.assign(batch_size=128, mode="training", direction="gradient")
+    runs.loc[8, "direction_norm"] = 0.0
+    figure = plot_landscape(runs, measure=tuple(MEASURES))
+    figure.draw_without_rendering()
+    (text,) = (text for text in figure.texts if text.get_text() == figure.get_supxlabel())
+    assert figure.get_supxlabel().count("\n") > 5
+    assert 0.85 < text.get_window_extent().x1 / figure.bbox.x1 < 1
+
+
+def test_an_axis_of_few_decades_has_more_than_powers_of_ten():
+    figure = plot_landscape(frame(steps=40))
+    figure.draw_without_rendering()
+    labels = {text.get_text() for text in figure.axes[0].get_yticklabels()}
+    assert {"0.2", "0.5", "1", "2"} <= labels
+    wide = frame(steps=40).assign(loss_max=1e3)
+    figure = plot_landscape(wide)
+    figure.draw_without_rendering()
+    assert "$\\mathdefault{10^{2}}$" in {text.get_text() for text in figure.axes[0].get_yticklabels()}
+
+
 def test_steps_or_epochs():
     run = frame(steps=20)
     axes = plot_landscape(run, x="epoch").axes[0]
@@ -154,8 +268,12 @@ def test_steps_or_epochs():
     ("options", "message"),
     [
         ({"x": "time"}, "x is 'time'; it can be step, epoch"),
-        ({"scale": "sqrt"}, "scale is 'sqrt'; it can be auto, log, linear"),
+        ({"scale": "sqrt"}, "scale is 'sqrt'; it can be auto, log, symlog, linear"),
         ({"layout": "grid"}, "layout is 'grid'; it can be auto, overlay, multiples"),
+        ({"measure": "width"}, "Unknown measure 'width'; choose one of loss, predictiveness, beta, gap, curvature"),
+        ({"measure": ["loss", "width"]}, "Unknown measure 'width'"),
+        ({"measure": []}, "No measure is given; choose from loss, predictiveness"),
+        ({"measure": ["loss", "gap"], "layout": "multiples"}, "layout='multiples' draws one measure"),
     ],
 )
 def test_options_that_do_not_exist_are_named(options, message):

@@ -216,6 +216,13 @@ def test_facts_become_columns_of_fitting_types(tmp_path):
     assert list(frame["run"].unique()) == ["bare", "full"]
 
 
+def test_traces_of_the_first_format_are_read():
+    frame = read_traces(Path(__file__).parents[1] / "figures" / "traces")
+    assert list(frame)[-len(UPDATES) :] == [column.name for column in UPDATES]
+    assert frame["loss_max"].notna().all()
+    assert frame[["slope", "direction_norm", "gradient_distances"]].isna().all(axis=None)
+
+
 def test_a_path_like_a_hive_partition_is_only_a_name(tmp_path):
     record(tmp_path / "step=7")
     assert list(read_traces(tmp_path)["step"]) == list(range(10))

@@ -19,8 +19,11 @@ def rows(steps=40, width=0.5, seed=0):
             "lr": 0.4,
             "loss": loss[step],
             "grad_norm": 1.0,
+            "slope": 0.5 * loss[step],
+            "direction_norm": 2.0,
             "step_sizes": STEP_SIZES,
             "losses": [loss[step] * (1 + share * width * noise[step]) for share in (0.0, 0.2, 1.0)],
+            "gradient_distances": [eta * loss[step] * (1 + width * noise[step]) for eta in STEP_SIZES],
             "seconds": 0.01,
         }
         for step in range(steps)
@@ -33,6 +36,11 @@ def frame(norm="batch", seed=0, **options):
         for row in rows(seed=seed, **options):
             trace.append(row)
     return trace.frame().assign(run=f"{norm}-{seed}", norm=norm, seed=seed)
+
+
+def without(run, *columns):
+    """A frame with missing values in some columns, as in traces that were recorded without them."""
+    return run.assign(**{name: pd.Series(None, run.index, dtype=run[name].dtype) for name in columns})
 
 
 def frames(*norms, seeds=(0, 1), **options):
