@@ -9,17 +9,26 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> pd.DataFrame:
-    """Seconds of each candidate (columns) in each round (rows), after one round that is not counted."""
-    rows = [{name: _seconds(candidate) for name, candidate in candidates.items()} for _ in range(rounds + 1)]
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, synchronize: Callable[[], object] | None = None
+) -> pd.DataFrame:
+    """Seconds of each candidate (columns) in each round (rows), after one round that is not counted.
+
+    ``synchronize`` waits for the device, where one computes while Python runs on: ``torch.cuda.synchronize``.
+    """
+    rows = [{name: _seconds(run, synchronize) for name, run in candidates.items()} for _ in range(rounds + 1)]
     return pd.DataFrame(rows[1:])
 
 
-def _seconds(candidate: Callable[[], object]) -> float:
+def _seconds(candidate: Callable[[], object], synchronize: Callable[[], object] | None) -> float:
+    wait = synchronize or (lambda: None)
+    wait()
     started = time.perf_counter()
     candidate()
+    wait()
     return time.perf_counter() - started
 
 
@@ -30,16 +39,59 @@ def against(seconds: pd.DataFrame, base: str) -> pd.DataFrame:
     return pd.DataFrame(columns | {"to": ratios.quantile(0.75)})
 
 
+def keep_memory() -> None:
+    """Let the allocator of glibc keep what is freed, as it does once a tensor of this size has come and gone.
+
+    Until then it returns memory to the system after some passes and not after others, and its first use costs more
+    than the arithmetic on it.
+    """
+    torch.zeros(30_000_000, dtype=torch.uint8)
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _cpu() -> str:
+    """Name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def write_json(path: Path | None, table: pd.DataFrame) -> None:
     """Write the table and the machine it was measured on, if there is a path."""
     if path is not None:
         path.write_text(json.dumps({"machine": machine(), "rows": table.reset_index().to_dict("records")}, indent=1))
+
+
+def chart(table: pd.DataFrame, path: Path | None) -> None:
+    """Draw what `against` returns as bars with quartiles, one panel for all but the last level of the index."""
+    if path is None:
+        return
+    levels = table.index.names[:-1]
+    panels = list(table.groupby(level=levels, sort=False)) if levels else [("", table)]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (4.5 * columns, rows * (1.2 + 0.22 * max(len(panel) for _, panel in panels)))
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (key, panel) in zip(axes.flat, panels, strict=False):
+        spread = (panel["ratio"] - panel["from"], panel["to"] - panel["ratio"])
+        names = panel.index.get_level_values(-1)
+        axis.barh(names, panel["ratio"] - 1, left=1, xerr=spread, color=[f"C{i}" for i in range(len(panel))])
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_title("\n".join(map(str, key if isinstance(key, tuple) else (key,))), fontsize="medium")
+        axis.set(xscale="log", xlabel="time / time of the base")
+    figure.savefig(path)

@@ -32,6 +32,23 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list of numbers with commas between them, such as 0.1,0.2,0.4.", param, ctx)
 
 
+class Share(click.ParamType):
+    """A share, as ``10%`` or ``0.1``."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share as a number."""
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = 0.0
+        if not 0 < share < float("inf"):
+            self.fail(f"{value!r} is no share of the training time, such as 10% or 0.1.", param, ctx)
+        return share
+
+
 @click.command("probe")
 @click.option("--recipe", default="digits", show_default=True, help=f"What is trained: {', '.join(RECIPES)}.")
 @click.option(
@@ -58,6 +75,8 @@ class Numbers(click.ParamType):
 @click.option("--batch-size", type=int, help="Samples in an update.")
 @click.option("--lr", type=float, help="Learning rate of SGD.")
 @click.option("--every", type=int, help="Probe each n-th update.")
+@click.option("--overhead", type=Share(), help="Probe as many updates as this share of the training time pays for.")
+@click.option("--gradients", is_flag=True, default=None, help="Measure gradients too: predictiveness and beta.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU where there is one]")
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Where data files are, or are put.  [default: the user's cache]"

@@ -93,14 +93,18 @@ class GhostNorm(BatchNorm):
         groups = self.groups or max(1, len(input) // (self.group_size or 1))
         y, mean, var = ghost_norm_with_statistics(input, groups, self.weight, self.bias, self.layout, self.eps)
         if self.training and self.track_running_stats:
-            self._track(mean.mean(0), var.mean(0))
+            self._track(mean, var)
         return y
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
-        count = self.get_buffer("num_batches_tracked").add_(1)
+        """Move the running statistics towards the mean over the groups."""
+        count, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
+        if count is None or running_mean is None or running_var is None:
+            return
+        count.add_(1)
         share = 1 / float(count) if self.momentum is None else self.momentum
-        for name, new in (("running_mean", mean), ("running_var", var)):
-            self.get_buffer(name).mul_(1 - share).add_(new, alpha=share)
+        running_mean.mul_(1 - share).add_(mean.sum(0), alpha=share / len(mean))
+        running_var.mul_(1 - share).add_(var.sum(0), alpha=share / len(var))
 
     def extra_repr(self) -> str:
         """BatchNorm's settings and the groups."""

@@ -203,7 +203,8 @@ class LandscapeProbe:
                 raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
             with replaying():
                 if facts := self._checks.check(update.objective, update.origin, update.gradient):
-                    self.trace.note(mode="training" if self.model.training else "evaluation", checks=facts)
+                    engine = {"engine": "loop"} if self.gradients else {}
+                    self.trace.note(mode="training" if self.model.training else "evaluation", checks=facts, **engine)
                     started = time.perf_counter()
                 measured = self._evaluate(update.ray(direction, step_sizes), update)
         except Exception as error:  # a training run that has begun well shall not end because of its probe

@@ -31,6 +31,12 @@ class Recipe:
     """Groups G_C of the channels, for norms that take them."""
     every: int = 1
     """Every how many updates the probe measures."""
+    overhead: float | None = None
+    """Share of the training time that probes may cost; measured updates then depend on how fast the machine is."""
+    gradients: bool = False
+    """Whether the gradient is computed at each step size too."""
+    engine: str = "affine"
+    """How rays are evaluated; ``auto`` is not repeatable: which engine is fastest may differ between runs."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
 
@@ -54,6 +60,8 @@ class Recipe:
                 raise UserError(f"{name}={value} is out of range; give a whole number from 1 on.")
         if not 0 < self.lr < float("inf"):
             raise UserError(f"lr={self.lr} is out of range; give a finite learning rate above 0.")
+        if self.overhead is not None and not 0 < self.overhead < float("inf"):
+            raise UserError(f"overhead={self.overhead} is out of range; give a share of the training time above 0.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} is out of range; give a whole number from 0 to 2**63 - 1.")
         unused = {name: None for name in ("groups", "channel_groups") if name not in options}

@@ -9,6 +9,7 @@ from landscape import ghost
 from landscape.errors import UserError
 from landscape.ghost import ghost_norm, ghost_norm_with_statistics, seq_norm
 from landscape.norms import GhostNorm
+from landscape.standardize import slices
 
 LAYOUTS = ["contiguous", "interleaved"]
 SHAPES = [(24, 5), (24, 5, 3), (24, 5, 2, 3), (24, 5, 2, 3, 2)]
@@ -139,19 +140,69 @@ def test_half_precision_is_computed_in_float32(dtype, low_parameters):
     assert (x_gradient.dtype, weight_gradient.dtype) == (dtype, weight.dtype)
 
 
+IN_MEMORY = {
+    "plain": lambda x: x,
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "strided": lambda x: x.mT.contiguous().mT,
+    "expanded": lambda x: x[:, :, :, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("how", IN_MEMORY)
+@pytest.mark.parametrize("shape", [(8, 4, 3, 5), (10, 4, 1, 1), (8, 1, 3, 5), (8, 4, 3, 1), (8, 4, 2, 3, 5)])
+@pytest.mark.parametrize("groups", [2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_formats(layout):
-    x = normal(8, 4, 3, 5).detach()
-    expected = ghost_norm(x, 2, layout=layout)
-    last = ghost_norm(x.to(memory_format=torch.channels_last), 2, layout=layout)
-    assert last.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(last.contiguous(), expected)
-    torch.testing.assert_close(ghost_norm(x.mT.contiguous().mT, 2, layout=layout), expected)
+def test_any_memory_format_equals_the_slow_twin(how, shape, groups, layout):
+    x, weight, bias = IN_MEMORY[how](normal(*shape).detach()).requires_grad_(), normal(shape[1]), normal(shape[1])
+    fast = ghost_norm_with_statistics(x, groups, weight, bias, layout, 1e-3)
+    slow = by_chunks(x, groups, weight, bias, layout, 1e-3)
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(gradients(fast[0], x, weight, bias), gradients(slow[0], x, weight, bias))
+    with torch.no_grad():
+        torch.testing.assert_close(ghost_norm_with_statistics(x, groups, weight, bias, layout, 1e-3), slow)
 
 
-def test_values_far_from_zero():
-    x = torch.randn(64, 3) + 1000
-    torch.testing.assert_close(ghost_norm(x, 4), by_chunks(x.double(), 4)[0].float(), rtol=0, atol=1e-3)
+@pytest.mark.parametrize("shape", [(8, 4, 3, 5), (8, 4, 1, 5), (8, 4, 2, 3, 5)])
+@pytest.mark.parametrize("how", ["plain", "channels last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keeps_the_memory_format_without_a_copy(how, shape, layout):
+    x = IN_MEMORY[how](normal(*shape).detach()).requires_grad_()
+    native = F.batch_norm(x, None, None, training=True)
+    y = ghost_norm(x, 2, layout=layout)
+    (gradient,) = gradients(y, x)
+    assert y.stride() == native.stride() == gradient.stride()
+    assert slices(x, 2, layout == "interleaved").of(x).data_ptr() == x.data_ptr()
+
+
+def test_seq_norm_keeps_channels_last():
+    x = normal(8, 4, 3, 5).detach().to(memory_format=torch.channels_last).requires_grad_()
+    y = seq_norm(x, 2, 2)
+    assert y.stride() == gradients(y, x)[0].stride() == x.stride()
+    torch.testing.assert_close(y, by_chunks(F.group_norm(x, 2), 2)[0])
+
+
+def test_vmap_over_a_backward_pass():
+    x, directions = normal(8, 3), torch.randn(5, 8, 3, dtype=torch.float64)
+    y = ghost_norm(x, 2)
+    batched = vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0])(directions)
+    torch.testing.assert_close(batched[3], torch.autograd.grad(y, x, directions[3])[0])
+
+
+def test_autocast_leaves_it_alone():
+    x = normal(8, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ghost_norm(x, 2)
+    torch.testing.assert_close(y, by_chunks(x.detach(), 2)[0], check_dtype=True)
+
+
+@pytest.mark.parametrize("shape", [(512, 30), (64, 8, 16, 16)])
+@pytest.mark.parametrize("how", ["plain", "channels last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_far_from_zero(shape, how, layout):
+    x = IN_MEMORY[how](torch.randn(shape) + 1e4).requires_grad_()
+    y, exact = ghost_norm(x, 4, layout=layout), by_chunks(x.double(), 4, layout=layout)[0]
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-2)
+    torch.testing.assert_close(*(gradients(out, x)[0] for out in (y, exact)), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize(

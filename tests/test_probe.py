@@ -177,7 +177,7 @@ def test_step_with_a_closure():
         model, criterion = make_model(), nn.CrossEntropyLoss()
         optimizer = make(model.parameters())
         torch.manual_seed(1)
-        with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+        with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
             for _ in range(3):
                 inputs, targets = batch()
 
