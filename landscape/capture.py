@@ -51,6 +51,8 @@ class Capture:
         self._bases: list[Base] | None = None
         """Shared linear layers of the forward pass that is under way."""
         self._watched: set[str] = set()
+        self._overwritten: set[str] = set()
+        """Parameters of layers whose output an activation overwrites in place."""
         self._seconds = 0.0
 
     def attach(self) -> None:
@@ -91,7 +93,9 @@ class Capture:
         """The terms that were differentiated since the last call; captures start anew."""
         terms, self._terms, self._call, self._bases = self._terms, [], None, None
         for term in terms:
-            term.bases = [base for base in term.bases if base.current()]
+            current = [base for base in term.bases if base.current()]
+            self._overwritten.update(*(base.parameters for base in term.bases if base not in current))
+            term.bases = current
         return terms
 
     def take_seconds(self) -> float:
@@ -132,6 +136,7 @@ class Capture:
             return
         if len(args) == 1 and outputs.dtype in (torch.float32, torch.float64):  # as in affine evaluation
             parameters = {n: p for n, p in zip(names, layer._parameters.values(), strict=True) if p is not None}
+            outputs = outputs.detach().clone() if self._overwritten & parameters.keys() else outputs
             self._bases.append(Base.of(parameters, args[0], outputs))
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:

@@ -91,24 +91,30 @@ class EngineChoice:
 
     def _try(self, name: str, engine: Engine, ray: Ray, expected: Tensor) -> None:
         if isinstance(engine, Stacked):
-            engine.chunk = max(1, self._free(expected.device) // self._peaks["loop"])
-        meter = Meter()
+            free = torch.cuda.mem_get_info(expected.device)[0] // 2 if expected.is_cuda else 1 << 30
+            engine.chunk = max(1, min(len(ray.step_sizes), (self.max_memory or free) // self._peaks["loop"]))
         try:
-            # Nothing is compiled under a meter.
-            with nullcontext() if name in OPT_IN else meter:
-                losses = evaluate(engine, ray)
+            self._peaks[name] = self._peak(name, engine, ray, expected)
+            self._engines[name] = engine
         except RuntimeError as error:
             self._refuse(name, error)
-        else:
-            self._peaks[name] = meter.peak
-            if not _agree(losses, expected, ray):
-                self._refuse(name, RuntimeError("it gives other losses than the loop"))
-            elif self.max_memory is not None and meter.peak > self.max_memory:
-                self._refuse(name, RuntimeError(f"it takes {meter.peak:,} bytes, and max_memory={self.max_memory:,}"))
-            else:
-                self._engines[name] = engine
-        if self.asked == name and name in self._refused:
-            warnings.warn(self._refused[name], stacklevel=2)
+            if self.asked == name:
+                warnings.warn(self._refused[name], stacklevel=2)
+
+    def _peak(self, name: str, engine: Engine, ray: Ray, expected: Tensor) -> int:
+        """The most bytes that the engine holds; a RuntimeError if these are too many, or it is wrong."""
+        meter = Meter()
+        # Nothing is compiled under a meter.
+        with nullcontext() if name in OPT_IN else meter:
+            losses = evaluate(engine, ray)
+        if not _agree(losses, expected, ray):
+            raise RuntimeError("it gives other losses than the loop")
+        if self.max_memory is None or meter.peak <= self.max_memory:
+            return meter.peak
+        if isinstance(engine, Stacked) and engine.chunk and engine.chunk > 1:
+            engine.chunk //= 2
+            return self._peak(name, engine, ray, expected)
+        raise RuntimeError(f"it takes {meter.peak:,} bytes, and max_memory={self.max_memory:,}")
 
     def _race(self, ray: Ray) -> Tensor:
         """Every candidate once more, on the clock; slow ones are not asked twice, and after some rounds one is left."""
@@ -142,12 +148,6 @@ class EngineChoice:
 
     def _refuse(self, name: str, error: Exception) -> None:
         self._refused[name] = refusal(name, error)
-
-    def _free(self, device: torch.device) -> int:
-        """Bytes that a stacked pass may take."""
-        if self.max_memory is not None:
-            return self.max_memory
-        return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
 
     @staticmethod
     def _now(ray: Ray) -> float:

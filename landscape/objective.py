@@ -11,7 +11,7 @@ from landscape.errors import UserError
 from landscape.state import Closure, ForwardState, Parameters, RandomState, Scene
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Base:
     """A linear layer as the forward pass of the update evaluated it: its input and output at step size 0."""
 

@@ -92,7 +92,8 @@ class LandscapeProbe:
         step_sizes = step_sizes if callable(step_sizes) else checked_step_sizes(step_sizes)
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
         self.step_sizes, self.relative, self.every, self.direction = step_sizes, relative, every, direction
-        self.steps_per_epoch, self.gradients, self.overhead = steps_per_epoch, gradients, overhead
+        self.steps_per_epoch, self.gradients = steps_per_epoch, gradients
+        self.overhead, self.max_memory = overhead, max_memory
         self.step = 0
         self._capture = Capture(model, criterion, optimizer, self._due, grad_scaler)
         self.trace = TraceWriter(trace, self._facts() | dict(facts or {}), overwrite=overwrite, resolve=fetch)
@@ -256,6 +257,7 @@ class LandscapeProbe:
             "every": self.every,
             "overhead": self.overhead,
             "gradients": self.gradients,
+            "max_memory": self.max_memory,
             "steps_per_epoch": self.steps_per_epoch,
             "threads": torch.get_num_threads(),
         }

@@ -158,7 +158,7 @@ class ForwardState:
         devices = scene.devices()
         return cls(
             scene,
-            [(module, dict(vars(module))) for module in scene.modules()],
+            [(module, dict(vars(module))) for module in scene.modules() if module is not scene],
             _copies(scene.written()),
             RandomState.capture([device for device in devices if device.type in ("cuda", "xpu")]),
             Autocast.capture(sorted({"cpu"} | {device.type for device in devices if device.type != "meta"})),
