@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import against, chart, interleaved, keep_memory, machine, write_json
+from benchmarks.bars import chart
+from benchmarks.timing import against, interleaved, keep_memory, machine, write_json
 from landscape import GhostNorm, SeqNorm
 
 BATCH_NORM, SEQUENCE = "nn.BatchNorm", "nn.GroupNorm, nn.BatchNorm"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 
 def interleaved(
@@ -71,27 +70,3 @@ def write_json(path: Path | None, table: pd.DataFrame) -> None:
     """Write the table and the machine it was measured on, if there is a path."""
     if path is not None:
         path.write_text(json.dumps({"machine": machine(), "rows": table.reset_index().to_dict("records")}, indent=1))
-
-
-def chart(table: pd.DataFrame, path: Path | None) -> None:
-    """Draw what `against` returns as bars with quartiles, one panel for all but the last level of the index."""
-    if path is None:
-        return
-    levels = table.index.names[:-1]
-    panels = list(table.groupby(level=levels, sort=False)) if levels else [("", table)]
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    size = (4.5 * columns, rows * (1.2 + 0.22 * max(len(panel) for _, panel in panels)))
-    figure = Figure(size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (key, panel) in zip(axes.flat, panels, strict=False):
-        spread = (panel["ratio"] - panel["from"], panel["to"] - panel["ratio"])
-        names = panel.index.get_level_values(-1)
-        axis.barh(names, panel["ratio"] - 1, left=1, xerr=spread, color=[f"C{i}" for i in range(len(panel))])
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.invert_yaxis()
-        axis.set_title("\n".join(map(str, key if isinstance(key, tuple) else (key,))), fontsize="medium")
-        axis.set(xscale="log", xlabel="time / time of the base")
-    figure.savefig(path)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from landscape.engines import ENGINES, OPT_IN, Engine, evaluate, loop, refusal
 from landscape.errors import UserError
+from landscape.gradients import RayGradients, gradients_along
 from landscape.meter import Meter
 from landscape.stacked import Stacked
 from landscape.walk import Ray
@@ -49,6 +50,21 @@ class EngineChoice:
             return self._compare(ray)
         return self._race(ray) if len(self._engines) > 1 else self._evaluate(ray)
 
+    def gradients(self, ray: Ray) -> RayGradients:
+        """Losses and gradients along the ray, for which there is the loop alone.
+
+        Raises:
+            UserError: It does not stay below ``max_memory``.
+        """
+        if self._compared:
+            return gradients_along(ray)
+        with Meter() as meter:
+            measured = gradients_along(ray)
+        self._allow("loop", meter.peak)
+        self._compared = True
+        self._settle("loop")
+        return measured
+
     def _evaluate(self, ray: Ray) -> Tensor:
         """By the engine that was chosen; the model's code may have taken a turn that it does not follow."""
         (name,) = self._engines
@@ -66,12 +82,7 @@ class EngineChoice:
         """Every engine once, beside the loop and with an eye on memory; a ray that is not finite says nothing."""
         with Meter() as meter:
             expected = evaluate(loop, ray)
-        self._peaks["loop"] = meter.peak
-        if self.max_memory is not None and meter.peak > self.max_memory:
-            raise UserError(
-                f"max_memory={self.max_memory}: a single point of the ray takes {meter.peak:,} bytes; allow more, or "
-                "probe smaller batches."
-            )
+        self._allow("loop", meter.peak)
         if expected.isfinite().any():
             self._compared = True
             for name, engine in self._candidates(ray).items():
@@ -145,6 +156,14 @@ class EngineChoice:
         self._engines = {name: self._engines.get(name, loop)}
         seconds = {name: median(seconds) for name, seconds in self._seconds.items()}
         self._note(engine=name, engine_seconds=seconds, engine_refused=self._refused, peak_memory=self._peaks[name])
+
+    def _allow(self, name: str, peak: int) -> None:
+        self._peaks[name] = peak
+        if self.max_memory is not None and peak > self.max_memory:
+            raise UserError(
+                f"max_memory={self.max_memory}: a single point of the ray takes {peak:,} bytes; allow more, or probe "
+                "smaller batches."
+            )
 
     def _refuse(self, name: str, error: Exception) -> None:
         self._refused[name] = refusal(name, error)

@@ -17,7 +17,7 @@ from landscape.capture import OBSERVE, Capture, NotYetError, replaying
 from landscape.checks import FirstChecks
 from landscape.choice import EngineChoice
 from landscape.errors import UserError
-from landscape.gradients import gradients_along, inner, norm
+from landscape.gradients import inner, norm
 from landscape.ray import check_engine, checked_step_sizes
 from landscape.schedule import Schedule
 from landscape.state import Parameters
@@ -204,8 +204,7 @@ class LandscapeProbe:
                 raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
             with replaying():
                 if facts := self._checks.check(update.objective, update.origin, update.gradient):
-                    engine = {"engine": "loop"} if self.gradients else {}
-                    self.trace.note(mode="training" if self.model.training else "evaluation", checks=facts, **engine)
+                    self.trace.note(mode="training" if self.model.training else "evaluation", checks=facts)
                     started = time.perf_counter()
                 measured = self._evaluate(update.ray(direction, step_sizes), update)
         except Exception as error:  # a training run that has begun well shall not end because of its probe
@@ -232,7 +231,7 @@ class LandscapeProbe:
             slope = inner([update.gradient[name] for name in ray.direction], direction)
             measured |= {"direction_norm": norm(direction), "slope": slope}
         if self.gradients:
-            there = gradients_along(ray)
+            there = self._choice.gradients(ray)
             return measured | {"losses": there.losses, "slope": there.slope, "gradient_distances": there.distances}
         return measured | {"losses": self._choice.losses(ray)}
 

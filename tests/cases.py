@@ -132,7 +132,8 @@ class Case:
         """A direction in which every parameter moves."""
         generator = torch.Generator().manual_seed(2)
         return {
-            name: 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            name: 0.1
+            * torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu").to(parameter)
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }

@@ -1,0 +1,186 @@
+"""The benchmarks run, and their looks at what measuring leaves behind are right; nothing here is timed."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from benchmarks import overhead, rays
+from benchmarks.bars import draw
+from benchmarks.footprint import Footprint
+from benchmarks.ways import WAYS, Setting, Way
+from benchmarks.workloads import BARE, PROBE, PROBED, UNPROBED, WORKLOADS, Workload
+
+
+def batch():
+    return torch.randn(8, 6), torch.randint(3, (8,))
+
+
+def layers(*between):
+    return lambda: nn.Sequential(nn.Linear(6, 5), *between, nn.Linear(5, 3))
+
+
+TINY = Workload("tiny", "two layers", layers(nn.BatchNorm1d(5), nn.ReLU()), batch, 3, goal=0.5)
+DROPPING = replace(TINY, name="dropping", model=layers(nn.Dropout(0.5)))
+
+
+def look(name, workload):
+    return rays.look(next(way for way in WAYS if way.name == name), Setting(workload, "cpu"))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return rays.measure(TINY, 1, "cpu")
+
+
+def test_every_way_has_a_row(table):
+    assert set(table.index) == {way.name for way in WAYS} | {PROBE}
+    assert table.index[0] == BARE
+    assert table.loc[BARE, "ratio"] == 1
+    assert table["goal"].dropna().to_dict() == {PROBE: 0.5}
+    assert set(table.index[table.ms.isna()]) - {"loss-landscapes"} == {"vmap", "landscape, channels_last"}
+
+
+def test_what_is_left_behind(table):
+    assert set(table.leaves[["landscape, loop", "landscape, affine", "landscape, stacked", PROBE]]) == {"nothing"}
+    assert table.leaves[BARE] == "buffers moved"
+    assert table.leaves["in-place loop"].endswith("buffers moved")
+    assert table.leaves["deepcopy per point"] == "nothing"
+
+
+def test_who_agrees_with_the_loop(table):
+    agree = ["landscape, affine", "landscape, stacked", PROBE, "in-place loop", "deepcopy per point"]
+    assert (table.differs[agree] < 1e-5).all()
+    assert table.differs["loop of PyHessian's tutorial"] > 1e-3
+    assert np.isnan(table.differs[BARE])
+
+
+def test_loss_landscapes_walks_the_same_points():
+    pytest.importorskip("loss_landscapes")
+    found = look("loss-landscapes", TINY)
+    expected = look("landscape, loop", TINY)
+    assert found.leaves == "nothing"
+    assert found.differs(expected.losses) < 1e-5
+
+
+def test_dropout_gives_others_a_mask_for_each_point():
+    found, expected = look("deepcopy per point", DROPPING), look("landscape, loop", DROPPING)
+    assert found.leaves == "torch's RNG advanced"
+    assert found.losses[0] == expected.losses[0]
+    assert found.differs(expected.losses) > 1e-3
+    assert "random" in look("vmap", DROPPING).note
+
+
+def test_a_model_that_refuses_an_engine_is_not_timed_by_the_loop():
+    attention = replace(TINY, model=layers(nn.AlphaDropout(0.5)))
+    found = look("landscape, stacked", attention)
+    assert found.seconds is None
+    assert found.note.startswith("refused: its random numbers")
+
+
+def breaking(way):
+    def run(setting):
+        way(setting)
+        return torch.ones(3)
+
+    return rays.look(Way("breaks", run), Setting(TINY, "cpu")).leaves
+
+
+OFFENDERS = {
+    "weights moved": lambda setting: setting.model[0].weight.data.mul_(1 + 1e-6),
+    "gradients changed": lambda setting: setting.optimizer.zero_grad(),
+    "buffers moved": lambda setting: setting.model[1].running_var.add_(1),
+    "train flags changed": lambda setting: setting.model[1].eval(),
+    "requires_grad changed": lambda setting: setting.model[0].bias.requires_grad_(False),
+    "torch's RNG advanced": lambda setting: torch.rand(()),
+    "numpy's RNG advanced": lambda setting: np.random.rand(),  # noqa: NPY002
+    "Python's RNG advanced": lambda setting: random.random(),
+    "nothing": lambda setting: None,
+}
+
+
+@pytest.mark.parametrize("words", OFFENDERS)
+def test_each_offence_is_seen(words):
+    assert breaking(OFFENDERS[words]) == words
+
+
+def test_a_state_comes_back_whole():
+    setting = Setting(TINY, "cpu")
+    for offend in OFFENDERS.values():
+        offend(setting)
+    assert len(setting.start.changes(Footprint.of(setting.model))) == len(OFFENDERS) - 1
+    setting.start.restore(setting.model)
+    assert setting.start.changes(Footprint.of(setting.model)) == []
+
+
+def test_nan_is_itself_and_zero_has_a_sign():
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, torch.nan)
+    nn.init.zeros_(model.bias)
+    before = Footprint.of(model)
+    assert before.changes(Footprint.of(model)) == []
+    nn.init.constant_(model.bias, -0.0)
+    assert before.changes(Footprint.of(model)) == ["weights moved"]
+
+
+def test_a_probed_step_can_be_compared_with_the_unprobed_one():
+    table = rays.measure(replace(TINY, judged=PROBED, base=UNPROBED), 1, "cpu")
+    assert table.loc[UNPROBED, "ratio"] == 1
+    assert list(table.index[table.goal.notna()]) == [PROBED]
+
+
+def test_bfloat16():
+    table = rays.measure(replace(TINY, autocast=torch.bfloat16), 1, "cpu")
+    assert table.leaves[PROBE] == "nothing"
+    assert table.differs["in-place loop"] == 0
+
+
+def test_command_and_chart(tmp_path, monkeypatch):
+    cuda = replace(TINY, name="on cuda", cuda=True)
+    monkeypatch.setitem(WORKLOADS, "cuda-simplenet", cuda)
+    monkeypatch.setitem(WORKLOADS, "mlp", TINY)
+    options = ["--workload", "mlp", "--workload", "cuda-simplenet", "--rounds", "1", "--threads", "1"]
+    outputs = ["--json", str(tmp_path / "rays.json"), "--chart", str(tmp_path / "rays.png")]
+    threads = torch.get_num_threads()
+    try:
+        result = CliRunner().invoke(rays.main, options + outputs, catch_exceptions=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert result.exit_code == 0
+    assert "on cuda: skipped" in result.output
+    assert "weights moved" in result.output or "buffers moved" in result.output
+    written = json.loads((tmp_path / "rays.json").read_text())
+    assert {"machine", "versions", "rows"} == set(written)
+    assert {row["workload"] for row in written["rows"]} == {"tiny"}
+    assert (tmp_path / "rays.png").stat().st_size > 10_000
+
+
+def test_chart_marks_the_goal_and_says_why_a_bar_is_missing(table):
+    (axes,) = draw({"tiny": table}).axes
+    words = [text.get_text() for text in axes.texts]
+    assert "goal 0.5" in words
+    assert "fails" in words
+    assert BARE not in [label.get_text() for label in axes.get_yticklabels()]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=list(WORKLOADS))
+def test_workloads_can_be_made(workload):
+    model, (inputs, targets) = workload.model(), workload.batch()
+    few = 48 if "ghost" in workload.name else 4
+    with torch.no_grad():
+        outputs = model(inputs[:few])
+    assert len(outputs) == len(targets) * few // len(inputs)
+    assert outputs.isfinite().all()
+
+
+def test_overhead():
+    table, unmoved = overhead.measure((0.5,), 3, 1)
+    assert unmoved
+    assert list(table.index) == [0.5]
+    assert (table.probes >= 1).all()
+    assert (table.recorded > 0).all()
