@@ -34,7 +34,7 @@ def _shared(ray: Ray, walk: Walk) -> Tensor:
 
 
 def _outwards(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
-    products, draws = SharedProducts(walk, term.bases), SharedDraws()
+    products, draws = SharedProducts(walk, term.bases), SharedDraws(walk.channels_last)
 
     def closure(model: nn.Module) -> Tensor:
         with products, draws.point():

@@ -23,6 +23,9 @@ class NotYetError(UserError):
     """This update cannot be probed, but later ones can."""
 
 
+_LAZY = NotYetError("The forward pass has made the parameters; the next update is probed.")
+
+
 class Capture:
     """Collects the terms of the current update: one for each loss that a backward pass has gone through.
 
@@ -50,7 +53,10 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._bases: list[Base] | None = None
         """Shared linear layers of the forward pass that is under way."""
+        self._layers: list[RemovableHandle] = []
         self._watched: set[str] = set()
+        self._lazy: bool | None = None
+        """Whether the forward pass that was last begun has to make parameters first; None before any."""
         self._overwritten: set[str] = set()
         """Parameters of layers whose output an activation overwrites in place."""
         self._seconds = 0.0
@@ -68,13 +74,19 @@ class Capture:
         """Stop listening, and forget what has not been taken."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._watched = [], set()
+        self._handles = []
+        self._unwatch()
         self.take()
 
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The loss ``closure(model, *args, **kwargs)``, remembered as a term if it is to be probed."""
         if not self._listening():
             return closure(self.model, *args, **kwargs)
+        if self._is_lazy():
+            with replaying():
+                loss = closure(self.model, *args, **kwargs)
+            self._await(Term(_refusal(_LAZY), self._state()), loss)
+            return loss
         state, arguments = self._state(), _Leaves.of((args, kwargs))
         versions = self._scene.frozen_versions()
         bases = self._bases = []
@@ -103,6 +115,10 @@ class Capture:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
+    def _is_lazy(self) -> bool:
+        self._lazy = self._lazy is not False and self._scene.is_lazy()
+        return self._lazy
+
     def _listening(self) -> bool:
         return not _replays and torch.is_grad_enabled() and self._wanted()
 
@@ -119,28 +135,39 @@ class Capture:
 
     def _watch(self) -> None:
         """Listen to the linear layers that rays have turned out to share: one product less for each of them."""
-        if self._scene.shared <= self._watched:
+        if self._scene.shared == self._watched:
             return
-        self._watched |= self._scene.shared
+        self._unwatch()
+        self._watched = set(self._scene.shared)
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in self.model.modules()):
             return  # a hook would make compiled code compile anew
-        for prefix, module in self.model.named_modules():
-            names = {name: f"{prefix}.{name}".lstrip(".") for name in module._parameters}
-            if type(module) is nn.Linear and names["weight"] in self._scene.shared:
-                hook = _Hook(partial(self._after_linear, names=tuple(names.values())))
-                self._handles.append(module.register_forward_hook(hook, prepend=True))
+        for name, parameter in self.model.named_parameters():
+            path, _, own = name.rpartition(".")
+            layer = self.model.get_submodule(path)
+            if name in self._watched and own == "weight" and type(layer) is nn.Linear:
+                hook = _Hook(partial(self._after_linear, path=path, weight=parameter))
+                self._layers.append(layer.register_forward_hook(hook, prepend=True))
 
-    def _after_linear(self, layer: nn.Linear, args: tuple[Any, ...], outputs: Any, names: tuple[str, ...]) -> None:
-        tensors = [*args, outputs]
-        if self._bases is None or not all(type(t) is Tensor and not t.is_inference() for t in tensors):
+    def _unwatch(self) -> None:
+        for handle in self._layers:
+            handle.remove()
+        self._layers, self._watched = [], set()
+
+    def _after_linear(self, layer: nn.Module, args: tuple[Any, ...], outputs: Any, path: str, weight: Tensor) -> None:
+        """Keep what the layer has computed, if it is what affine evaluation would compute."""
+        own = {name: parameter for name, parameter in layer._parameters.items() if parameter is not None}
+        if self._bases is None or own.get("weight") is not weight or len(args) != 1 or "forward" in vars(layer):
             return
-        if len(args) == 1 and outputs.dtype in (torch.float32, torch.float64):  # as in affine evaluation
-            parameters = {n: p for n, p in zip(names, layer._parameters.values(), strict=True) if p is not None}
+        tensors = [*args, outputs]
+        if not all(type(tensor) is Tensor and not tensor.is_inference() for tensor in tensors):
+            return
+        if own.keys() <= {"weight", "bias"} and outputs.dtype in (torch.float32, torch.float64):
+            parameters = {f"{path}.{name}".lstrip("."): own[name] for name in ("weight", "bias") if name in own}
             outputs = outputs.detach().clone() if self._overwritten & parameters.keys() else outputs
             self._bases.append(Base.of(parameters, args[0], outputs))
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._listening():
+        if self._listening() and not self._is_lazy():
             self._call = _Call(self._state(), _Leaves.of((args, kwargs)), self._scene.frozen_versions())
             self._bases = self._call.bases
 
@@ -153,6 +180,8 @@ class Capture:
         if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
             call = self._call or _Call(self._state(), _Leaves.of(()), self._scene.frozen_versions())
             closure = self._unless_moved(call.versions, _replay(call, criterion, (args, kwargs)))
+            if self._lazy:
+                closure = _refusal(_LAZY)
             self._await(Term(closure, call.state, bases=call.bases), loss)
 
     def _unless_moved(self, versions: dict[int, int], closure: Closure) -> Closure:

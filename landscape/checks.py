@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from landscape.capture import OBSERVE
+from landscape.capture import OBSERVE, NotYetError
 from landscape.errors import UserError
 from landscape.gradients import gradient as gradient_of
 from landscape.objective import Objective
@@ -43,9 +43,14 @@ class FirstChecks:
         """
         if not self._left:
             return None
-        at_zero = LossCheck.of(objective, origin)
+        scene = objective.terms[0].state.scene
+        moving = len(scene.moving)
+        with scene.guarded(gradient):
+            at_zero = LossCheck.of(objective, {name: origin[name] for name in gradient})
+            check = GradientCheck.of(objective, origin, gradient)
+        if len(scene.moving) > moving:
+            raise NotYetError("The forward pass writes to parameters that are not trained; the next one is prepared.")
         at_zero.warn()
-        check = GradientCheck.of(objective, origin, gradient)
         if check is not None:
             check.judge(self._observed)
         self._left = self._left - 1 if check is None else 0
@@ -121,7 +126,7 @@ class GradientCheck:
         if not (scale.isfinite() and rest.isfinite()):
             return None
         weights = [1.0 if term.weight is None else term.weight.item() for term in objective.terms]
-        tolerance = 5e-2 if _reduced_precision(objective, origin) else 1e-3
+        tolerance = 5e-2 if objective.reduced_precision() else 1e-3
         return cls(scale.item(), rest.item(), sum(weights), len(weights), tolerance)
 
     @property
@@ -152,8 +157,3 @@ class GradientCheck:
     def plain_weights(self) -> bool:
         """Whether the losses were differentiated as a sum or a mean; anything else is worth a word."""
         return min(abs(self.weight - 1), abs(self.weight - self.terms)) <= self.tolerance
-
-
-def _reduced_precision(objective: Objective, origin: Parameters) -> bool:
-    autocast = any(state.enabled for term in objective.terms for state in term.state.autocast)
-    return autocast or any(tensor.dtype.itemsize < 4 for tensor in origin.values())

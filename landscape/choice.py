@@ -70,13 +70,14 @@ class EngineChoice:
         (name,) = self._engines
         try:
             return evaluate(self._engines[name], ray)
-        except RuntimeError as error:
+        except Exception as error:
             if name == "loop":
                 raise
-            warnings.warn(refusal(name, error), stacklevel=2)
+            losses = evaluate(loop, ray)  # an error of the user's own comes again
             self._refuse(name, error)
+            warnings.warn(self._refused[name], stacklevel=2)
             self._settle("loop")
-            return self._evaluate(ray)
+            return losses
 
     def _compare(self, ray: Ray) -> Tensor:
         """Every engine once, beside the loop and with an eye on memory; a ray that is not finite says nothing."""
@@ -107,7 +108,7 @@ class EngineChoice:
         try:
             self._peaks[name] = self._peak(name, engine, ray, expected)
             self._engines[name] = engine
-        except RuntimeError as error:
+        except Exception as error:
             self._refuse(name, error)
             if self.asked == name:
                 warnings.warn(self._refused[name], stacklevel=2)
@@ -136,11 +137,11 @@ class EngineChoice:
             started = self._now(ray)
             try:
                 results[name] = evaluate(self._engines[name], ray)
-            except RuntimeError as error:  # as when the number of points has changed
-                self._refuse(name, error)
-                names.remove(name)
+            except Exception as error:  # as when the number of points has changed
                 if name == "loop":
                     raise
+                self._refuse(name, error)
+                names.remove(name)
             else:
                 self._seconds.setdefault(name, []).append(self._now(ray) - started)
         medians = {name: median(self._seconds[name]) for name in names}

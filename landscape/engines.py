@@ -11,7 +11,7 @@ from landscape.stacked import Stacked
 from landscape.walk import Ray, Walk
 
 Engine = Callable[[Ray], Tensor]
-"""A ray to its K losses; a RuntimeError where the model does not allow it."""
+"""A ray to its K losses; an error of any kind where the model does not allow it."""
 
 
 def loop(ray: Ray) -> Tensor:

@@ -12,13 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _FILLS = {torch.ops.aten.bernoulli_.float, torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default}
 """What fills a tensor with numbers that depend on nothing but the stream; dropout is made of the first of them."""
 
+OTHER_NUMBERS = "its random numbers would not be those of the training step"
+
 
 @dataclass
 class _Draw:
-    """One fill: what was asked for, what came out, and the state of the stream after it."""
+    """One fill: what was asked for, what came out, and the states of the stream before and after it."""
 
     asked: tuple[Any, ...]
     drawn: Tensor
+    before: Tensor
     after: Tensor
 
 
@@ -26,24 +29,27 @@ class SharedDraws(TorchDispatchMode):
     """Replays at later points what an earlier one drew from torch's stream on the CPU.
 
     Drawing takes a CPU ten times as long as copying: without this, dropout is a third of a transformer's forward pass.
-    Each point is to enter the same state of the stream. As soon as a point asks for something else than that one
-    did, the stream is put where it would be, and the rest of that point draws by itself.
+    A draw is replayed if it asks for the same, from the same state of the stream, and it leaves the same state behind.
+
+    Args:
+        laid_out: Whether tensors of images may have another layout than the model gives them by itself. Numbers are
+            drawn in the order of memory, so drawing on such a tensor is a RuntimeError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, laid_out: bool = False) -> None:
         super().__init__()
+        self.laid_out = laid_out
         self.draws: list[_Draw] = []
-        self.moves: bool | None = None
-        """Whether the first point has drawn anything at all; None before it."""
-        self.recording = True
-        self.at: int | None = 0
-        """Number of draws so far at this point; None once it draws by itself."""
+        self.at = 0
+        """Number of draws so far at this point."""
+        self.moves: bool | None = True if laid_out else None
+        """Whether points draw anything at all; None before the first."""
 
     @contextmanager
     def point(self) -> Iterator[None]:
-        """Around the evaluation of a point; the first one only finds out whether there is anything to share."""
+        """Around the evaluation of a point; the first one may only find out whether there is anything to share."""
         before = torch.get_rng_state() if self.moves is None else None
-        self.recording, self.at = not self.draws, 0
+        self.at = 0
         with self if self.moves else nullcontext():
             yield
         if before is not None:
@@ -53,25 +59,37 @@ class SharedDraws(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or self.at is None:
+        if not draws(func, args, kwargs):
             return func(*args, **kwargs)
+        if self.laid_out and any(map(_is_laid_out, args)):
+            raise RuntimeError(OTHER_NUMBERS)
         if func not in _FILLS or kwargs.get("generator") is not None or args[0].device.type != "cpu":
-            self._leave()
             return func(*args, **kwargs)
-        asked = (func, args[0].shape, args[0].dtype, args[0].stride(), args[1:], dict(kwargs))
-        if self.recording:
-            filled = func(*args, **kwargs)
-            drawn = filled.bool() if func is torch.ops.aten.bernoulli_.float else filled.clone()
-            self.draws.append(_Draw(asked, drawn, torch.get_rng_state()))
-            return filled
-        if self.at < len(self.draws) and self.draws[self.at].asked == asked:
-            self.at += 1
-            return args[0].copy_(self.draws[self.at - 1].drawn)
-        self._leave()
-        return func(*args, **kwargs)
+        return self._filled(func, args, kwargs)
 
-    def _leave(self) -> None:
-        """From here on this point draws by itself, from where the stream would be."""
-        if not self.recording and self.at:
-            torch.set_rng_state(self.draws[self.at - 1].after)
-        self.recording, self.at = False, None
+    def _filled(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        asked = (func, args[0].shape, args[0].dtype, args[0].stride(), args[1:], dict(kwargs))
+        before, self.at = torch.get_rng_state(), self.at + 1
+        known = self.draws[self.at - 1] if self.at <= len(self.draws) else None
+        if known is not None and known.asked == asked and torch.equal(known.before, before):
+            torch.set_rng_state(known.after)
+            return args[0].copy_(known.drawn)
+        filled = func(*args, **kwargs)
+        if known is None:
+            drawn = filled.bool() if func is torch.ops.aten.bernoulli_.float else filled.clone()
+            self.draws.append(_Draw(asked, drawn, before, torch.get_rng_state()))
+        return filled
+
+
+def _is_laid_out(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() in (4, 5) and not value.is_contiguous()
+
+
+def draws(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation draws random numbers: one that is made to, but for attention that drops nothing."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return bool(args[place] if place < len(args) else kwargs.get("dropout_p", argument.default_value))
+    return True

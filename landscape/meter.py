@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 class Meter(TorchDispatchMode):
     """Within it, ``peak`` is the most bytes that tensors made since it was entered have held at one time.
 
-    Counted are tensors, not what kernels use inside or what an allocator keeps in reserve.
+    Counted are dense tensors, not what kernels use inside or what an allocator keeps in reserve.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class Meter(TorchDispatchMode):
     def _hold(self, values: Any, counted: bool) -> None:
         """Know the memory of these tensors; what is first seen as an argument was there before."""
         for value in tree_leaves(values):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
                 storage = value.untyped_storage()
                 # While its weak reference is held, the key cannot be that of another storage.
                 self._held.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes() if counted else 0))

@@ -1,10 +1,11 @@
 """The training loss of one update as a pure function of the parameters."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from landscape.errors import UserError
@@ -18,19 +19,33 @@ class Base:
     parameters: Mapping[str, Tensor]
     inputs: Tensor
     outputs: Tensor
-    versions: Sequence[int]
-    """How often each of the tensors above was written to, in their order."""
+    state: Sequence[tuple[int, int]]
+    """Version and address of each of the tensors above, in their order."""
 
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor], inputs: Tensor, outputs: Tensor) -> "Base":
         """The layer as it is now; ``outputs`` may still be a part of autograd's graph."""
-        tensors = [*parameters.values(), inputs, outputs]
-        return cls(parameters, inputs.detach(), outputs.detach(), [tensor._version for tensor in tensors])
+        base = cls(parameters, inputs.detach(), outputs.detach(), [])
+        return replace(base, state=base._now())
 
     def current(self) -> bool:
-        """Whether nothing has been written to since."""
+        """Whether nothing has been written to since, and the output is that of the layer.
+
+        A hook may have changed it, or a write through ``.data`` the weights. On a CPU one row of it is computed anew;
+        on a GPU that would have to be waited for.
+        """
+        if self.state != self._now():
+            return False
+        if self.outputs.device.type != "cpu" or not self.outputs.numel():
+            return True
+        row, parameters = self.inputs.reshape(-1, self.inputs.shape[-1])[:1], self.parameters.values()
+        expected = F.linear(row, *(parameter.detach() for parameter in parameters))[0]
+        got = self.outputs.reshape(-1, self.outputs.shape[-1])[0]
+        return torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item(), equal_nan=True)
+
+    def _now(self) -> list[tuple[int, int]]:
         tensors = [*self.parameters.values(), self.inputs, self.outputs]
-        return all(tensor._version == version for tensor, version in zip(tensors, self.versions, strict=True))
+        return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
 
 
 @dataclass
@@ -104,10 +119,15 @@ class Objective:
     terms: Sequence[Term]
 
     @classmethod
-    def of(cls, model: nn.Module, closure: Closure) -> "Objective":
-        """The objective ``closure(model)`` in the state that the model is in now."""
+    def of(cls, model: nn.Module, closure: Closure, walked: Collection[str] | None = None) -> "Objective":
+        """The objective ``closure(model)`` in the state that the model is in now.
+
+        Parameters that are not ``walked``, without it those that are frozen, are copied: it is not known which of them
+        the closure writes to.
+        """
         scene = Scene(model)
-        scene.moving = set(scene.frozen_versions())  # it is not known which of them the closure writes to
+        parameters = model.named_parameters()
+        scene.moving = {id(p) for n, p in parameters if (not p.requires_grad if walked is None else n not in walked)}
         return cls([Term(closure, ForwardState.capture(scene))])
 
     def __call__(self, parameters: Parameters) -> Tensor:
@@ -134,3 +154,9 @@ class Objective:
                 yield
             finally:
                 before.restore()
+
+    def reduced_precision(self) -> bool:
+        """Whether forward passes compute in less than single precision."""
+        autocast = any(state.enabled for term in self.terms for state in term.state.autocast)
+        parameters = (parameter for term in self.terms for parameter in term.state.scene.parameters())
+        return autocast or any(parameter.dtype.itemsize < 4 for parameter in parameters)

@@ -7,12 +7,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
 from landscape.objective import Base
 from landscape.walk import Walk
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_ALIASES = {
+    *(Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__),  # pyright: ignore
+    *(Tensor.untyped_storage, Tensor.data_ptr),
+}
+"""What gives access to memory by which it can be written to while the tensor's version stays as it is."""
 _LINEAR = {F.linear, F.embedding} | _CONVOLUTIONS
 
 
@@ -46,13 +52,17 @@ class SharedProducts(TorchFunctionMode):
         self.walk = walk
         self.names = {id(tensor): name for name, tensor in walk.point.items()}
         self.versions: dict[str, int] = {}
-        self.bases = {_layer(tuple(base.parameters), base.inputs): base for base in bases}
+        known = [base for base in bases if base.parameters.keys() <= walk.point.keys()]
+        self.bases = {_layer(tuple(base.parameters), base.inputs): base for base in known}
         self.products: dict[Any, _Product] = {}
         self.fresh: set[int] = set()
-        """Addresses of memory that came into being during the first point, which no other point can find again."""
+        """Addresses of memory whose content is not shared: it came into being during the first point, or may be written
+        to without a trace."""
         self.points = 0
         self.idle: set[str] = set()
-        self._let_idle({name for base in bases for name in base.parameters})
+        self.aliased: set[str] = set()
+        """Parameters that may be written to without a trace."""
+        self._let_idle({name for base in known for name in base.parameters})
 
     def arrive(self, eta: float) -> None:
         """Go to the next point."""
@@ -88,6 +98,8 @@ class SharedProducts(TorchFunctionMode):
                 self._use(args)
                 self._use(kwargs.values())
             result = func(*args, **kwargs)
+            if func in _ALIASES:
+                self._let_alone(args[0])
         if self.points == 1:
             self._note(args, result)
         return result
@@ -99,7 +111,7 @@ class SharedProducts(TorchFunctionMode):
             return func(input, weight, *(() if func is F.embedding else (bias, *args)), **kwargs)
 
         names = self._unwritten(weight, bias)
-        if type(input) is not Tensor or names is None or _address(input) in self.fresh:
+        if type(input) is not Tensor or names is None or _differentiates(input) or _address(input) in self.fresh:
             self._use((input, weight, bias))
             return product(weight, bias)
         key = func, *_layer(names, input), repr((args, kwargs))
@@ -123,12 +135,12 @@ class SharedProducts(TorchFunctionMode):
         """The product that the update's own forward pass has evaluated, if it has."""
         func, *layer, _ = key
         base = self.bases.get(tuple(layer)) if func is F.linear else None
-        if base is None or base.inputs._version != base.versions[-2]:
+        if base is None:
             return None
-        self.products[key] = _Product(
-            tuple(base.parameters), base.inputs, base.versions[-2], base.outputs, base.versions[-1], eta=0.0
-        )
-        return self.products[key]
+        inputs, outputs = base.inputs, base.outputs
+        # Its versions have been looked at when the update began.
+        product = _Product(tuple(base.parameters), inputs, inputs._version, outputs, outputs._version, eta=0.0)
+        return self.products.setdefault(key, product)
 
     def _note(self, args: Iterable[Any], result: Any) -> None:
         """Remember the memory of what was computed, unless it is that of an argument (a view, or a write in place)."""
@@ -136,10 +148,18 @@ class SharedProducts(TorchFunctionMode):
         known = {_address(value) for value in args if type(value) is Tensor} - self.fresh
         self.fresh.update(address for address in map(_address, tensors) if address not in known)
 
+    def _let_alone(self, tensor: Tensor) -> None:
+        """Share nothing that is computed from this memory: a write through ``.data`` or numpy leaves no trace."""
+        if id(tensor) in self.names:
+            self.aliased.add(self.names[id(tensor)])
+        elif type(tensor) is Tensor:
+            self.fresh.add(_address(tensor))
+
     def _unwritten(self, *tensors: Tensor | None) -> tuple[str, ...] | None:
         """Names of the tensors that are there, if all are parameters of the walk and unwritten at this point."""
         named = [(self.names.get(id(tensor), ""), tensor) for tensor in tensors if tensor is not None]
         unwritten = all(self.versions.get(name) == tensor._version for name, tensor in named)
+        unwritten = unwritten and self.aliased.isdisjoint(name for name, _ in named)
         return tuple(name for name, _ in named) if unwritten else None
 
     def _use(self, values: Iterable[Any]) -> None:
@@ -154,7 +174,12 @@ class SharedProducts(TorchFunctionMode):
 
 def _layer(names: tuple[str, ...], inputs: Tensor) -> tuple[Any, ...]:
     """Names of the parameters, and where and what the input is."""
-    return names, inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs.device
+    return names, inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs.device, inputs.is_neg()
+
+
+def _differentiates(inputs: Tensor) -> bool:
+    """Whether the model computes derivatives by its input; a product as it is kept would have none."""
+    return (torch.is_grad_enabled() and inputs.requires_grad) or unpack_dual(inputs).tangent is not None
 
 
 def _address(tensor: Tensor) -> int:

@@ -39,17 +39,19 @@ def ray_losses(
     """
     check_engine(engine)
     origin = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    ray = Ray(Objective.of(model, closure), origin, direction, checked_step_sizes(step_sizes))
+    ray = Ray(Objective.of(model, closure, direction), origin, direction, checked_step_sizes(step_sizes))
     # Affine evaluation takes two products, so it pays from three points on.
     name = engine if engine != "auto" else "affine" if len(ray.step_sizes) > 2 else "loop"
     try:
         return evaluate(ENGINES[name](), ray)
-    except RuntimeError as error:
+    except Exception as error:
         if name == "loop":
             raise
-        if engine == name:
-            warnings.warn(refusal(engine, error), stacklevel=2)
-    return evaluate(loop, ray)
+        refused = refusal(name, error)
+    losses = evaluate(loop, ray)  # an error of the user's own comes again
+    if engine == name:
+        warnings.warn(refused, stacklevel=2)
+    return losses
 
 
 def check_engine(engine: str) -> None:

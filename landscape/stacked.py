@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +11,13 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingModuleSource]
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from landscape.masks import OTHER_NUMBERS, draws
 from landscape.objective import Term
-from landscape.state import Parameters
 from landscape.walk import Ray, Walk
 
-_OTHERWISE = "its random numbers would not be those of the training step"
-_RANDOM = {
-    *(F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.gumbel_softmax),
-    *(torch.bernoulli, torch.rand_like, torch.randn_like, torch.normal, torch.multinomial),
-}
-_ATTENTION = {F.multi_head_attention_forward: 10, F.scaled_dot_product_attention: 4}
-"""Functions that may drop attention weights, and the place of the probability among their arguments."""
 FEW_ROWS = 128
 """Below so many rows, two products with W and G on all rows are cheaper than building W - eta G for each point."""
 
@@ -33,37 +27,38 @@ class Stacked:
 
     def __init__(self, chunk: int | None = None) -> None:
         self.chunk = chunk
-        self._looked = False
+        self._draws: int | None = None
 
     def __call__(self, ray: Ray) -> Tensor:
         """The K losses; a RuntimeError where the model's code does not go with ``vmap``."""
-        if not self._looked:
-            _look(ray)
-            self._looked = True
+        if self._draws != 0:
+            self._draws = _draws(ray)
         while True:
             size = min(self.chunk or len(ray.step_sizes), len(ray.step_sizes))
             starts = range(0, len(ray.step_sizes), size)
             chunks = [replace(ray, step_sizes=ray.step_sizes[start : start + size]) for start in starts]
             try:
-                return torch.cat([_losses(chunk) for chunk in chunks])
+                return torch.cat([_losses(chunk, self._draws) for chunk in chunks])
             except (torch.OutOfMemoryError, MemoryError):
                 if size == 1:
                     raise
                 self.chunk = size // 2
 
 
-def _losses(ray: Ray) -> Tensor:
-    return ray.objective.total([_term_losses(term, ray) for term in ray.objective.terms])
+def _losses(ray: Ray, draws: int) -> Tensor:
+    points = _Points(ray)
+    losses = ray.objective.total([_term_losses(term, ray, points) for term in ray.objective.terms])
+    if points.dropouts != draws:
+        raise RuntimeError(OTHER_NUMBERS)
+    return losses
 
 
-def _term_losses(term: Term, ray: Ray) -> Tensor:
-    stand_ins = {name: _stand_in(ray.origin[name]) for name in ray.direction}
-    device = next(iter(stand_ins.values())).device
-    etas = torch.tensor(ray.step_sizes, dtype=torch.float64, device=device)
+def _term_losses(term: Term, ray: Ray, points: "_Points") -> Tensor:
+    etas = torch.tensor(ray.step_sizes, dtype=torch.float64, device=next(iter(points.stand_ins.values())).device)
 
     def losses(model: nn.Module) -> Tensor:
         def loss(eta: Tensor, written: dict[str, Tensor]) -> Tensor:
-            with _Points(ray, stand_ins, eta):
+            with points.at(eta):
                 return functional_call(term.state.scene, written, (term.scalar,))
 
         with warnings.catch_warnings():
@@ -71,7 +66,7 @@ def _term_losses(term: Term, ray: Ray) -> Tensor:
             # One mask of dropout for all points.
             return vmap(loss, randomness="same")(etas, term.state.written_copies(len(etas)))
 
-    return term.state.each(losses, stand_ins, [lambda: None])[0]
+    return term.state.each(losses, points.stand_ins, [lambda: None])[0]
 
 
 def _stand_in(parameter: Tensor) -> Tensor:
@@ -86,20 +81,27 @@ class _Points(TorchFunctionMode):
     eta, once for all points; otherwise on the rows of all points together, if these are few.
     """
 
-    def __init__(self, ray: Ray, stand_ins: Parameters, eta: Tensor) -> None:
+    def __init__(self, ray: Ray) -> None:
         super().__init__()
-        self.origin, self.direction, self.eta = ray.origin, ray.direction, eta
-        self.names = {id(tensor): name for name, tensor in stand_ins.items()}
+        self.origin, self.direction = ray.origin, ray.direction
+        self.stand_ins = {name: _stand_in(ray.origin[name]) for name in ray.direction}
+        self.names = {id(tensor): name for name, tensor in self.stand_ins.items()}
+        self.dropouts = 0
+        """How often dropout has drawn a mask."""
+
+    def at(self, eta: Tensor) -> Self:
+        """From here on the points are at ``eta``, which ``vmap`` maps over."""
+        self.eta = eta
         self.built: dict[str, Tensor] = {}
+        return self
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if _draws_otherwise(func, *args, **kwargs):
-            raise RuntimeError(_OTHERWISE)
-        if func is F.dropout:
-            args = (args[0].contiguous(), *args[1:])  # as it is without vmap, see _Dropouts
+        if func is F.dropout and kwargs["training"] and kwargs["p"] and not kwargs["inplace"]:
+            self.dropouts += 1
+            args = (args[0].contiguous(), *args[1:])  # as it is without vmap, see _Draws
         if func is F.linear and (layer := self._layer(*args, **kwargs)) is not None:
             return layer
         return func(*tree_map(self._point, args), **tree_map(self._point, kwargs))
@@ -124,34 +126,37 @@ class _Points(TorchFunctionMode):
         return self.built[name]
 
 
-def _draws_otherwise(func: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether ``vmap`` might draw other numbers than the model by itself."""
-    if not (kwargs.get("training", True) and kwargs.get("p", 1)):
-        return False
-    place = _ATTENTION.get(func)
-    dropped = place is not None and (args[place] if len(args) > place else kwargs.get("dropout_p"))
-    return func in _RANDOM or bool(dropped)
+def _draws(ray: Ray) -> int:
+    """How often the model draws random numbers at the origin; a RuntimeError if ``vmap`` would draw others.
 
-
-def _look(ray: Ray) -> None:
-    """Evaluate the origin; a RuntimeError if dropout fills a mask in another order than ``vmap`` would."""
-    walk = Walk(ray)
+    Numbers fill a tensor in the order of its memory, which ``vmap`` may change.
+    """
+    walk, seen = Walk(ray), _Draws()
     for term in ray.objective.terms:
 
         def closure(model: nn.Module, term: Term = term) -> Tensor:
-            with _Dropouts():
-                return term.closure(model)
+            before = torch.get_rng_state()
+            with seen:
+                loss = term.closure(model)
+            if not seen.count and not torch.equal(before, torch.get_rng_state()):
+                raise RuntimeError(OTHER_NUMBERS)  # drawn in code that cannot be seen
+            return loss
 
         replace(term, closure=closure).losses(walk.point, walk.moves([0.0]))
+    return seen.count
 
 
-class _Dropouts(TorchFunctionMode):
-    """Refuses dropout of what is not contiguous: masks are filled in the order of memory, which ``vmap`` changes."""
+class _Draws(TorchDispatchMode):
+    """Counts what draws random numbers, and refuses it where a tensor is not contiguous."""
 
-    def __torch_function__(
+    count = 0
+
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.dropout and kwargs["training"] and kwargs["p"] and not args[0].is_contiguous():
-            raise RuntimeError(_OTHERWISE)
+        if draws(func, args, kwargs):
+            self.count += 1
+            if any(isinstance(value, Tensor) and not value.is_contiguous() for value in args):
+                raise RuntimeError(OTHER_NUMBERS)
         return func(*args, **kwargs)

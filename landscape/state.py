@@ -1,7 +1,7 @@
 """All that a forward pass reads besides its parameters and arguments: remembered, entered again, and put back."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,12 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import UninitializedTensorMixin
 
 T = TypeVar("T")
 Closure = Callable[[nn.Module], Tensor]
 Parameters = Mapping[str, Tensor]
 Place = tuple[Any, str, Any]
 """A module's own dict of buffers or parameters, the name of a tensor in it, and the tensor."""
+
+
+GUARDED = 1 << 30
+"""Most bytes of parameters that are compared before and after a first evaluation."""
 
 
 class Scene(nn.Module):
@@ -29,7 +34,7 @@ class Scene(nn.Module):
         self.model = model
         self.criterion = criterion
         self.moving: set[int] = set()
-        """Frozen parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
+        """Parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
         self.draws = False
         """Whether forward passes are known to draw from Python's or numpy's random streams."""
         self.shared: set[str] = set()
@@ -49,9 +54,32 @@ class Scene(nn.Module):
         """How often each frozen parameter (by id) was written to."""
         return {id(p): p._version for p in self.parameters() if not p.requires_grad and not p.is_inference()}
 
+    @contextmanager
+    def guarded(self, walked: Collection[str]) -> Iterator[None]:
+        """Put back what the body writes to parameters of the model but the ``walked``, and know that it was written to.
+
+        Values are compared, because a write through ``.data`` leaves no other trace. Above 1 GiB nothing is.
+        """
+        others = [p for name, p in self.model.named_parameters() if name not in walked]
+        known = others if sum(p.nbytes for p in others) <= GUARDED else []
+        before = [(parameter, parameter.data, parameter.detach().clone()) for parameter in known]
+        try:
+            yield
+        finally:
+            for parameter, data, values in before:
+                if parameter.data_ptr() != data.data_ptr() or not torch.equal(parameter, values):
+                    parameter.data = data
+                    data.copy_(values)
+                    self.moving.add(id(parameter))
+
     def forward(self, closure: Closure) -> Tensor:
         """``closure(model)``; a forward pass, so that ``functional_call`` can swap tensors around it."""
         return closure(self.model)
+
+    def is_lazy(self) -> bool:
+        """Whether a module does not know its shapes before its first forward pass."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return any(isinstance(tensor, UninitializedTensorMixin) for tensor in tensors)
 
     def devices(self) -> set[torch.device]:
         """Every device that a parameter or a buffer lives on."""
@@ -125,10 +153,10 @@ class Autocast:
     @staticmethod
     @contextmanager
     def restored(states: "tuple[Autocast, ...]") -> Iterator[None]:
-        """Run the body in ``states``; enters nothing where they are the current ones."""
+        """Run the body in ``states``, without the cache of weights that were cast: points share their memory."""
         with ExitStack() as stack:
             for was in states:
-                if Autocast.capture([was.device_type]) != (was,):
+                if was.enabled or Autocast.capture([was.device_type]) != (was,):
                     stack.enter_context(torch.autocast(was.device_type, was.dtype, was.enabled, cache_enabled=False))
             yield
 
@@ -141,7 +169,7 @@ class ForwardState:
         scene: The model and its criterion.
         attributes: The attributes of every module, the train flag among them; lists and the like are not copied.
         tensors: Copies of what a forward pass may write to, with the modules' own dicts that hold it: all buffers, and
-            frozen parameters that are known to be written to.
+            parameters that are known to be written to.
         random: The random streams.
         autocast: The autocast state, for each kind of device.
     """

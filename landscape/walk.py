@@ -51,6 +51,7 @@ class Walk:
     def __init__(self, ray: Ray, channels_last: bool = False) -> None:
         formats = _CHANNELS_LAST if channels_last else {}
         layout = {name: formats.get(tensor.dim(), torch.preserve_format) for name, tensor in ray.direction.items()}
+        self.channels_last = channels_last
         self.origin = ray.origin
         self.direction = {name: _laid_out(tensor, layout[name]) for name, tensor in ray.direction.items()}
         self.point: dict[str, Tensor] = {
