@@ -12,9 +12,12 @@ from landscape.errors import UserError
 from landscape.gradients import gradient as gradient_of
 from landscape.objective import Objective
 from landscape.state import Parameters
+from landscape.walk import Ray, Walk
 
 CHECKS = 10
 """Updates that are asked, at most, whether the captured loss is the one that is trained."""
+GUARDED = 3
+"""Updates that are looked at for writes to what is not trained; a momentum encoder does not move on the first one."""
 
 
 class FirstChecks:
@@ -29,11 +32,24 @@ class FirstChecks:
     def __init__(self, observed: bool) -> None:
         self._observed = observed
         self._left = CHECKS
+        self._guarded = GUARDED
 
-    @property
-    def begun(self) -> bool:
-        """Whether an update has passed."""
-        return self._left < CHECKS
+    def look_for_writes(self, ray: Ray) -> None:
+        """Find out, on the first updates, whether a forward pass writes to parameters that are not on the ray.
+
+        Raises:
+            NotYetError: It does. What it wrote is put back, and from the next update on it writes to copies.
+        """
+        if not self._guarded:
+            return
+        self._guarded -= 1
+        walk, scene = Walk(ray), ray.objective.terms[0].state.scene
+        moving = len(scene.moving)
+        with scene.guarded(ray.direction), torch.no_grad(), ray.objective.undisturbed():
+            for term in ray.objective.terms:
+                term.losses(walk.point, walk.moves(ray.step_sizes[:1]))
+        if len(scene.moving) > moving:
+            raise NotYetError("The forward pass writes to parameters that are not trained; from now on, to copies.")
 
     def check(self, objective: Objective, origin: Parameters, gradient: Parameters) -> dict[str, Any] | None:
         """Facts about the run, while there is something to find out; ``gradient`` is what the optimizer got.
@@ -43,14 +59,9 @@ class FirstChecks:
         """
         if not self._left:
             return None
-        scene = objective.terms[0].state.scene
-        moving = len(scene.moving)
-        with scene.guarded(gradient):
-            at_zero = LossCheck.of(objective, {name: origin[name] for name in gradient})
-            check = GradientCheck.of(objective, origin, gradient)
-        if len(scene.moving) > moving:
-            raise NotYetError("The forward pass writes to parameters that are not trained; the next one is prepared.")
+        at_zero = LossCheck.of(objective, {name: origin[name] for name in gradient})
         at_zero.warn()
+        check = GradientCheck.of(objective, origin, gradient)
         if check is not None:
             check.judge(self._observed)
         self._left = self._left - 1 if check is None else 0

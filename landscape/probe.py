@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from landscape.arguments import check_arguments
 from landscape.capture import OBSERVE, Capture, NotYetError, replaying
 from landscape.checks import FirstChecks
 from landscape.choice import EngineChoice
 from landscape.errors import UserError
 from landscape.gradients import inner, norm
-from landscape.ray import check_engine, checked_step_sizes
+from landscape.ray import checked_step_sizes
 from landscape.schedule import Schedule
 from landscape.state import Parameters
 from landscape.trace import TraceWriter
@@ -26,7 +27,6 @@ from landscape.update import Update, fetch
 from landscape.walk import Ray
 
 StepSizes = Sequence[float] | Callable[[int], Sequence[float]]
-DIRECTIONS = ("gradient", "update")
 
 
 class LandscapeProbe:
@@ -88,7 +88,9 @@ class LandscapeProbe:
         gradients: bool = False,
         overhead: float | None = None,
     ) -> None:
-        _check_arguments(model, optimizer, criterion, every, direction, engine, overhead)
+        options = {"every": every, "direction": direction, "steps_per_epoch": steps_per_epoch, "overhead": overhead}
+        options |= {"grad_scaler": grad_scaler, "engine": engine, "max_memory": max_memory, "gradients": gradients}
+        check_arguments(model, optimizer, criterion, options)
         step_sizes = step_sizes if callable(step_sizes) else checked_step_sizes(step_sizes)
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
         self.step_sizes, self.relative, self.every, self.direction = step_sizes, relative, every, direction
@@ -203,10 +205,12 @@ class LandscapeProbe:
             if not update.objective.terms:
                 raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
             with replaying():
+                ray = update.ray(direction, step_sizes)
+                self._checks.look_for_writes(ray)
                 if facts := self._checks.check(update.objective, update.origin, update.gradient):
                     self.trace.note(mode="training" if self.model.training else "evaluation", checks=facts)
                     started = time.perf_counter()
-                measured = self._evaluate(update.ray(direction, step_sizes), update)
+                measured = self._evaluate(ray, update)
         except Exception as error:  # a training run that has begun well shall not end because of its probe
             if not self._last and not isinstance(error, NotYetError):
                 raise
@@ -260,30 +264,6 @@ class LandscapeProbe:
             "steps_per_epoch": self.steps_per_epoch,
             "threads": torch.get_num_threads(),
         }
-
-
-def _check_arguments(
-    model: Any, optimizer: Any, criterion: Any, every: Any, direction: str, engine: str, overhead: Any
-) -> None:
-    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError("Give a model (nn.Module) and its optimizer (torch.optim.Optimizer), in this order.")
-    if criterion is not None and not isinstance(criterion, nn.Module):
-        raise UserError(
-            f"criterion={criterion!r} is no nn.Module, so its calls cannot be seen; use the module (such as "
-            "nn.CrossEntropyLoss() for F.cross_entropy), or leave it out and hand each loss to probe.observe(...)."
-        )
-    if every != int(every) or every < 1:
-        raise UserError(f"every={every}: probe each n-th update, with n a whole number from 1 on.")
-    if direction not in DIRECTIONS:
-        raise UserError(f"Unknown direction {direction!r}; choose one of {', '.join(DIRECTIONS)}.")
-    check_engine(engine)
-    if overhead is not None and not 0 < float(overhead) < math.inf:
-        raise UserError(f"overhead={overhead}: give the share of the training time that probes may cost, such as 0.1.")
-    known = {id(parameter) for parameter in model.parameters()}
-    if not all(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
-        warnings.warn(
-            "The optimizer holds parameters that the model does not have; they stay where they are.", stacklevel=3
-        )
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -38,6 +38,10 @@ def ray_losses(
         UserError: A direction or a step size that does not fit, an unknown engine, or a loss that is no scalar.
     """
     check_engine(engine)
+    if not isinstance(model, nn.Module) or not isinstance(direction, Mapping):
+        raise UserError(
+            "Give a model (nn.Module), a closure, and a direction: a dict of tensors named like parameters."
+        )
     origin = {name: parameter.detach() for name, parameter in model.named_parameters()}
     ray = Ray(Objective.of(model, closure, direction), origin, direction, checked_step_sizes(step_sizes))
     # Affine evaluation takes two products, so it pays from three points on.
@@ -56,7 +60,7 @@ def ray_losses(
 
 def check_engine(engine: str) -> None:
     """Raise a UserError unless there is an engine of that name."""
-    if engine != "auto" and engine not in ENGINES:
+    if engine != "auto" and (not isinstance(engine, str) or engine not in ENGINES):
         raise UserError(f"Unknown engine {engine!r}; choose one of auto, {', '.join(ENGINES)}.")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 T = TypeVar("T")
 Closure = Callable[[nn.Module], Tensor]
@@ -79,7 +79,7 @@ class Scene(nn.Module):
     def is_lazy(self) -> bool:
         """Whether a module does not know its shapes before its first forward pass."""
         tensors = [*self.parameters(), *self.buffers()]
-        return any(isinstance(tensor, UninitializedTensorMixin) for tensor in tensors)
+        return any(map(is_lazy, tensors))
 
     def devices(self) -> set[torch.device]:
         """Every device that a parameter or a buffer lives on."""

@@ -32,6 +32,10 @@ class Ray:
         if not self.direction:
             raise UserError("The direction is empty; give a tensor for at least one of the model's parameters.")
         for name, tensor in self.direction.items():
+            if not isinstance(tensor, Tensor):
+                raise UserError(
+                    f"The direction of {name!r} is a {type(tensor).__name__}; give a tensor, or leave it out."
+                )
             if name not in self.origin:
                 raise UserError(f"The direction names {name!r}, which model.named_parameters() does not have.")
             origin = self.origin[name]

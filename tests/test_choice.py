@@ -56,7 +56,7 @@ def test_convolutions_make_a_layout_worth_a_try():
     ray = ray_of(model, torch.randn(5, 2, 4, 4, dtype=torch.float64))
     for _ in range(2):
         choice.losses(ray)
-    choice._settle("loop")
+    choice._settle("loop", ray)
     assert "channels_last" in notes["engine_seconds"]
 
 

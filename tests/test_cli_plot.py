@@ -11,7 +11,7 @@ from traces import rows
 from landscape.trace import TraceWriter
 from landscape.vocabulary import MEASURES
 
-FIRST_FORMAT = str(Path(__file__).parents[1] / "figures" / "traces" / "mnist-batch-seed0")
+FIRST_FORMAT = str(Path(__file__).parent / "version1")
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ LEVELS = [
     {"compiled"},
     {"engines"},
     {"ray", "choice"},
-    {"plots", "probe"},
+    {"plots", "arguments"},
+    {"probe"},
     {"training"},
 ]
 TABLE_SIDE = {

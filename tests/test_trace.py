@@ -217,7 +217,7 @@ def test_facts_become_columns_of_fitting_types(tmp_path):
 
 
 def test_traces_of_the_first_format_are_read():
-    frame = read_traces(Path(__file__).parents[1] / "figures" / "traces")
+    frame = read_traces(Path(__file__).parent / "version1")
     assert list(frame)[-len(UPDATES) :] == [column.name for column in UPDATES]
     assert frame["loss_max"].notna().all()
     assert frame[["slope", "direction_norm", "gradient_distances"]].isna().all(axis=None)

@@ -1,0 +1,66 @@
+"""What may be handed to the probe, and what is said of anything else."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from landscape.errors import UserError
+from landscape.ray import check_engine
+
+DIRECTIONS = ("gradient", "update")
+
+
+def check_arguments(model: Any, optimizer: Any, criterion: Any, options: Mapping[str, Any]) -> None:
+    """Raise a UserError unless these are arguments of the probe; ``options`` by their names.
+
+    Raises:
+        UserError: It says what was given, what is allowed, and what to do.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError("Give a model (nn.Module) and its optimizer (torch.optim.Optimizer), in this order.")
+    if criterion is not None and not isinstance(criterion, nn.Module):
+        raise UserError(
+            f"criterion={criterion!r} is no nn.Module, so its calls cannot be seen; use the module (such as "
+            "nn.CrossEntropyLoss() for F.cross_entropy), or leave it out and hand each loss to probe.observe(...)."
+        )
+    check_engine(options["engine"])
+    if options["direction"] not in DIRECTIONS:
+        raise UserError(f"Unknown direction {options['direction']!r}; choose one of {', '.join(DIRECTIONS)}.")
+    _whole(options, "every", "probe each n-th update, with n a whole number from 1 on")
+    if options["steps_per_epoch"] is not None:
+        _whole(options, "steps_per_epoch", "give the number of updates in an epoch, a whole number from 1 on")
+    if options["max_memory"] is not None:
+        _whole(options, "max_memory", "give the bytes that a ray may hold, such as 2 * 10**9")
+    _share(options["overhead"])
+    if not isinstance(options["gradients"], bool):
+        raise UserError(f"gradients={options['gradients']!r}: give True or False.")
+    if options["grad_scaler"] is not None and not hasattr(options["grad_scaler"], "scale"):
+        raise UserError(f"grad_scaler={options['grad_scaler']!r}: give the torch.amp.GradScaler that scales the loss.")
+    _tell_of_others(model, optimizer)
+
+
+def _whole(options: Mapping[str, Any], name: str, remedy: str) -> None:
+    value = options[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 1:
+        raise UserError(f"{name}={value!r}: {remedy}.")
+
+
+def _share(overhead: Any) -> None:
+    if overhead is None:
+        return
+    if isinstance(overhead, bool) or not isinstance(overhead, int | float) or not 0 < overhead < math.inf:
+        raise UserError(
+            f"overhead={overhead!r}: give the share of the training time that probes may cost, such as 0.1."
+        )
+
+
+def _tell_of_others(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    known = {id(parameter) for parameter in model.parameters()}
+    if not all(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
+        warnings.warn(
+            "The optimizer holds parameters that the model does not have; they stay where they are.", stacklevel=4
+        )
