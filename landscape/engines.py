@@ -31,7 +31,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 """Makers of the engines, by name."""
 OPT_IN = ("compiled",)
 """Engines that are used only where they are asked for by name."""
-SHARING = ("affine", "channels_last")
+SHARING = ("affine", "channels_last", "stacked")
 """Engines that make use of what the forward pass of the update has evaluated."""
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,18 @@ class Base:
         got = self.outputs.reshape(-1, self.outputs.shape[-1])[0]
         return torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item(), equal_nan=True)
 
+    def holds(self) -> bool:
+        """Whether input and output are still what they were; a forward pass may write to what it feeds to a layer."""
+        return self.state[-2:] == self._now()[-2:]
+
     def _now(self) -> list[tuple[int, int]]:
         tensors = [*self.parameters.values(), self.inputs, self.outputs]
         return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+
+def layer_key(names: tuple[str, ...], inputs: Tensor) -> tuple[Any, ...]:
+    """Names of a layer's parameters, and where and what its input is."""
+    return names, inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs.device, inputs.is_neg()
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
-from landscape.objective import Base
+from landscape.objective import Base, layer_key
 from landscape.walk import Walk
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -19,6 +19,8 @@ _ALIASES = {
     *(Tensor.untyped_storage, Tensor.data_ptr),
 }
 """What gives access to memory by which it can be written to while the tensor's version stays as it is."""
+LONG_SUM = 64
+"""Terms of the sums that make up a product from which on they take longer than memory does to pass over the result."""
 _LINEAR = {F.linear, F.embedding} | _CONVOLUTIONS
 
 
@@ -53,7 +55,7 @@ class SharedProducts(TorchFunctionMode):
         self.names = {id(tensor): name for name, tensor in walk.point.items()}
         self.versions: dict[str, int] = {}
         known = [base for base in bases if base.parameters.keys() <= walk.point.keys()]
-        self.bases = {_layer(tuple(base.parameters), base.inputs): base for base in known}
+        self.bases = {layer_key(tuple(base.parameters), base.inputs): base for base in known}
         self.products: dict[Any, _Product] = {}
         self.fresh: set[int] = set()
         """Addresses of memory whose content is not shared: it came into being during the first point, or may be written
@@ -114,13 +116,13 @@ class SharedProducts(TorchFunctionMode):
         if type(input) is not Tensor or names is None or _differentiates(input) or _address(input) in self.fresh:
             self._use((input, weight, bias))
             return product(weight, bias)
-        key = func, *_layer(names, input), repr((args, kwargs))
+        key = func, *layer_key(names, input), repr((args, kwargs))
         known = self.products.get(key) or self._based(key, input)
         if known is None or not known.holds(input):
             self._use((input, weight, bias))
             outputs = product(weight, bias)
             # In bfloat16 or half the sum of two rounded products would not be the rounded product.
-            if self.points == 1 and outputs.dtype in (torch.float32, torch.float64):
+            if self.points == 1 and outputs.dtype in (torch.float32, torch.float64) and _pays(weight, outputs):
                 self.products[key] = _Product(names, input, input._version, outputs, outputs._version, self.walk.eta)
             return outputs
         if known.slope is None:
@@ -135,10 +137,9 @@ class SharedProducts(TorchFunctionMode):
         """The product that the update's own forward pass has evaluated, if it has."""
         func, *layer, _ = key
         base = self.bases.get(tuple(layer)) if func is F.linear else None
-        if base is None:
+        if base is None or not base.holds():
             return None
         inputs, outputs = base.inputs, base.outputs
-        # Its versions have been looked at when the update began.
         product = _Product(tuple(base.parameters), inputs, inputs._version, outputs, outputs._version, eta=0.0)
         return self.products.setdefault(key, product)
 
@@ -172,14 +173,14 @@ class SharedProducts(TorchFunctionMode):
                 self.walk.build(name)
 
 
-def _layer(names: tuple[str, ...], inputs: Tensor) -> tuple[Any, ...]:
-    """Names of the parameters, and where and what the input is."""
-    return names, inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs.device, inputs.is_neg()
-
-
 def _differentiates(inputs: Tensor) -> bool:
     """Whether the model computes derivatives by its input; a product as it is kept would have none."""
     return (torch.is_grad_enabled() and inputs.requires_grad) or unpack_dual(inputs).tangent is not None
+
+
+def _pays(weight: Tensor, outputs: Tensor) -> bool:
+    """Whether a pass over the output, which combines two products, is less than to build the weight and multiply."""
+    return weight[0].numel() >= LONG_SUM or weight.numel() > outputs.numel()
 
 
 def _address(tensor: Tensor) -> int:

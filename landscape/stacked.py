@@ -1,7 +1,7 @@
 """Several points of a ray in one pass, stacked along a dimension of their own by :func:`torch.func.vmap`."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from landscape.masks import OTHER_NUMBERS, draws
-from landscape.objective import Term
+from landscape.objective import Base, Term, layer_key
 from landscape.walk import Ray, Walk
 
 FEW_ROWS = 128
@@ -58,7 +58,7 @@ def _term_losses(term: Term, ray: Ray, points: "_Points") -> Tensor:
 
     def losses(model: nn.Module) -> Tensor:
         def loss(eta: Tensor, written: dict[str, Tensor]) -> Tensor:
-            with points.at(eta):
+            with points.at(eta, term.bases):
                 return functional_call(term.state.scene, written, (term.scalar,))
 
         with warnings.catch_warnings():
@@ -66,7 +66,9 @@ def _term_losses(term: Term, ray: Ray, points: "_Points") -> Tensor:
             # One mask of dropout for all points.
             return vmap(loss, randomness="same")(etas, term.state.written_copies(len(etas)))
 
-    return term.state.each(losses, points.stand_ins, [lambda: None])[0]
+    (measured,) = term.state.each(losses, points.stand_ins, [lambda: None])
+    term.state.scene.shared |= points.shared
+    return measured
 
 
 def _stand_in(parameter: Tensor) -> Tensor:
@@ -86,12 +88,15 @@ class _Points(TorchFunctionMode):
         self.origin, self.direction = ray.origin, ray.direction
         self.stand_ins = {name: _stand_in(ray.origin[name]) for name in ray.direction}
         self.names = {id(tensor): name for name, tensor in self.stand_ins.items()}
+        self.shared: set[str] = set()
+        """Parameters of linear layers whose input is the same at all points."""
         self.dropouts = 0
         """How often dropout has drawn a mask."""
 
-    def at(self, eta: Tensor) -> Self:
+    def at(self, eta: Tensor, bases: Sequence[Base]) -> Self:
         """From here on the points are at ``eta``, which ``vmap`` maps over."""
         self.eta = eta
+        self.bases = {layer_key(tuple(base.parameters), base.inputs): base for base in bases}
         self.built: dict[str, Tensor] = {}
         return self
 
@@ -111,10 +116,20 @@ class _Points(TorchFunctionMode):
         # What has been used by itself may have been written to.
         if "" in names or self.built.keys() & set(names):
             return None
-        if is_batchedtensor(input) and input.shape[:-1].numel() > FEW_ROWS:
+        moves = is_batchedtensor(input)
+        if moves and input.shape[:-1].numel() > FEW_ROWS:
             return None
-        base, slope = (F.linear(input, *(point[name] for name in names)) for point in (self.origin, self.direction))
+        slope = F.linear(input, *(self.direction[name] for name in names))
+        base = F.linear(input, *(self.origin[name] for name in names)) if moves else self._base(names, input)
         return base - self.eta.to(base.dtype) * slope
+
+    def _base(self, names: list[str], input: Tensor) -> Tensor:
+        """The layer at theta, where its input is the same at all points: known from the update, or computed."""
+        self.shared.update(names)
+        known = self.bases.get(layer_key(tuple(names), input))
+        if known is not None and known.holds():
+            return known.outputs
+        return F.linear(input, *(self.origin[name] for name in names))
 
     def _point(self, value: Any) -> Any:
         name = self.names.get(id(value)) if isinstance(value, Tensor) else None

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape import LandscapeProbe, ray_losses
+from landscape.products import LONG_SUM
 
 STEP_SIZES = [0.1 * k for k in range(1, 9)]
 
@@ -48,7 +49,22 @@ class Twice(nn.Module):
         return self.second(self.first(inputs).relu_() + self.first(inputs[:1]))
 
 
+class Feeding(nn.Module):
+    """Feeds a layer from memory that it writes to, differently at every point."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.memory = torch.zeros(12, 8, dtype=torch.float64)
+
+    def forward(self, inputs):
+        with torch.no_grad():
+            self.memory.copy_(self.first(inputs).relu())
+        return self.second(self.memory) + self.second(self.first(inputs))
+
+
 MODELS = {
+    "feeding": Feeding,
     "plain": lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
     "no bias": lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 3)),
     "in place": lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)),
@@ -82,10 +98,12 @@ def rows(make, engine, updates=4, accumulate=1, meddle=lambda model: None, mode=
 @pytest.mark.parametrize("observe", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_layers_of_the_training_forward_pass_give_the_loops_losses(name, accumulate, observe):
+@pytest.mark.parametrize("engine", ["affine", "stacked"])
+@pytest.mark.filterwarnings("ignore:The engine 'stacked' does not fit")
+def test_layers_of_the_training_forward_pass_give_the_loops_losses(engine, name, accumulate, observe):
     options = {"accumulate": accumulate, "observe": observe}
-    affine, loop = (rows(MODELS[name], engine, **options) for engine in ("affine", "loop"))
-    np.testing.assert_allclose(affine, loop, rtol=1e-12, atol=1e-14)
+    expected = rows(MODELS[name], "loop", **options)
+    np.testing.assert_allclose(rows(MODELS[name], engine, **options), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(("name", "products"), [("plain", 1), ("no bias", 1), ("in place", 1)])
@@ -157,3 +175,28 @@ def test_streams_of_python_and_numpy(engine, draw):
     assert losses.unique().numel() == 1
     assert losses[0] == model(x).mean() + draw()
     assert str(before) == str(after)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "products"),
+    [
+        (nn.Linear(784, 32), (64, 784), 2),
+        (nn.Linear(8, 32), (64, 8), 8),
+        (nn.Linear(8, 512), (4, 8), 2),
+        (nn.Conv2d(3, 16, 3), (4, 3, 16, 16), 8),
+    ],
+)
+def test_products_are_shared_where_that_pays(monkeypatch, layer, shape, products):
+    """Long sums, or weights that are larger than the output."""
+    monkeypatch.setattr("landscape.products.LONG_SUM", LONG_SUM)
+    calls, x = [], torch.randn(shape)
+    direction = {name: torch.ones_like(parameter) for name, parameter in layer.named_parameters()}
+
+    class Counted(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func in (F.linear, F.conv2d))
+            return func(*args, **(kwargs or {}))
+
+    with Counted():
+        ray_losses(layer, lambda layer: layer(x).square().mean(), direction, STEP_SIZES, engine="affine")
+    assert sum(calls) == products
