@@ -1,6 +1,7 @@
 """A ray point by point, with all that does not depend on the step size evaluated once."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -34,13 +35,17 @@ def _shared(ray: Ray, walk: Walk) -> Tensor:
 
 
 def _outwards(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
-    products, draws = SharedProducts(walk, term.bases), SharedDraws(walk.channels_last)
+    products, scene = SharedProducts(walk, term.bases), term.state.scene
+    draws = SharedDraws(walk.channels_last, term.state.random.accelerators)
 
     def closure(model: nn.Module) -> Tensor:
-        with products, draws.point():
+        # Looking at every function costs a model that shares nothing some percent of its time.
+        with nullcontext() if scene.shares_nothing else products, draws.point():
             return term.closure(model)
 
     moves = [partial(products.arrive, eta) for eta in step_sizes]
     losses = replace(term, closure=closure).losses(walk.point, moves)
-    term.state.scene.shared |= products.layers()
+    draws.conclude()
+    scene.shared |= products.layers()
+    scene.shares_nothing = products.are_useless()
     return losses

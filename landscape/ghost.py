@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from landscape.errors import UserError
 from landscape.standardize import slices, standardize
@@ -100,6 +101,10 @@ def ghost_norm_with_statistics(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, layout: Layout, eps: float
 ) -> Normalized:
     """`ghost_norm`, together with the statistics that it computed on the way."""
+    if has_torch_function((x, weight, bias)):
+        # One call for who looks on, as torch's own functions are; some thirty calls would take longer than the norm.
+        arguments = (x, groups, weight, bias, layout, eps)
+        return handle_torch_function(ghost_norm_with_statistics, (x, weight, bias), *arguments)
     _check_batch(x, groups, layout)
     interleaved = layout == "interleaved"
     if len(x) % groups == 0:

@@ -1,6 +1,6 @@
 """Random numbers along a ray, drawn once for all points, because every point draws the same."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -34,26 +34,40 @@ class SharedDraws(TorchDispatchMode):
     Args:
         laid_out: Whether tensors of images may have another layout than the model gives them by itself. Numbers are
             drawn in the order of memory, so drawing on such a tensor is a RuntimeError.
+        devices: Accelerators, which may draw too.
     """
 
-    def __init__(self, laid_out: bool = False) -> None:
+    def __init__(self, laid_out: bool = False, devices: Iterable[torch.device] = ()) -> None:
         super().__init__()
-        self.laid_out = laid_out
+        self.laid_out, self.devices = laid_out, list(devices)
         self.draws: list[_Draw] = []
         self.at = 0
         """Number of draws so far at this point."""
-        self.moves: bool | None = True if laid_out else None
-        """Whether points draw anything at all; None before the first."""
+        self.moves: bool | None = None
+        """Whether points draw anything at all; None before the first, which finds it out."""
+        self.checked = not laid_out
+        """Whether a point has been looked at, draw by draw."""
 
     @contextmanager
     def point(self) -> Iterator[None]:
-        """Around the evaluation of a point; the first one may only find out whether there is anything to share."""
-        before = torch.get_rng_state() if self.moves is None else None
+        """Around the evaluation of a point."""
+        before = self._streams() if self.moves is None else None
         self.at = 0
         with self if self.moves else nullcontext():
             yield
         if before is not None:
-            self.moves = not torch.equal(before, torch.get_rng_state())
+            self.moves = not all(map(torch.equal, before, self._streams()))
+        else:
+            self.checked = True
+
+    def conclude(self) -> None:
+        """A RuntimeError if points have drawn, and none of them could be looked at."""
+        if self.moves and not self.checked:
+            raise RuntimeError(OTHER_NUMBERS)
+
+    def _streams(self) -> list[Tensor]:
+        accelerators = self.devices if self.laid_out else []
+        return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in accelerators)]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

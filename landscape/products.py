@@ -74,6 +74,10 @@ class SharedProducts(TorchFunctionMode):
         self.walk.move(eta, skipped=self.idle)
         self.versions = {name: tensor._version for name, tensor in self.walk.point.items()}
 
+    def are_useless(self) -> bool:
+        """Whether enough points have passed to know that nothing is shared."""
+        return self.points > 1 and not self.idle and all(known.slope is None for known in self.products.values())
+
     def layers(self) -> set[str]:
         """Parameters of the linear layers that turned out to be shared."""
         return {name for (func, *_), product in self.products.items() if func is F.linear for name in product.names}
