@@ -19,6 +19,8 @@ _ALIASES = {
     *(Tensor.untyped_storage, Tensor.data_ptr),
 }
 """What gives access to memory by which it can be written to while the tensor's version stays as it is."""
+FEW_ROWS, LARGE = 128, 4 << 20
+"""Rows of an input, and bytes of a weight beyond what a cache holds, that make building the weight the larger part."""
 LONG_SUM = 64
 """Terms of the sums that make up a product from which on they take longer than memory does to pass over the result."""
 _LINEAR = {F.linear, F.embedding} | _CONVOLUTIONS
@@ -62,6 +64,8 @@ class SharedProducts(TorchFunctionMode):
         to without a trace."""
         self.points = 0
         self.idle: set[str] = set()
+        self.streamed: set[str] = set()
+        """Weights that are large, and applied to a few rows that differ from point to point: built in blocks."""
         self.aliased: set[str] = set()
         """Parameters that may be written to without a trace."""
         self._let_idle({name for base in known for name in base.parameters})
@@ -76,16 +80,18 @@ class SharedProducts(TorchFunctionMode):
 
     def are_useless(self) -> bool:
         """Whether enough points have passed to know that nothing is shared."""
-        return self.points > 1 and not self.idle and all(known.slope is None for known in self.products.values())
+        return self.points > 2 and not self.idle and all(known.slope is None for known in self.products.values())
 
     def layers(self) -> set[str]:
         """Parameters of the linear layers that turned out to be shared."""
         return {name for (func, *_), product in self.products.items() if func is F.linear for name in product.names}
 
     def _settle(self) -> None:
-        """Let go of what was not found again at the second point, and of the parameters of what was."""
+        """Let go of what was not found again at the second point, and of the parameters that need not be built."""
         self.products = {key: product for key, product in self.products.items() if product.slope is not None}
-        self._let_idle(set().union(*(product.names for product in self.products.values())) - self.idle)
+        shared = set().union(*(product.names for product in self.products.values()))
+        self.streamed -= shared
+        self._let_idle((shared | self.streamed) - self.idle)
 
     def _let_idle(self, names: set[str]) -> None:
         self.idle |= names
@@ -117,16 +123,24 @@ class SharedProducts(TorchFunctionMode):
             return func(input, weight, *(() if func is F.embedding else (bias, *args)), **kwargs)
 
         names = self._unwritten(weight, bias)
-        if type(input) is not Tensor or names is None or _differentiates(input) or _address(input) in self.fresh:
+        if type(input) is not Tensor or names is None or _differentiates(input):
             self._use((input, weight, bias))
             return product(weight, bias)
         key = func, *layer_key(names, input), repr((args, kwargs))
-        known = self.products.get(key) or self._based(key, input)
-        if known is None or not known.holds(input):
+        found = None if _address(input) in self.fresh else self.products.get(key) or self._based(key, input)
+        known = found if found is not None and found.holds(input) else None
+        if known is None:
+            if func is F.linear and names[0] in self.streamed & self.idle and _streams(weight, input):
+                self._use((bias,))
+                outputs = self.walk.product(names[0], input)
+                return outputs if bias is None else outputs + bias
             self._use((input, weight, bias))
             outputs = product(weight, bias)
+            if self.points < 3 and func is F.linear and _streams(weight, input):
+                self.streamed.add(names[0])
             # In bfloat16 or half the sum of two rounded products would not be the rounded product.
-            if self.points == 1 and outputs.dtype in (torch.float32, torch.float64) and _pays(weight, outputs):
+            exact = outputs.dtype in (torch.float32, torch.float64)
+            if self.points == 1 and exact and _address(input) not in self.fresh and _pays(weight, outputs):
                 self.products[key] = _Product(names, input, input._version, outputs, outputs._version, self.walk.eta)
             return outputs
         if known.slope is None:
@@ -185,6 +199,13 @@ def _differentiates(inputs: Tensor) -> bool:
 def _pays(weight: Tensor, outputs: Tensor) -> bool:
     """Whether a pass over the output, which combines two products, is less than to build the weight and multiply."""
     return weight[0].numel() >= LONG_SUM or weight.numel() > outputs.numel()
+
+
+def _streams(weight: Tensor, inputs: Tensor) -> bool:
+    """Whether it takes longer to read the weight than to multiply with it."""
+    few = inputs.numel() <= FEW_ROWS * inputs.shape[-1] and weight.nbytes > LARGE
+    plain = weight.dtype == inputs.dtype in (torch.float32, torch.float64) and weight.is_contiguous()
+    return few and plain and weight.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def _address(tensor: Tensor) -> int:

@@ -11,6 +11,8 @@ from landscape.errors import UserError
 from landscape.objective import Objective
 from landscape.state import Parameters
 
+BLOCK = 4 << 20
+"""Bytes of a weight that stay in the cache of a processor while they are built and used."""
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -77,6 +79,21 @@ class Walk:
     def build(self, name: str) -> None:
         """Write one tensor as it is at the current point."""
         torch.sub(self.origin[name], self.direction[name], alpha=self.eta, out=self.point[name])
+
+    def product(self, name: str, inputs: Tensor) -> Tensor:
+        """``inputs @ W.T`` with the weight of this name at the current point, which is not built as a whole.
+
+        Each block of its rows is used while it is in the cache. For a few rows of inputs, memory is what takes time.
+        """
+        weight, direction = self.origin[name], self.direction[name]
+        columns = inputs.reshape(-1, inputs.shape[-1]).t()
+        rows = max(1, BLOCK // (weight.shape[1] * weight.itemsize))
+        block = torch.empty_like(weight[:rows])
+        outputs = columns.new_empty(weight.shape[0], columns.shape[1])
+        for into, here, along in zip(outputs.split(rows), weight.split(rows), direction.split(rows), strict=True):
+            built = torch.sub(here, along, alpha=self.eta, out=block[: len(here)])
+            torch.mm(built, columns, out=into)
+        return outputs.t().contiguous().view(*inputs.shape[:-1], weight.shape[0])
 
 
 def _laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:

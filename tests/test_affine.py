@@ -189,6 +189,7 @@ def test_streams_of_python_and_numpy(engine, draw):
 def test_products_are_shared_where_that_pays(monkeypatch, layer, shape, products):
     """Long sums, or weights that are larger than the output."""
     monkeypatch.setattr("landscape.products.LONG_SUM", LONG_SUM)
+    monkeypatch.setattr("landscape.products.LARGE", 1 << 30)
     calls, x = [], torch.randn(shape)
     direction = {name: torch.ones_like(parameter) for name, parameter in layer.named_parameters()}
 
