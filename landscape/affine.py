@@ -16,12 +16,18 @@ from landscape.walk import Ray, Walk
 
 def affine(ray: Ray) -> Tensor:
     """Each point by itself, but what does not depend on eta, or is affine in it, is evaluated once for all points."""
-    return _shared(ray, Walk(ray))
+    return _shared(ray, Walk(ray, idle=_idle(ray)))
 
 
 def channels_last(ray: Ray) -> Tensor:
     """The affine engine, with the weights of convolutions, and so what they give, in channels-last layout."""
-    return _shared(ray, Walk(ray, channels_last=True))
+    return _shared(ray, Walk(ray, channels_last=True, idle=_idle(ray)))
+
+
+def _idle(ray: Ray) -> set[str]:
+    """Parameters that are not likely to be needed at any point."""
+    known = (name for term in ray.objective.terms for base in term.bases for name in base.parameters)
+    return ray.objective.terms[0].state.scene.streamed.union(known)
 
 
 def _shared(ray: Ray, walk: Walk) -> Tensor:
@@ -35,7 +41,8 @@ def _shared(ray: Ray, walk: Walk) -> Tensor:
 
 
 def _outwards(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
-    products, scene = SharedProducts(walk, term.bases), term.state.scene
+    scene = term.state.scene
+    products = SharedProducts(walk, term.bases, scene.streamed)
     draws = SharedDraws(walk.channels_last, term.state.random.accelerators)
 
     def closure(model: nn.Module) -> Tensor:
@@ -47,5 +54,6 @@ def _outwards(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tenso
     losses = replace(term, closure=closure).losses(walk.point, moves)
     draws.conclude()
     scene.shared |= products.layers()
+    scene.streamed = products.streamed & products.idle
     scene.shares_nothing = products.are_useless()
     return losses

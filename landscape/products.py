@@ -51,7 +51,7 @@ class SharedProducts(TorchFunctionMode):
     Parameters of shared products are not computed, unless another use of them comes up.
     """
 
-    def __init__(self, walk: Walk, bases: Sequence[Base] = ()) -> None:
+    def __init__(self, walk: Walk, bases: Sequence[Base] = (), streamed: Iterable[str] = ()) -> None:
         super().__init__()
         self.walk = walk
         self.names = {id(tensor): name for name, tensor in walk.point.items()}
@@ -64,11 +64,11 @@ class SharedProducts(TorchFunctionMode):
         to without a trace."""
         self.points = 0
         self.idle: set[str] = set()
-        self.streamed: set[str] = set()
+        self.streamed = set(streamed) & walk.point.keys()
         """Weights that are large, and applied to a few rows that differ from point to point: built in blocks."""
         self.aliased: set[str] = set()
         """Parameters that may be written to without a trace."""
-        self._let_idle({name for base in known for name in base.parameters})
+        self._let_idle(self.streamed.union(*(base.parameters for base in known)))
 
     def arrive(self, eta: float) -> None:
         """Go to the next point."""
@@ -95,7 +95,7 @@ class SharedProducts(TorchFunctionMode):
 
     def _let_idle(self, names: set[str]) -> None:
         self.idle |= names
-        for name in names:
+        for name in names - self.walk.stand_ins:
             self.walk.point[name].fill_(torch.nan)  # a use that cannot be seen from here shall not pass for a loss
 
     def __torch_function__(

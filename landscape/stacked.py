@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from landscape.masks import OTHER_NUMBERS, draws
 from landscape.objective import Base, Term, layer_key
-from landscape.walk import Ray, Walk
+from landscape.walk import Ray, Walk, stand_in
 
 FEW_ROWS = 128
 """Below so many rows, two products with W and G on all rows are cheaper than building W - eta G for each point."""
@@ -71,11 +71,6 @@ def _term_losses(term: Term, ray: Ray, points: "_Points") -> Tensor:
     return measured
 
 
-def _stand_in(parameter: Tensor) -> Tensor:
-    """What the model holds instead of a parameter: of its shape, and NaN wherever a use of it is not seen."""
-    return parameter.new_full((), torch.nan).expand(parameter.shape)
-
-
 class _Points(TorchFunctionMode):
     """Puts ``origin - eta * direction`` in the place of stand-ins, for an eta that ``vmap`` maps over.
 
@@ -86,7 +81,7 @@ class _Points(TorchFunctionMode):
     def __init__(self, ray: Ray) -> None:
         super().__init__()
         self.origin, self.direction = ray.origin, ray.direction
-        self.stand_ins = {name: _stand_in(ray.origin[name]) for name in ray.direction}
+        self.stand_ins = {name: stand_in(ray.origin[name]) for name in ray.direction}
         self.names = {id(tensor): name for name, tensor in self.stand_ins.items()}
         self.shared: set[str] = set()
         """Parameters of linear layers whose input is the same at all points."""

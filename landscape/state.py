@@ -37,6 +37,8 @@ class Scene(nn.Module):
         """Parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
         self.draws = False
         """Whether forward passes are known to draw from Python's or numpy's random streams."""
+        self.streamed: set[str] = set()
+        """Weights of the model that are known to be built in blocks."""
         self.shares_nothing = False
         """Whether points of a ray are known to have no linear operation in common."""
         self.shared: set[str] = set()

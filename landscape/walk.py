@@ -52,16 +52,21 @@ class Walk:
     """``point`` holds ``origin - eta * direction`` for the eta of the last move; the tensors stay the same objects.
 
     With ``channels_last``, weights of 2d and 3d convolutions have that layout, and so has what they are applied to.
+    Parameters that are ``idle`` take no memory, and are NaN, until they are built for the first time.
     """
 
-    def __init__(self, ray: Ray, channels_last: bool = False) -> None:
+    def __init__(self, ray: Ray, channels_last: bool = False, idle: Container[str] = ()) -> None:
         formats = _CHANNELS_LAST if channels_last else {}
         layout = {name: formats.get(tensor.dim(), torch.preserve_format) for name, tensor in ray.direction.items()}
         self.channels_last = channels_last
         self.origin = ray.origin
         self.direction = {name: _laid_out(tensor, layout[name]) for name, tensor in ray.direction.items()}
+        self.stand_ins = {name for name in ray.direction if name in idle}
         self.point: dict[str, Tensor] = {
-            name: torch.empty_like(ray.origin[name], memory_format=layout[name]) for name in ray.direction
+            name: stand_in(ray.origin[name])
+            if name in self.stand_ins
+            else torch.empty_like(ray.origin[name], memory_format=layout[name])
+            for name in ray.direction
         }
         self.eta = 0.0
 
@@ -78,6 +83,9 @@ class Walk:
 
     def build(self, name: str) -> None:
         """Write one tensor as it is at the current point."""
+        if name in self.stand_ins:
+            self.stand_ins.remove(name)
+            self.point[name].data = torch.empty_like(self.origin[name])
         torch.sub(self.origin[name], self.direction[name], alpha=self.eta, out=self.point[name])
 
     def product(self, name: str, inputs: Tensor) -> Tensor:
@@ -94,6 +102,11 @@ class Walk:
             built = torch.sub(here, along, alpha=self.eta, out=block[: len(here)])
             torch.mm(built, columns, out=into)
         return outputs.t().contiguous().view(*inputs.shape[:-1], weight.shape[0])
+
+
+def stand_in(parameter: Tensor) -> Tensor:
+    """What the model holds instead of a parameter: of its shape, and NaN wherever a use of it is not seen."""
+    return parameter.new_full((), torch.nan).expand(parameter.shape)
 
 
 def _laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
