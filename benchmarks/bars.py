@@ -11,12 +11,19 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from landscape.plots import save
+
 COLUMNS, LIMIT = 3, 2.5
 OURS, OTHERS, GOAL = sns.color_palette("colorblind")[0], "0.7", sns.color_palette("colorblind")[3]
 CAPTION = (
     "Median time over that of the base in the same round, with quartiles; numbers on the right. The base, the line at "
     "1, is K forward passes without gradients, unless the title names another. Blue: this package; grey: what people "
     f"do without it. Dashed: the goal of the row with the bold number. Bars end at {LIMIT}."
+)
+
+NORMS_CAPTION = (
+    "Median time over that of nn.BatchNorm on the same input in the same round (of SeqNorm: nn.GroupNorm, then "
+    "nn.BatchNorm), on a logarithmic axis. Blue: this package; grey: other ways to compute GhostNorm."
 )
 
 
@@ -75,24 +82,41 @@ def _draw_bar(axes: Axes, place: int, way: str, row: dict[str, Any]) -> None:
 
 
 def chart(table: pd.DataFrame, path: Path | None) -> None:
-    """Draw what `against` returns as bars with quartiles, one panel for all but the last level of the index."""
+    """Draw what `benchmarks.norms.measure` returns: a panel for each layer, a bar for each norm; a row of bars is 1."""
     if path is None:
         return
-    levels = table.index.names[:-1]
-    panels = list(table.groupby(level=levels, sort=False)) if levels else [("", table)]
-    columns = min(4, len(panels))
+    panels = list(table.groupby(level=list(range(table.index.nlevels - 1)), sort=False))
+    names = [name for name in dict.fromkeys(table.index.get_level_values(-1)) if not str(name).startswith("nn.")]
+    columns = 5
     rows = -(-len(panels) // columns)
-    size = (4.5 * columns, rows * (1.2 + 0.22 * max(len(panel) for _, panel in panels)))
-    figure = Figure(size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (key, panel) in zip(axes.flat, panels, strict=False):
-        spread = (panel["ratio"] - panel["from"], panel["to"] - panel["ratio"])
-        names = panel.index.get_level_values(-1)
-        axis.barh(names, panel["ratio"] - 1, left=1, xerr=spread, color=[f"C{i}" for i in range(len(panel))])
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.invert_yaxis()
-        axis.set_title("\n".join(map(str, key if isinstance(key, tuple) else (key,))), fontsize="medium")
-        axis.set(xscale="log", xlabel="time / time of the base")
-    figure.savefig(path)
+    with sns.axes_style("ticks"), sns.plotting_context("paper"):
+        figure = Figure((2.0 + 1.9 * columns, 0.7 + rows * (0.7 + 0.2 * len(names))), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flat[len(panels) :]:
+            axes.remove()
+        for axes, (key, panel) in zip(grid.flat, panels, strict=False):
+            title = [textwrap.fill(str(part), 22) for part in (key if isinstance(key, tuple) else (key,))]
+            _draw_norms(axes, "\n".join(title), panel, names)
+        text = textwrap.fill(NORMS_CAPTION, 150)
+        figure.supxlabel(text, x=0.01, ha="left", fontsize="small", color="0.3")
+    save(figure, path)
+
+
+def _draw_norms(axes: Axes, title: str, panel: pd.DataFrame, names: list[str]) -> None:
+    ratios: dict[str, float] = panel["ratio"].droplevel(list(range(panel.index.nlevels - 1))).to_dict()
+    for place, name in enumerate(names):
+        ratio = ratios.get(name, math.nan)
+        if not math.isnan(ratio):
+            axes.barh(place, ratio - 1, left=1, height=0.7, color=OURS if "Norm" in name else OTHERS)
+            axes.text(
+                max(ratio, 1) * 1.15,
+                place,
+                f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}",
+                va="center",
+                fontsize="small",
+            )
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlim=(0.2, 1000), ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)), yticklabels=names)
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.tick_params(axis="y", length=0)
+    sns.despine(ax=axes, left=True)

@@ -47,7 +47,8 @@ def _outwards(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tenso
 
     def closure(model: nn.Module) -> Tensor:
         # Looking at every function costs a model that shares nothing some percent of its time.
-        with nullcontext() if scene.shares_nothing else products, draws.point():
+        looking = products if products.idle or not scene.shares_nothing else nullcontext()
+        with looking, draws.point():
             return term.closure(model)
 
     moves = [partial(products.arrive, eta) for eta in step_sizes]
