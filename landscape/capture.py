@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from landscape.errors import UserError
+from landscape.layers import Hook, Layers
 from landscape.objective import Base, Term
 from landscape.state import Autocast, Closure, ForwardState, Scene
 
@@ -51,23 +51,18 @@ class Capture:
         self._call: _Call | None = None
         self._terms: list[Term] = []
         self._handles: list[RemovableHandle] = []
-        self._bases: list[Base] | None = None
-        """Shared linear layers of the forward pass that is under way."""
-        self._layers: list[RemovableHandle] = []
-        self._watched: set[str] = set()
+        self._layers = Layers(self._scene)
         self._lazy: bool | None = None
         """Whether the forward pass that was last begun has to make parameters first; None before any."""
-        self._overwritten: set[str] = set()
-        """Parameters of layers whose output an activation overwrites in place."""
         self._seconds = 0.0
 
     def attach(self) -> None:
         """Start to listen."""
         if self.criterion is not None:
             self._handles = [
-                self.model.register_forward_pre_hook(_Hook(self._before_model), prepend=True, with_kwargs=True),
-                self.model.register_forward_hook(_Hook(self._after_model)),
-                self.criterion.register_forward_hook(_Hook(self._after_criterion), with_kwargs=True),
+                self.model.register_forward_pre_hook(Hook(self._before_model), prepend=True, with_kwargs=True),
+                self.model.register_forward_hook(Hook(self._after_model)),
+                self.criterion.register_forward_hook(Hook(self._after_criterion), with_kwargs=True),
             ]
 
     def detach(self) -> None:
@@ -75,7 +70,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._unwatch()
+        self._layers.detach()
         self.take()
 
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -89,10 +84,10 @@ class Capture:
             return loss
         state, arguments = self._state(), _Leaves.of((args, kwargs))
         versions = self._scene.frozen_versions()
-        bases = self._bases = []
+        bases = self._layers.bases = []
         with replaying():
             loss = closure(self.model, *args, **kwargs)
-        self._bases = None
+        self._layers.bases = None
 
         def again(model: nn.Module) -> Tensor:
             args, kwargs = arguments.nest("An argument of the observed loss")
@@ -103,11 +98,9 @@ class Capture:
 
     def take(self) -> list[Term]:
         """The terms that were differentiated since the last call; captures start anew."""
-        terms, self._terms, self._call, self._bases = self._terms, [], None, None
+        terms, self._terms, self._call, self._layers.bases = self._terms, [], None, None
         for term in terms:
-            current = [base for base in term.bases if base.current()]
-            self._overwritten.update(*(base.parameters for base in term.bases if base not in current))
-            term.bases = current
+            term.bases = self._layers.current(term.bases)
         return terms
 
     def take_seconds(self) -> float:
@@ -128,53 +121,20 @@ class Capture:
         if all(parameter.grad is None for group in self.optimizer.param_groups for parameter in group["params"]):
             self._terms = []
         started = time.perf_counter()
-        self._watch()
+        self._layers.refresh()
         state = ForwardState.capture(self._scene)
         self._seconds += time.perf_counter() - started
         return state
 
-    def _watch(self) -> None:
-        """Listen to the linear layers that rays have turned out to share: one product less for each of them."""
-        if self._scene.shared == self._watched:
-            return
-        self._unwatch()
-        self._watched = set(self._scene.shared)
-        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in self.model.modules()):
-            return  # a hook would make compiled code compile anew
-        for name, parameter in self.model.named_parameters():
-            path, _, own = name.rpartition(".")
-            layer = self.model.get_submodule(path)
-            if name in self._watched and own == "weight" and type(layer) is nn.Linear:
-                hook = _Hook(partial(self._after_linear, path=path, weight=parameter))
-                self._layers.append(layer.register_forward_hook(hook, prepend=True))
-
-    def _unwatch(self) -> None:
-        for handle in self._layers:
-            handle.remove()
-        self._layers, self._watched = [], set()
-
-    def _after_linear(self, layer: nn.Module, args: tuple[Any, ...], outputs: Any, path: str, weight: Tensor) -> None:
-        """Keep what the layer has computed, if it is what affine evaluation would compute."""
-        own = {name: parameter for name, parameter in layer._parameters.items() if parameter is not None}
-        if self._bases is None or own.get("weight") is not weight or len(args) != 1 or "forward" in vars(layer):
-            return
-        tensors = [*args, outputs]
-        if not all(type(tensor) is Tensor and not tensor.is_inference() for tensor in tensors):
-            return
-        if own.keys() <= {"weight", "bias"} and outputs.dtype in (torch.float32, torch.float64):
-            parameters = {f"{path}.{name}".lstrip("."): own[name] for name in ("weight", "bias") if name in own}
-            outputs = outputs.detach().clone() if self._overwritten & parameters.keys() else outputs
-            self._bases.append(Base.of(parameters, args[0], outputs))
-
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self._listening() and not self._is_lazy():
             self._call = _Call(self._state(), _Leaves.of((args, kwargs)), self._scene.frozen_versions())
-            self._bases = self._call.bases
+            self._layers.bases = self._call.bases
 
     def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
         if self._call is not None and self._listening():
             self._call.outputs = _Leaves.of(outputs)
-            self._bases = None
+            self._layers.bases = None
 
     def _after_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
@@ -220,23 +180,6 @@ def replaying() -> Iterator[None]:
         yield
     finally:
         _replays.pop()
-
-
-@dataclass(frozen=True)
-class _Hook:
-    """A hook that stays behind when its module is copied or pickled."""
-
-    function: Callable[..., None]
-
-    def __call__(self, *args: Any) -> None:
-        self.function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (_nothing,)
-
-
-def _nothing(*args: Any) -> None:
-    """What the hook of a copied module does."""
 
 
 @dataclass

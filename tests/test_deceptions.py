@@ -219,6 +219,31 @@ class Transposed(nn.Module):
         return self.b(self.drop(self.a(x).t().contiguous().t()))
 
 
+class Normalized(nn.Module):
+    """Drops what is contiguous by itself, but need not be where points are stacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(torch.dropout(self.norm(self.a(x)), 0.5, True))
+
+
+class Reseeding(nn.Module):
+    """Draws from another state of the stream far from the origin."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.a(x)
+        if hidden.abs().mean() > 0.9:
+            torch.manual_seed(3)
+        return self.b(F.dropout(hidden, 0.5))
+
+
 def in_place(x):
     F.dropout(x, 0.5, inplace=True)
     return x
@@ -230,6 +255,8 @@ MODELS = {
     "conjugate": Conjugate,
     "dropping": Dropping,
     "own stream": OwnStream,
+    "normalized": Normalized,
+    "reseeding": Reseeding,
     **{
         f"transposed {name}": functools.partial(Transposed, drop)
         for name, drop in {

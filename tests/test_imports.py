@@ -12,8 +12,8 @@ import landscape
 LEVELS = [
     {"errors", "columns", "files", "standardize", "state", "masks", "meter", "schedule"},
     {"vocabulary", "objective"},
-    {"facts", "parts", "data", "ghost", "models", "recipes", "smoothness", "walk", "capture"},
-    {"norms", "measures", "trace", "products", "stacked", "gradients", "update"},
+    {"facts", "parts", "data", "ghost", "models", "recipes", "smoothness", "walk", "layers"},
+    {"norms", "measures", "trace", "products", "stacked", "gradients", "update", "capture"},
     {"affine", "bands", "captions", "checks"},
     {"compiled"},
     {"engines"},

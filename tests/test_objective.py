@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from landscape.objective import Objective, Term
+from landscape.objective import Base, Objective, Term
 from landscape.state import Autocast, ForwardState, Scene
 
 
@@ -109,3 +109,17 @@ def test_terms_are_summed_with_their_weights():
         for loss, weight in zip(losses, weights, strict=True)
     ]
     assert Objective(terms)({}) == Objective(terms).recorded() == 6.5
+
+
+@pytest.mark.parametrize("change", ["inputs", "outputs", "weight", "rebound"])
+def test_a_layer_that_was_written_to_since_is_not_current(change):
+    layer, inputs = nn.Linear(3, 2), torch.randn(4, 3)
+    outputs = layer(inputs).detach()
+    base = Base.of({"weight": layer.weight, "bias": layer.bias}, inputs, outputs)
+    assert base.current()
+    with torch.no_grad():
+        if change == "rebound":
+            layer.weight.data = layer.weight.data.clone()
+        else:
+            {"inputs": inputs, "outputs": outputs, "weight": layer.weight}[change][1:].add_(1)
+    assert not base.current()

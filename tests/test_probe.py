@@ -49,7 +49,7 @@ def probed(norm="batch", optimizer="sgd", loop=None, **options):
     """A model that was trained with a probe attached, and the rows."""
     model, criterion = make_model(norm), nn.CrossEntropyLoss()
     made = OPTIMIZERS[optimizer](model.parameters())
-    with LandscapeProbe(model, made, criterion, **{"step_sizes": STEP_SIZES} | options) as probe:
+    with LandscapeProbe(model, made, criterion, **{"step_sizes": STEP_SIZES, "engine": "affine"} | options) as probe:
         train(model, made, criterion, **loop or {})
     return probe
 
@@ -86,7 +86,7 @@ def test_rows_are_the_rays_of_the_users_batches():
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     expected = []
     torch.manual_seed(1)
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
         for _ in range(3):
             inputs, targets = batch()
             before, state = copy.deepcopy(model), torch.get_rng_state()
@@ -112,7 +112,7 @@ def test_accumulation_measures_all_micro_batches_with_their_weights():
     optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss()
     inputs, targets = torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(3, 4, 1, dtype=torch.float64)
     weights = [0.5, 0.3, 0.2]
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
         for x, y, weight in zip(inputs, targets, weights, strict=True):
             (weight * criterion(model(x), y)).backward()
         gradient = model.weight.grad.clone()
@@ -130,7 +130,7 @@ def test_a_loss_that_is_changed_in_place():
     def losses(in_place):
         model, criterion = make_model(), nn.CrossEntropyLoss()
         optimizer = OPTIMIZERS["sgd"](model.parameters())
-        with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+        with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
             torch.manual_seed(1)
             inputs, targets = batch()
             loss = criterion(model(inputs), targets)
@@ -206,7 +206,7 @@ def test_evaluation_between_updates_is_not_taken_for_training():
     evaluation = batch()
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
         train(model, optimizer, criterion, after=after)
     assert probe.frame().losses.map(list).tolist() == probed().frame().losses.map(list).tolist()
 
@@ -216,7 +216,9 @@ def test_observe():
         model, criterion = make_model(), nn.CrossEntropyLoss()
         optimizer = OPTIMIZERS["sgd"](model.parameters())
         torch.manual_seed(1)
-        with LandscapeProbe(model, optimizer, None if observe else criterion, step_sizes=STEP_SIZES) as probe:
+        with LandscapeProbe(
+            model, optimizer, None if observe else criterion, step_sizes=STEP_SIZES, engine="affine"
+        ) as probe:
             for _ in range(3):
                 optimizer.zero_grad()
                 for _ in range(2):
@@ -246,7 +248,9 @@ def test_dropped_update_of_a_loss_scaler_is_forgotten():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, grad_scaler=scaler) as probe:
+    with LandscapeProbe(
+        model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine", grad_scaler=scaler
+    ) as probe:
         recorded = []
         for overflow in (False, True, False):
             optimizer.zero_grad()
@@ -263,7 +267,7 @@ def test_loss_scale_without_the_scaler_is_noticed():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES):
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine"):
         inputs, targets = batch()
         scaler.scale(criterion(model(inputs), targets)).backward()
         with pytest.warns(UserWarning, match="weights that sum to 1024.*pass grad_scaler="):
@@ -273,7 +277,7 @@ def test_loss_scale_without_the_scaler_is_noticed():
 def test_clipped_gradient_is_what_is_walked_along():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
         criterion(*(lambda x, y: (model(x), y))(*batch())).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
@@ -284,7 +288,7 @@ def step_after(loss_of, criterion=None, **options):
     model = make_model()
     criterion = criterion or nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    probe = LandscapeProbe(model, optimizer, criterion, **{"step_sizes": STEP_SIZES} | options)
+    probe = LandscapeProbe(model, optimizer, criterion, **{"step_sizes": STEP_SIZES, "engine": "affine"} | options)
     with probe:
         inputs, targets = batch()
         loss_of(model, criterion, inputs, targets).mean().backward()
@@ -329,7 +333,7 @@ def test_a_loss_for_each_sample_is_refused():
 def test_after_the_first_row_a_bad_capture_is_left_out_with_a_warning():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
         train(model, optimizer, criterion, updates=2)
         with pytest.warns(UserWarning, match="Step 2 is not in the trace: No loss was captured"):
             optimizer.step()
@@ -348,7 +352,10 @@ def test_an_error_in_the_middle_of_a_run_does_not_end_it():
 
     model = make_model()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES) as probe, warnings.catch_warnings(record=True) as seen:
+    with (
+        LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES, engine="affine") as probe,
+        warnings.catch_warnings(record=True) as seen,
+    ):
         warnings.simplefilter("always")
         for _ in range(6):
             optimizer.zero_grad()
@@ -367,7 +374,7 @@ def test_a_loss_that_cannot_be_repeated_is_noticed():
             return F.cross_entropy(outputs, targets) + Noisy.calls
 
     with pytest.warns(UserWarning, match="At step size 0 the probe measures.*Likely causes"):
-        step_after(lambda m, c, x, y: c(m(x), y), Noisy())
+        step_after(lambda m, c, x, y: c(m(x), y), Noisy(), engine="loop")
 
 
 def test_an_engine_that_gives_other_losses_is_not_trusted(monkeypatch):
@@ -389,7 +396,7 @@ def test_criterion_with_buffers_and_keyword_arguments_is_left_alone():
 
     model, criterion = make_model(), Counting()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
         for _ in range(3):
             inputs, targets = batch()
             optimizer.zero_grad()
@@ -420,7 +427,7 @@ def test_frozen_parameters_and_attributes_that_the_forward_pass_writes_to():
         torch.manual_seed(0)
         model, criterion = Momentum(), nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.layer.parameters(), lr=0.1)
-        probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES)
+        probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine")
         if with_probe:
             probe.attach()
             with pytest.warns(UserWarning, match="Step 0 is not in the trace: The forward pass writes to frozen"):
@@ -442,7 +449,7 @@ def test_flags_that_a_closure_sets_come_back():
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     inputs, targets = batch()
     model.eval()
-    with LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES) as probe:
+    with LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES, engine="affine") as probe:
         probe.observe(lambda model: criterion(model.train()(inputs), targets)).backward()
         model.eval()
         optimizer.step()
@@ -452,7 +459,7 @@ def test_flags_that_a_closure_sets_come_back():
 def test_a_copy_of_a_probed_model_is_not_probed(tmp_path):
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=lambda step: STEP_SIZES) as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=lambda step: STEP_SIZES, engine="affine") as probe:
         train(model, optimizer, criterion, updates=1)
         torch.save(model, tmp_path / "model.pt")
         for copied in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
@@ -463,7 +470,11 @@ def test_a_copy_of_a_probed_model_is_not_probed(tmp_path):
 def test_two_probes_on_one_model():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    arguments = {"step_sizes": STEP_SIZES, "grad_scaler": torch.amp.GradScaler("cpu", enabled=False)}
+    arguments = {
+        "step_sizes": STEP_SIZES,
+        "engine": "affine",
+        "grad_scaler": torch.amp.GradScaler("cpu", enabled=False),
+    }
     with (
         LandscapeProbe(model, optimizer, criterion, **arguments) as first,
         LandscapeProbe(model, optimizer, criterion, **arguments) as second,
@@ -508,7 +519,7 @@ def test_outputs_of_any_kind():
 def test_checks_wait_for_an_update_that_says_something():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES):
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine"):
         inputs, targets = batch()
         (criterion(model(inputs), targets) * 0).backward()
         optimizer.step()
@@ -522,7 +533,7 @@ def test_losses_without_a_backward_pass_are_not_held():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     held = []
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES):
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine"):
         for _ in range(5):
             inputs, targets = batch()
             held.append(weakref.ref(targets))
@@ -550,7 +561,7 @@ def test_compiled_model_is_probed_without_compiling_again():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     compiled = torch.compile(model, backend="eager")
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(compiled, optimizer, criterion, step_sizes=STEP_SIZES) as probe:
+    with LandscapeProbe(compiled, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
         train(compiled, optimizer, criterion)
     torch.testing.assert_close(
         torch.tensor([*probe.frame().losses]), torch.tensor([*probed().frame().losses]), rtol=1e-5, atol=1e-6
@@ -587,7 +598,7 @@ def test_last_row():
 def test_detached_probe_listens_no_more():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES)
+    probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine")
     train(model, optimizer, criterion, updates=1)
     probe.attach().attach()
     train(model, optimizer, criterion, updates=2)
