@@ -80,10 +80,9 @@ class LossCheck:
     def of(cls, objective: Objective, origin: Parameters) -> "LossCheck":
         """Evaluate the objective at ``origin``; some roundings are allowed, for kernels that vary in their order."""
         with torch.no_grad():
-            recorded, evaluated = (
-                objective.recorded(),
-                objective({name: tensor.clone() for name, tensor in origin.items()}),
-            )
+            recorded = objective.recorded()
+            # At copies, because a model may write to its parameters.
+            evaluated = objective({name: tensor.clone() for name, tensor in origin.items()})
         roundings = 100 if recorded.dtype.itemsize > 2 else 4
         return cls(recorded.item(), evaluated.item(), roundings * torch.finfo(recorded.dtype).eps)
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landscape.walk import Ray, Walk
+from landscape.objective import Objective
+from landscape.walk import Ray, loop
 
 
 class Compiled:
@@ -21,14 +22,12 @@ class Compiled:
 
     def __call__(self, ray: Ray) -> Tensor:
         """The K losses; a RuntimeError where the model cannot be compiled."""
-        walk = Walk(ray)
-        moves = walk.moves(ray.step_sizes)
         terms = [
             replace(term, closure=lambda model, term=term: term.closure(self._of(model)))
             for term in ray.objective.terms
         ]
         with torch.compiler.set_stance("default"):
-            return ray.objective.total([torch.stack(term.losses(walk.point, moves)) for term in terms])
+            return loop(replace(ray, objective=Objective(terms)))
 
     def _of(self, model: nn.Module) -> nn.Module:
         if self._compiled is None or self._compiled._orig_mod is not model:

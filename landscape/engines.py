@@ -8,17 +8,10 @@ from torch import Tensor
 from landscape.affine import affine, channels_last
 from landscape.compiled import Compiled
 from landscape.stacked import Stacked
-from landscape.walk import Ray, Walk
+from landscape.walk import Ray, loop
 
 Engine = Callable[[Ray], Tensor]
 """A ray to its K losses; an error of any kind where the model does not allow it."""
-
-
-def loop(ray: Ray) -> Tensor:
-    """Each point by itself: the obvious twin of every other engine."""
-    walk = Walk(ray)
-    moves = walk.moves(ray.step_sizes)
-    return ray.objective.total([torch.stack(term.losses(walk.point, moves)) for term in ray.objective.terms])
 
 
 ENGINES: dict[str, Callable[[], Engine]] = {

@@ -28,7 +28,7 @@ class _Draw:
 class SharedDraws(TorchDispatchMode):
     """Replays at later points what an earlier one drew from torch's stream on the CPU.
 
-    Drawing takes a CPU ten times as long as copying: without this, dropout is a third of a transformer's forward pass.
+    Drawing takes a CPU longer than copying: see the transformers with and without dropout in ``benchmarks.rays``.
     A draw is replayed if it asks for the same, from the same state of the stream, and it leaves the same state behind.
 
     Args:

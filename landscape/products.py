@@ -11,7 +11,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
 from landscape.objective import Base, layer_key
-from landscape.walk import Walk
+from landscape.walk import FEW_ROWS, Walk
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _ALIASES = {
@@ -19,8 +19,8 @@ _ALIASES = {
     *(Tensor.untyped_storage, Tensor.data_ptr),
 }
 """What gives access to memory by which it can be written to while the tensor's version stays as it is."""
-FEW_ROWS, LARGE = 128, 4 << 20
-"""Rows of an input, and bytes of a weight beyond what a cache holds, that make building the weight the larger part."""
+LARGE = 4 << 20
+"""Bytes of a weight beyond what a cache holds."""
 LONG_SUM = 64
 """Terms of the sums that make up a product from which on they take longer than memory does to pass over the result."""
 _LINEAR = {F.linear, F.embedding} | _CONVOLUTIONS

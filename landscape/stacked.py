@@ -16,10 +16,7 @@ from torch.utils._pytree import tree_map
 
 from landscape.masks import OTHER_NUMBERS, draws
 from landscape.objective import Base, Term, layer_key
-from landscape.walk import Ray, Walk, stand_in
-
-FEW_ROWS = 128
-"""Below so many rows, two products with W and G on all rows are cheaper than building W - eta G for each point."""
+from landscape.walk import FEW_ROWS, Ray, Walk, stand_in
 
 
 class Stacked:

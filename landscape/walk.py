@@ -11,6 +11,8 @@ from landscape.errors import UserError
 from landscape.objective import Objective
 from landscape.state import Parameters
 
+FEW_ROWS = 128
+"""Up to so many rows of an input, it takes longer to build a large weight than to multiply with it."""
 BLOCK = 4 << 20
 """Bytes of a weight that stay in the cache of a processor while they are built and used."""
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -102,6 +104,13 @@ class Walk:
             built = torch.sub(here, along, alpha=self.eta, out=block[: len(here)])
             torch.mm(built, columns, out=into)
         return outputs.t().contiguous().view(*inputs.shape[:-1], weight.shape[0])
+
+
+def loop(ray: Ray) -> Tensor:
+    """Each point by itself: the obvious twin of every other engine."""
+    walk = Walk(ray)
+    moves = walk.moves(ray.step_sizes)
+    return ray.objective.total([torch.stack(term.losses(walk.point, moves)) for term in ray.objective.terms])
 
 
 def stand_in(parameter: Tensor) -> Tensor:
