@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from landscape.errors import UserError
-from landscape.recipes import RECIPES, Recipe
+from landscape.recipes import GHOST_BY, PRECISIONS, RECIPES, Recipe
 from landscape.vocabulary import NORMS, options_of
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
@@ -70,10 +70,13 @@ class Share(click.ParamType):
 @click.option(
     "--channel-groups", multiple=True, type=int, help="Groups G_C of the channels, for group and seq. Repeatable."
 )
+@click.option("--ghost-by", help=f"What makes GhostNorm's groups: {', '.join(GHOST_BY)}.  [default: layer]")
 @click.option("--probe-lrs", type=Numbers(), help="Step sizes eta along the gradient, such as 0.1,0.2,0.4.")
 @click.option("--epochs", type=int, help="Passes over the training set.")
 @click.option("--batch-size", type=int, help="Samples in an update.")
-@click.option("--lr", type=float, help="Learning rate of SGD.")
+@click.option("--lr", type=float, help="Learning rate of SGD; where the recipe changes it, the highest.")
+@click.option("--train-samples", type=int, help="Train on so many samples, with the share of each class kept.")
+@click.option("--precision", help=f"Of forward and backward passes: {', '.join(PRECISIONS)}.  [default: float32]")
 @click.option("--every", type=int, help="Probe each n-th update.")
 @click.option("--overhead", type=Share(), help="Probe as many updates as this share of the training time pays for.")
 @click.option("--gradients", is_flag=True, default=None, help="Measure gradients too: predictiveness and beta.")
@@ -102,7 +105,7 @@ def command(
     Before each update the loss of the same batch is measured at several step sizes along the gradient. Options that
     are not given come from the recipe. Draw what was recorded with `landscape plot`.
     """
-    base = replace(_recipe(recipe), **{name: value for name, value in options.items() if value is not None})
+    base = _base(recipe, options)
     variants = {"groups": groups or (base.groups,), "channel_groups": channel_groups or (base.channel_groups,)}
     for option, given in (("groups", groups), ("channel_groups", channel_groups)):
         if given and not any(option in options_of(norm) for norm in norms):
@@ -114,10 +117,13 @@ def command(
     click.echo(f"Draw them: landscape plot {out}")
 
 
-def _recipe(name: str) -> Recipe:
+def _base(name: str, options: Mapping[str, Any]) -> Recipe:
+    """The recipe of that name with the options that were given."""
     if name not in RECIPES:
         raise UserError(f"Unknown recipe {name!r}; choose one of {', '.join(RECIPES)}.")
-    return RECIPES[name]
+    given = {option: value for option, value in options.items() if value is not None}
+    # A learning rate that is asked for is that of all runs.
+    return replace(RECIPES[name], **given, **({"lr_without_norm": None} if "lr" in given else {}))
 
 
 def _runs(
@@ -166,9 +172,10 @@ def _smoothness(folder: Path) -> str:
     summary = summarize(read_traces(folder)).iloc[0]
     accuracy = read_traces(folder, table="epochs")["test_accuracy"].iloc[-1]
     not_finite = f", {summary.not_finite} of them not finite" if summary.not_finite else ""
+    tested = "no test set" if accuracy != accuracy else f"test accuracy {accuracy:.2%}"
     return (
         f"{folder}: mean range {summary.mean_range:.4g} (median {summary.median_range:.4g}) "
-        f"over {summary.updates} updates{not_finite}; test accuracy {accuracy:.2%}"
+        f"over {summary.updates} updates{not_finite}; {tested}"
     )
 
 

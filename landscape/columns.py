@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-VERSION = 2
+VERSION = 3
 """Version of the trace format; a reader refuses a trace with a higher one, and reads all lower ones."""
 
 
@@ -56,8 +56,18 @@ EPOCHS = (
     Column("epoch", "int64", "epochs", "passes over the training data completed"),
     Column("step", "int64", "updates", "optimizer steps completed"),
     Column("train_loss", "float64", "loss", "mean training loss over the epoch's updates"),
-    Column("test_loss", "float64", "loss", "mean loss on the test set, in evaluation mode"),
-    Column("test_accuracy", "float64", "1", "fraction of the test set classified correctly, in evaluation mode"),
+    Column(
+        "validation_loss",
+        "float64",
+        "loss",
+        "mean loss on what was held out of the training set; NaN if nothing was",
+        3,
+    ),
+    Column(
+        "validation_accuracy", "float64", "1", "fraction of it classified correctly; NaN if nothing was held out", 3
+    ),
+    Column("test_loss", "float64", "loss", "mean loss on the test set, in evaluation mode; NaN without one"),
+    Column("test_accuracy", "float64", "1", "fraction of the test set classified correctly; NaN without one"),
 )
 """One row per epoch of a recipe (``epochs-*.parquet``)."""
 

@@ -6,6 +6,15 @@ from typing import Self
 from landscape.errors import UserError
 from landscape.vocabulary import options_of
 
+SCHEDULES = ("constant", "triangle", "cosine")
+"""The learning rate: as it is; up and down, then to the end (Smith & Topin 2017); up, then down along a cosine."""
+AUGMENTATIONS = ("crop", "flip", "cutout")
+"""What may be done to images before they are trained on."""
+PRECISIONS = ("float32", "bfloat16", "float64")
+"""In which forward and backward passes are computed; bfloat16 by autocast, with parameters in float32."""
+GHOST_BY = ("layer", "accumulation", "ranks")
+"""Where GhostNorm's groups come from: the layer; micro-batches through BatchNorm; processes with a BatchNorm each."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -21,14 +30,41 @@ class Recipe:
     batch_size: int
     epochs: int
     lr: float
-    """Learning rate of plain SGD."""
+    """Learning rate of SGD; where it changes, the highest."""
     probe_lrs: tuple[float, ...]
     """Step sizes eta of the probe."""
+    relative: bool = False
+    """Whether ``probe_lrs`` are multiples of the current learning rate."""
     norm: str = "batch"
     groups: int | None = 16
     """Groups G_M of the batch, for norms that take them."""
     channel_groups: int | None = 4
     """Groups G_C of the channels, for norms that take them."""
+    ghost_by: str = "layer"
+    """How GhostNorm is implemented, one of ``GHOST_BY``."""
+    schedule: str = "constant"
+    """One of ``SCHEDULES``."""
+    lr_without_norm: float | None = None
+    """The highest learning rate where there is no norm, if it is another."""
+    lr_start: float = 0.1
+    """Learning rate that a schedule starts from."""
+    lr_end: float = 0.0
+    """Learning rate that a schedule ends at."""
+    rise: float = 0.45
+    """Share of the updates in which a schedule rises."""
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    augment: tuple[str, ...] = ()
+    """Of ``AUGMENTATIONS``, in their order."""
+    train_samples: int | None = None
+    """How much of the training set is used, with the share of each class kept; by default all that is not held out."""
+    validation: int = 0
+    """How many samples of the training set are held out."""
+    precision: str = "float32"
+    """One of ``PRECISIONS``."""
+    channels_last: bool = False
+    """Whether model and images are in channels-last layout."""
     every: int = 1
     """Every how many updates the probe measures."""
     overhead: float | None = None
@@ -38,13 +74,14 @@ class Recipe:
     engine: str = "affine"
     """How rays are evaluated; ``auto`` is not repeatable: which engine is fastest may differ between runs."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights, of the order of the data and of its augmentation."""
 
     @property
     def run(self) -> str:
         """Name of the run, such as ``mnist-ghost16-seed0``."""
         variant = "-".join(str(value) for value in self.norm_options.values())
-        return f"{self.recipe}-{self.norm}{variant}-seed{self.seed}"
+        by = "" if self.ghost_by == "layer" else f"-{self.ghost_by}"
+        return f"{self.recipe}-{self.norm}{variant}{by}-seed{self.seed}"
 
     @property
     def norm_options(self) -> dict[str, int]:
@@ -52,28 +89,130 @@ class Recipe:
         return {name: getattr(self, name) for name in options_of(self.norm)}
 
     def checked(self) -> Self:
-        """The recipe without options that its norm does not take; a UserError where a value is out of range."""
+        """The recipe as it is trained: without options that its norm does not take, with its own learning rate.
+
+        Raises:
+            UserError: A value is out of range.
+        """
         options = options_of(self.norm)
-        for name in ("batch_size", "epochs", "every", *options):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value} is out of range; give a whole number from 1 on.")
-        if not 0 < self.lr < float("inf"):
-            raise UserError(f"lr={self.lr} is out of range; give a finite learning rate above 0.")
-        if self.overhead is not None and not 0 < self.overhead < float("inf"):
-            raise UserError(f"overhead={self.overhead} is out of range; give a share of the training time above 0.")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed} is out of range; give a whole number from 0 to 2**63 - 1.")
+        _check_counts(self, ("batch_size", "epochs", "every", *options))
+        _check_choices(self)
+        _check_numbers(self)
+        if self.ghost_by != "layer" and self.norm != "ghost":
+            raise UserError(f"ghost_by={self.ghost_by!r} is a way to get GhostNorm; the norm is {self.norm!r}.")
         unused = {name: None for name in ("groups", "channel_groups") if name not in options}
-        return replace(self, **unused)
+        lr = self.lr_without_norm if self.norm == "none" and self.lr_without_norm is not None else self.lr
+        return replace(self, **unused, lr=lr, lr_without_norm=None)
+
+
+def _check_counts(recipe: Recipe, names: tuple[str, ...]) -> None:
+    for name in (*names, *(["train_samples"] if recipe.train_samples is not None else [])):
+        value = getattr(recipe, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value} is out of range; give a whole number from 1 on.")
+    if recipe.validation < 0:
+        raise UserError(f"validation={recipe.validation} is out of range; give a number of samples from 0 on.")
+    if not 0 <= recipe.seed < 2**63:
+        raise UserError(f"seed={recipe.seed} is out of range; give a whole number from 0 to 2**63 - 1.")
+
+
+def _check_choices(recipe: Recipe) -> None:
+    choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "ghost_by": GHOST_BY}
+    for name, allowed in choices.items():
+        if getattr(recipe, name) not in allowed:
+            raise UserError(f"Unknown {name} {getattr(recipe, name)!r}; choose one of {', '.join(allowed)}.")
+    if unknown := [name for name in recipe.augment if name not in AUGMENTATIONS]:
+        raise UserError(f"Unknown augmentation {unknown[0]!r}; choose of {', '.join(AUGMENTATIONS)}.")
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    for name in ("lr", "lr_without_norm", "lr_start"):
+        value = getattr(recipe, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name}={value} is out of range; give a finite learning rate above 0.")
+    for name in ("lr_end", "momentum", "weight_decay"):
+        if not 0 <= getattr(recipe, name) < float("inf"):
+            raise UserError(f"{name}={getattr(recipe, name)} is out of range; give a finite number from 0 on.")
+    if not 0 < recipe.rise < 1:
+        raise UserError(f"rise={recipe.rise} is out of range; give a share of the updates between 0 and 1.")
+    if recipe.overhead is not None and not 0 < recipe.overhead < float("inf"):
+        raise UserError(f"overhead={recipe.overhead} is out of range; give a share of the training time above 0.")
 
 
 _PAPER_LRS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_MULTIPLES = (0.5, 1.0, 1.5, 2.0)
+
+# Dimitriou & Arandjelovic 2020, section 3.1, figure 5: super-convergence (Smith & Topin 2017, arXiv:1708.07120). The
+# probed multiples of the rate are their cyclical rates (0.05, 1.5), (0.1, 3), (0.15, 4.5) and (0.2, 6). Plain SGD, so
+# that a step size of 1 is the step that is taken.
+_CIFAR10 = Recipe(
+    recipe="cifar10",
+    dataset="cifar10",
+    model="resnet56",
+    batch_size=512,
+    epochs=50,
+    lr=3.0,
+    probe_lrs=_MULTIPLES,
+    relative=True,
+    schedule="triangle",
+    lr_without_norm=1.0,
+    lr_end=1e-4,
+    augment=("crop", "flip"),
+    channels_last=True,
+    engine="channels_last",
+)
+
+# Section 3.2, tables 1 and 2: linear scaling of 0.1 to four times the batch of 128, with warm-up (Goyal et al. 2017).
+_CLASSIFY = Recipe(
+    recipe="classify-cifar10",
+    dataset="cifar10",
+    model="wrn-28-10",
+    batch_size=512,
+    epochs=200,
+    lr=0.4,
+    probe_lrs=_MULTIPLES,
+    relative=True,
+    schedule="cosine",
+    rise=5 / 200,
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=5e-4,
+    augment=("crop", "flip", "cutout"),
+    validation=5000,
+    channels_last=True,
+    engine="channels_last",
+)
+_CLASSIFY_SMALL = replace(_CLASSIFY, model="simplenet", rise=0.1, augment=(), channels_last=False, engine="affine")
 
 RECIPES = {
     # Dimitriou & Arandjelovic 2020, section 3.1: SimpleNet on MNIST, figure 4.
     "mnist": Recipe("mnist", "mnist", "simplenet", batch_size=512, epochs=4, lr=0.4, probe_lrs=_PAPER_LRS),
     # The same on data that every machine has: 1,500 images of 64 pixels, so a smaller batch and more epochs.
     "digits": Recipe("digits", "digits", "simplenet", batch_size=128, epochs=20, lr=0.4, probe_lrs=_PAPER_LRS),
+    "cifar10": _CIFAR10,
+    # Half an hour to an hour for each norm on one CPU core.
+    "cifar10-small": replace(_CIFAR10, recipe="cifar10-small", train_samples=12_800, epochs=8, every=2),
+    "classify-cifar10": _CLASSIFY,
+    "classify-cifar100": replace(_CLASSIFY, recipe="classify-cifar100", dataset="cifar100"),
+    "classify-cifar10-small": replace(
+        _CLASSIFY,
+        recipe="classify-cifar10-small",
+        model="resnet20",
+        train_samples=5000,
+        validation=5000,
+        epochs=10,
+        rise=0.1,
+    ),
+    "classify-mnist": replace(_CLASSIFY_SMALL, recipe="classify-mnist", dataset="mnist", epochs=10),
+    "classify-digits": replace(
+        _CLASSIFY_SMALL,
+        recipe="classify-digits",
+        dataset="digits",
+        batch_size=128,
+        lr=0.1,
+        lr_start=0.025,
+        validation=300,
+        epochs=20,
+    ),
 }
 """The experiments that the command line knows."""

@@ -11,9 +11,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from landscape import data
-from landscape.data import MNIST, Source, load_dataset, parse_idx, read_file, read_labelled
+from landscape import data, sources
+from landscape.data import load_dataset, stratified
 from landscape.errors import UserError
+from landscape.mnist import MNIST, parse_idx, read_mnist
+from landscape.sources import Source, read_files
 
 REAL_DATA = Path(os.environ.get("LANDSCAPE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -21,6 +23,10 @@ REAL_DATA = Path(os.environ.get("LANDSCAPE_DATA_DIR", Path(__file__).parents[2] 
 def idx(array):
     sizes = np.array(array.shape, ">u4").tobytes()
     return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+def read_file(name, folder, source):
+    return read_files([name], folder, source)[0]
 
 
 def source_of(files, *mirrors):
@@ -35,34 +41,74 @@ CONTENT = idx(IMAGES)
 
 def test_digits_are_scikit_learns():
     digits = load_dataset("digits")
-    pixels = torch.cat([digits.train_inputs, digits.test_inputs]) * digits.std + digits.mean
-    torch.testing.assert_close(pixels.double(), PIXELS, rtol=0, atol=1e-4)
-    assert torch.equal(torch.cat([digits.train_targets, digits.test_targets]), DIGITS)
-    assert (len(digits.train_inputs), len(digits.test_inputs)) == (1500, 297)
+    pixels = torch.cat([digits.train.inputs, digits.test.inputs]) * digits.std[0] + digits.mean[0]
+    torch.testing.assert_close(pixels.flatten(1).double(), PIXELS, rtol=0, atol=1e-4)
+    assert torch.equal(torch.cat([digits.train.targets, digits.test.targets]), DIGITS)
+    assert (len(digits.train), len(digits.validation), len(digits.test)) == (1500, 0, 297)
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist"])
-def test_tensors_are_flat_normalized_and_typed(name):
-    if name == "mnist" and not (REAL_DATA / name).is_dir():
-        pytest.skip(f"no folder mnist in {REAL_DATA}: name its parent in LANDSCAPE_DATA_DIR")
+FOLDERS = {"mnist": "mnist", "cifar10": "cifar-10-batches-bin"}
+SHAPES = {
+    "digits": ((1500, 1, 8, 8), (297, 1, 8, 8)),
+    "mnist": ((50_000, 1, 28, 28), (10_000, 1, 28, 28)),
+    "cifar10": ((50_000, 3, 32, 32), None),  # some have a part of the test images, or none
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_tensors_are_images_normalized_and_typed(name):
+    if name in FOLDERS and not (REAL_DATA / FOLDERS[name]).is_dir():
+        pytest.skip(f"no folder {FOLDERS[name]} in {REAL_DATA}: name its parent in LANDSCAPE_DATA_DIR")
     dataset = load_dataset(name, REAL_DATA)
-    std, mean = torch.std_mean(dataset.train_inputs.double(), correction=0)
-    torch.testing.assert_close((mean.item(), std.item()), (0.0, 1.0), atol=1e-6, rtol=0)
-    assert dataset.train_inputs.dtype == dataset.test_inputs.dtype == torch.float32
-    assert dataset.train_targets.dtype == dataset.test_targets.dtype == torch.int64
-    shapes = {"digits": ((1500, 64), (297, 64)), "mnist": ((50_000, 784), (10_000, 784))}
-    assert (dataset.train_inputs.shape, dataset.test_inputs.shape) == shapes[name]
-    assert set(dataset.train_targets.tolist()) == set(dataset.test_targets.tolist()) == set(range(dataset.classes))
+    std, mean = torch.std_mean(dataset.train.inputs.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-6, rtol=0)
+    torch.testing.assert_close(std, torch.ones_like(std), atol=1e-6, rtol=0)
+    assert dataset.train.inputs.dtype == dataset.test.inputs.dtype == torch.float32
+    assert dataset.train.targets.dtype == dataset.test.targets.dtype == torch.int64
+    shapes = SHAPES[name]
+    assert dataset.train.inputs.shape == shapes[0]
+    assert shapes[1] is None or dataset.test.inputs.shape == shapes[1]
+    assert set(dataset.train.targets.tolist()) == set(range(dataset.classes))
 
 
 def test_test_images_are_normalized_by_the_training_set():
     train, test = PIXELS[:1500], PIXELS[1500:]
     expected = (test - train.mean()) / train.std(correction=0)
-    torch.testing.assert_close(load_dataset("digits").test_inputs.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(load_dataset("digits").test.inputs.flatten(1).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_every_stretch_of_the_split_keeps_the_share_of_each_class():
+    targets = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
+    order = stratified(targets)
+    assert order.sort().values.equal(torch.arange(1000))
+    for start, stop in ((0, 100), (100, 350), (350, 1000)):
+        counts = targets[order[start:stop]].bincount(minlength=3)
+        expected = torch.tensor([0.6, 0.3, 0.1]) * (stop - start)
+        assert (counts - expected).abs().max() <= 2
+    assert stratified(targets).equal(order)
+    assert not order[:600].sort().values.equal(torch.arange(600))
+
+
+def test_a_split_divides_the_training_set():
+    digits = load_dataset("digits")
+    parts = digits.split(300, 500)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (500, 300, 297)
+    images = torch.cat([parts.train.inputs, parts.validation.inputs]).flatten(1)
+    assert len(images.unique(dim=0)) == len(images)
+    assert parts.validation.targets.bincount().max() <= 32
+    everything = digits.split(0)
+    assert everything.train.inputs.equal(digits.train.inputs)
+    assert everything.train.targets.equal(digits.train.targets)
+
+
+@pytest.mark.parametrize(("validation", "train"), [(1500, None), (1000, 501), (0, 1501)])
+def test_a_split_into_more_than_there_is(validation, train):
+    with pytest.raises(UserError, match="held out of the 1500 of 'digits'"):
+        load_dataset("digits").split(validation, train)
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UserError, match="'minst'; choose one of: digits, mnist"):
+    with pytest.raises(UserError, match="'minst'; choose one of: digits, mnist, cifar10, cifar100"):
         load_dataset("minst")
 
 
@@ -105,7 +151,7 @@ def test_labels_that_do_not_fit(tmp_path, labels, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_labelled("t10k", tmp_path, source_of(files))
+        read_mnist("t10k", tmp_path, source_of(files))
 
 
 @pytest.mark.parametrize("folder", ["", "mnist"])
@@ -173,7 +219,7 @@ def test_wrong_and_absent_downloads_end_in_one_error_and_leave_nothing(tmp_path,
 
 def test_silent_mirror_is_given_up(tmp_path, mirror, monkeypatch):
     monkeypatch.setattr(Mirror, "do_GET", lambda self: threading.Event().wait(0.5))
-    monkeypatch.setattr(data, "TIMEOUT", (0.1, 0.1))
+    monkeypatch.setattr(sources, "TIMEOUT", (0.1, 0.1))
     with pytest.raises(UserError, match="timed out"):
         read_file("a", tmp_path, source_of({"a.gz": b""}, mirror[0]))
 
@@ -185,8 +231,9 @@ def test_whole_mnist_from_a_mirror(tmp_path, mirror, monkeypatch):
     assert set(files) <= set(MNIST.sha256)
     for name, content in files.items():
         (served / name).write_bytes(content)
-    monkeypatch.setattr(data, "MNIST", source_of(files, address))
+    source = source_of(files, address)
+    monkeypatch.setattr(data, "read_mnist", functools.partial(read_mnist, source=source))
     dataset = load_dataset("mnist", tmp_path)
-    expected = (IMAGES.reshape(6, 20) - IMAGES.mean()) / IMAGES.std()
-    torch.testing.assert_close(dataset.test_inputs.double(), torch.from_numpy(expected), rtol=0, atol=1e-6)
-    assert dataset.train_targets.tolist() == LABELS.tolist()
+    expected = (IMAGES[:, None] - IMAGES.mean()) / IMAGES.std()
+    torch.testing.assert_close(dataset.test.inputs.double(), torch.from_numpy(expected), rtol=0, atol=1e-6)
+    assert dataset.train.targets.tolist() == LABELS.tolist()

@@ -25,6 +25,29 @@ def test_the_papers_settings():
     assert recipe.probe_lrs == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
+def test_the_papers_settings_on_cifar():
+    recipe = RECIPES["cifar10"]
+    assert (recipe.batch_size, recipe.lr_start, recipe.lr, recipe.lr_end) == (512, 0.1, 3.0, 1e-4)
+    assert recipe.relative
+    rates = [(recipe.lr_start * multiple, recipe.lr * multiple) for multiple in recipe.probe_lrs]
+    assert rates == [pytest.approx(pair) for pair in ((0.05, 1.5), (0.1, 3), (0.15, 4.5), (0.2, 6))]
+    assert replace(recipe, norm="none").checked().lr == 1.0
+    assert replace(recipe, norm="ghost", ghost_by="ranks", groups=4).run == "cifar10-ghost4-ranks-seed0"
+
+
+def test_the_papers_settings_for_classification():
+    for name, dataset in (("classify-cifar10", "cifar10"), ("classify-cifar100", "cifar100")):
+        recipe = RECIPES[name]
+        assert (recipe.dataset, recipe.model, recipe.validation, recipe.epochs) == (dataset, "wrn-28-10", 5000, 200)
+        assert (recipe.batch_size, recipe.lr, recipe.lr_start, recipe.rise * 200) == (512, 0.4, 0.1, 5)
+        assert (recipe.momentum, recipe.nesterov, recipe.weight_decay) == (0.9, True, 5e-4)
+
+
+def test_recipes_are_named_as_they_are_called():
+    assert all(recipe.recipe == name for name, recipe in RECIPES.items())
+    assert all(recipe.checked() for recipe in RECIPES.values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -33,6 +56,16 @@ def test_the_papers_settings():
         ({"every": 0}, "every=0"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"lr": float("nan")}, "lr=nan"),
+        ({"schedule": "cosinus"}, "Unknown schedule 'cosinus'; choose one of constant, triangle, cosine"),
+        ({"precision": "fp8"}, "Unknown precision 'fp8'"),
+        ({"ghost_by": "magic"}, "Unknown ghost_by 'magic'; choose one of layer, accumulation, ranks"),
+        ({"augment": ("crop", "spin")}, "Unknown augmentation 'spin'"),
+        ({"train_samples": 0}, "train_samples=0"),
+        ({"validation": -1}, "validation=-1"),
+        ({"lr_start": 0.0}, "lr_start=0.0"),
+        ({"lr_end": -1.0}, "lr_end=-1.0"),
+        ({"momentum": float("nan")}, "momentum=nan"),
+        ({"rise": 1.0}, "rise=1.0"),
         ({"norm": "bath"}, "Unknown norm 'bath'; choose one of none, batch, ghost"),
     ],
 )

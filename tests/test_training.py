@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from landscape import RECIPES, UserError, read_traces, train
+from landscape.training import classify
 
 SHORT = replace(RECIPES["digits"], epochs=2)
 
@@ -72,3 +73,32 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
         train(SHORT, tmp_path)
     train(SHORT, tmp_path, overwrite=True)
     assert len(read_traces(tmp_path)) == 22
+
+
+def test_what_was_held_out_is_evaluated_too(tmp_path):
+    epochs = read_traces(train(replace(SHORT, validation=300), tmp_path), table="epochs")
+    assert (epochs.validation_accuracy > 0.8).all()
+    assert epochs.test_accuracy.notna().all()
+    nothing = read_traces(train(SHORT, tmp_path / "all"), table="epochs")
+    assert nothing.validation_accuracy.isna().all()
+
+
+def test_classifying_is_training_without_a_probe(tmp_path):
+    recipe = replace(SHORT, validation=300)
+    rows = []
+    last = classify(recipe, on_epoch=rows.append)
+    traced = read_traces(train(recipe, tmp_path), table="epochs")
+    for row, (_, expected) in zip(rows, traced.iterrows(), strict=True):
+        assert {name: row[name] for name in row if name != "seconds"} == {
+            name: expected[name] for name in row if name != "seconds"
+        }
+    assert last == rows[-1]
+    assert 0 < rows[0]["seconds"] < rows[1]["seconds"]
+
+
+def test_probes_follow_the_learning_rate(tmp_path):
+    recipe = replace(SHORT, relative=True, probe_lrs=(0.5, 2.0), schedule="cosine", rise=0.2, engine="loop")
+    frame = read_traces(train(recipe, tmp_path))
+    assert frame.lr.nunique() > 15
+    for _, row in frame.iterrows():
+        assert list(row.step_sizes) == [0.5 * row.lr, 2.0 * row.lr]
