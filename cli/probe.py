@@ -1,11 +1,10 @@
 """``landscape probe``: train a recipe with several norms and record what the probe measures."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -13,8 +12,7 @@ from landscape.errors import UserError
 from landscape.recipes import GHOST_BY, PRECISIONS, RECIPES, Recipe
 from landscape.vocabulary import NORMS, options_of
 
-if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
-    from landscape.probe import LandscapeProbe
+from .running import Places, prepare, rank, record
 
 COMPARISON = ("none", "batch", "ghost")
 
@@ -70,7 +68,11 @@ class Share(click.ParamType):
 @click.option(
     "--channel-groups", multiple=True, type=int, help="Groups G_C of the channels, for group and seq. Repeatable."
 )
-@click.option("--ghost-by", help=f"What makes GhostNorm's groups: {', '.join(GHOST_BY)}.  [default: layer]")
+@click.option(
+    "--ghost-by",
+    multiple=True,
+    help=f"What makes GhostNorm's groups: {', '.join(GHOST_BY)}. Repeatable.  [default: layer]",
+)
 @click.option("--probe-lrs", type=Numbers(), help="Step sizes eta along the gradient, such as 0.1,0.2,0.4.")
 @click.option("--epochs", type=int, help="Passes over the training set.")
 @click.option("--batch-size", type=int, help="Samples in an update.")
@@ -94,6 +96,7 @@ def command(
     seeds: Sequence[int],
     groups: Sequence[int],
     channel_groups: Sequence[int],
+    ghost_by: Sequence[str],
     device: str | None,
     data_dir: Path | None,
     out: Path,
@@ -106,15 +109,17 @@ def command(
     are not given come from the recipe. Draw what was recorded with `landscape plot`.
     """
     base = _base(recipe, options)
-    variants = {"groups": groups or (base.groups,), "channel_groups": channel_groups or (base.channel_groups,)}
-    for option, given in (("groups", groups), ("channel_groups", channel_groups)):
-        if given and not any(option in options_of(norm) for norm in norms):
+    given = {"groups": groups, "channel_groups": channel_groups, "ghost_by": ghost_by}
+    for option in (option for option, values in given.items() if values):
+        if not any(option in _variants(norm) for norm in norms):
             raise UserError(f"{option} is given, but none of the norms {', '.join(norms)} takes it; leave it out.")
-    runs = _runs(base, norms, seeds, variants)
-    _rehearse(runs, out, data_dir, device, overwrite)
+    runs = _runs(base, norms, seeds, {name: values or (getattr(base, name),) for name, values in given.items()})
+    places = Places(out, data_dir, device, overwrite)
+    prepare(runs, places)
     for run in runs:
-        _train(run, out, data_dir, device, overwrite)
-    click.echo(f"Draw them: landscape plot {out}")
+        record(run, places, options)
+    if rank() is None:  # otherwise who started the processes says so
+        click.echo(f"Draw them: landscape plot {out}")
 
 
 def _base(name: str, options: Mapping[str, Any]) -> Recipe:
@@ -126,80 +131,19 @@ def _base(name: str, options: Mapping[str, Any]) -> Recipe:
     return replace(RECIPES[name], **given, **({"lr_without_norm": None} if "lr" in given else {}))
 
 
+def _variants(norm: str) -> tuple[str, ...]:
+    """The options of a recipe that make variants of a norm."""
+    return (*options_of(norm), "ghost_by") if norm == "ghost" else options_of(norm)
+
+
 def _runs(
     base: Recipe, norms: Sequence[str], seeds: Sequence[int], variants: Mapping[str, Sequence[Any]]
 ) -> list[Recipe]:
     """Every combination, each once: seeds innermost, and only the variants that a norm knows."""
     runs = []
     for norm in norms:
-        names = options_of(norm)
+        names = _variants(norm)
         for values in product(*(variants[name] for name in names), seeds):
             chosen = dict(zip((*names, "seed"), values, strict=True))
             runs.append(replace(base, norm=norm, **chosen).checked())
     return list(dict.fromkeys(runs))
-
-
-def _rehearse(runs: Sequence[Recipe], out: Path, data_dir: Path | None, device: str | None, overwrite: bool) -> None:
-    """Before the first run is trained, find out whether a later one cannot be."""
-    from landscape.trace import holds_rows
-    from landscape.training import rehearse
-
-    if not overwrite and (taken := [str(out / run.run) for run in runs if holds_rows(out / run.run)]):
-        raise UserError(f"Recorded already: {', '.join(taken)}. Give another --out, or --overwrite to replace.")
-    for run in {replace(run, seed=0): run for run in runs}.values():
-        rehearse(run, data_dir, device)
-
-
-def _train(run: Recipe, out: Path, data_dir: Path | None, device: str | None, overwrite: bool) -> None:
-    """Train one run under a progress bar, and say in one line where its trace is and how smooth the landscape was."""
-    from landscape.training import train
-
-    try:
-        with _Progress(run) as progress:
-            folder = train(run, out, data_dir=data_dir, device=device, overwrite=overwrite, on_update=progress.update)
-    except KeyboardInterrupt:
-        click.echo(
-            f"Interrupted. What was recorded of this run is in {out / run.run}; --overwrite starts it anew.", err=True
-        )
-        raise
-    click.echo(_smoothness(folder))
-
-
-def _smoothness(folder: Path) -> str:
-    from landscape.measures import summarize
-    from landscape.trace import read_traces
-
-    summary = summarize(read_traces(folder)).iloc[0]
-    accuracy = read_traces(folder, table="epochs")["test_accuracy"].iloc[-1]
-    not_finite = f", {summary.not_finite} of them not finite" if summary.not_finite else ""
-    tested = "no test set" if accuracy != accuracy else f"test accuracy {accuracy:.2%}"
-    return (
-        f"{folder}: mean range {summary.mean_range:.4g} (median {summary.median_range:.4g}) "
-        f"over {summary.updates} updates{not_finite}; {tested}"
-    )
-
-
-class _Progress:
-    """A progress bar with the current loss and the range of the probed losses, where a person looks on."""
-
-    def __init__(self, run: Recipe) -> None:
-        from tqdm import tqdm
-
-        self.epochs = run.epochs
-        self.bar = tqdm(desc=run.run, unit=" updates", disable=None)
-        self.shown = 0.0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def update(self, probe: "LandscapeProbe") -> None:
-        self.bar.total = self.epochs * (probe.steps_per_epoch or 0)
-        # Reading a loss waits for the device, so it is done as often as an eye can follow, not as updates come.
-        if not self.bar.disable and time.monotonic() - self.shown > 0.2 and (row := probe.last()):
-            self.shown = time.monotonic()
-            low, high = min(row["losses"]), max(row["losses"])
-            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, range {low:.4f} to {high:.4f}", refresh=False)
-        self.bar.update()

@@ -27,6 +27,7 @@ def caption(frame: pd.DataFrame, measures: Sequence[str], points: int) -> str:
     band = any(MEASURES[measure].band for measure in measures)
     line = any(MEASURES[measure].line for measure in measures)
     sentences = [
+        _trained(drawn),
         _probes(drawn),
         *(_measure(measure, alone=len(measures) == 1) for measure in measures),
         _zero(drawn, measures),
@@ -36,6 +37,23 @@ def caption(frame: pd.DataFrame, measures: Sequence[str], points: int) -> str:
         _not_finite(frame, known),
     ]
     return " ".join(filter(None, sentences))
+
+
+def _trained(frame: pd.DataFrame) -> str:
+    """What was trained on how much, and how high the learning rate went where a schedule moved it."""
+    model, dataset, samples, epochs = (_only(frame, fact) for fact in ("model", "dataset", "samples", "epochs"))
+    if model is None or dataset is None or samples is None or epochs is None:
+        return ""
+    return f"{model} on {samples:,} samples of {dataset}, {epochs:,} epochs{_rates(frame)}."
+
+
+def _rates(frame: pd.DataFrame) -> str:
+    peaks = frame.groupby("band", observed=True)["lr"].max().map("{:.2g}".format)
+    if _only(frame, "schedule") in (None, "constant"):
+        return ""
+    usual = peaks.mode().iloc[0]
+    others = [f" ({band}: {peak})" for band, peak in peaks.items() if peak != usual]
+    return f" at learning rates up to {usual}{''.join(others)}"
 
 
 def _probes(frame: pd.DataFrame) -> str:

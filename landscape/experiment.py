@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
 from landscape.augment import augmentation
@@ -14,6 +17,7 @@ from landscape.data import Dataset, Samples, load_dataset
 from landscape.errors import UserError
 from landscape.models import MODELS
 from landscape.norms import make_norm
+from landscape.ranks import ALONE, Ranks
 from landscape.recipes import Recipe
 
 
@@ -24,6 +28,7 @@ class Experiment:
         recipe: What is trained; it is checked here.
         data_dir: Where the files of the data set are, or are put; see :func:`landscape.data.load_dataset`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; by default the GPU where there is one.
+        ranks: The processes that train it together, each one group of every batch; by default this one alone.
 
     Attributes:
         recipe: The recipe as it is trained.
@@ -35,13 +40,21 @@ class Experiment:
         UserError: A recipe, device or data set that cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, data_dir: str | Path | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data_dir: str | Path | None = None,
+        device: str | torch.device | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.recipe = recipe = recipe.checked()
         self.device = usable_device(device)
         data = load_dataset(recipe.dataset, data_dir, self.device)
         self.data = data.split(recipe.validation, recipe.train_samples)
         self.updates = len(self.data.train) // recipe.batch_size
-        self.model = initial_model(recipe, self.data)
+        model = initial_model(recipe, self.data)
+        self.model = data_parallel(model) if ranks.size > 1 else model
+        self._ranks = ranks
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -67,19 +80,20 @@ class Experiment:
         for own_inputs, targets in self._parts(inputs, batch.targets):
             with self._precision():
                 loss = self.criterion(self.model(own_inputs), targets)
-            loss = loss * (len(targets) / len(inputs))
-            loss.backward()
-            losses.append(loss.detach())
+            share = len(targets) / len(inputs)
+            (loss * share * self._ranks.size).backward()  # gradients of ranks are averaged, those of losses added
+            losses.append(loss.detach() * share)
         self.optimizer.step()
         self.schedule.step()
-        return torch.stack(losses).sum()
+        return self._ranks.mean(lambda: {"loss": torch.stack(losses).sum() * self._ranks.size})["loss"]
 
     def _parts(self, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The batch, or GhostNorm's groups of it one by one."""
-        if self.recipe.ghost_by != "accumulation":
+        """The batch, or GhostNorm's groups of it that go through the model one by one in this process."""
+        if self.recipe.ghost_by == "layer":
             return [(inputs, targets)]
         groups = self.recipe.groups or 1
-        return list(zip(inputs.tensor_split(groups), targets.tensor_split(groups), strict=True))
+        parts = list(zip(inputs.tensor_split(groups), targets.tensor_split(groups), strict=True))
+        return parts if self._ranks.size == 1 else [parts[self._ranks.rank]]
 
     def facts(self) -> dict[str, int | str]:
         """What a trace should say besides the recipe."""
@@ -108,7 +122,7 @@ class Experiment:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
 
-def usable_device(name: str | None) -> torch.device:
+def usable_device(name: str | torch.device | None) -> torch.device:
     """The device of that name; by default the GPU where there is one. A UserError if it cannot be used."""
     try:
         device = torch.device("cuda" if name is None and torch.cuda.is_available() else name or "cpu")
@@ -141,6 +155,14 @@ def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
     except ValueError as error:
         raise UserError(f"The norm {recipe.norm!r} does not take batches of {recipe.batch_size}: {error}.") from error
     return model
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel:
+    """The model in one of several processes, whose BatchNorms keep the running statistics of their own groups."""
+    known = signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.13
+    apart: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, **apart)
 
 
 def learning_rate(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: int) -> LRScheduler:

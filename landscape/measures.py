@@ -132,12 +132,12 @@ def recorded(frame: pd.DataFrame, measure: str) -> np.ndarray:
 def band_labels(frame: pd.DataFrame) -> pd.Series:
     """The band that each row belongs to, by a label such as ``GhostNorm (G=16)``; the categories are in drawing order.
 
-    Rows of one norm with the same groups share a band, whatever their seed. Without a column ``norm`` every run is a
-    band of its own, and without ``run`` all rows are one band without a label.
+    Rows of one norm with the same groups share a band, whatever their seed; implementations of GhostNorm do not.
+    Without a column ``norm`` every run is a band of its own, and without ``run`` all rows are one band without a label.
     """
     if "norm" not in frame:
         return pd.Series(frame.get("run", ""), frame.index, dtype="category")
-    names = [name for name in ("norm", "groups", "channel_groups", *SETTINGS) if name in frame]
+    names = [name for name in ("norm", "groups", "channel_groups", "ghost_by", *SETTINGS) if name in frame]
     # A run of which no norm is known is a band by itself.
     runs = frame["run"].astype(object) if "run" in frame else pd.Series("", frame.index)
     keys = frame[names].assign(run=runs.where(frame["norm"].isna()))
@@ -158,13 +158,15 @@ def _label(facts: Mapping[str, Any], differing: Sequence[str]) -> str:
     norm = NORMS.get(facts["norm"], NormName(str(facts["norm"])))
     options = ", ".join(f"{sign}={facts[fact]:g}" for fact, sign in norm.symbols.items() if facts.get(fact) is not None)
     name = f"{norm.title} ({options})" if options else norm.title
+    name = name if facts.get("ghost_by") in (None, "layer") else f"{name} by {facts['ghost_by']}"
     return ", ".join([name, *(f"{fact} {facts[fact]}".replace("_", " ") for fact in differing)])
 
 
 def _position(facts: Mapping[str, Any]) -> tuple[Any, ...]:
     norms = list(NORMS)
     norm = norms.index(facts["norm"]) if facts["norm"] in norms else len(norms)
-    return norm, str(facts["norm"]), facts.get("channel_groups") or 0, facts.get("groups") or 0
+    variant = facts.get("channel_groups") or 0, facts.get("groups") or 0, facts.get("ghost_by") != "layer"
+    return norm, str(facts["norm"]), *variant
 
 
 def _finite(frame: pd.DataFrame, measure: str) -> np.ndarray:

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from landscape.experiment import Experiment
+from landscape.errors import UserError
+from landscape.experiment import Experiment, usable_device
 from landscape.probe import LandscapeProbe
+from landscape.ranks import joined, launched, own_device
 from landscape.recipes import Recipe
 
 
@@ -39,7 +41,25 @@ def train(
     Raises:
         UserError: A recipe, device, data set or folder that cannot be used.
     """
-    experiment = Experiment(recipe, data_dir, device)
+    if recipe.ghost_by != "ranks":
+        return _trained(Experiment(recipe, data_dir, device), Path(out), overwrite, on_update)
+    own = _device_of_rank(recipe, device)
+    with joined(own) as ranks:
+        return _trained(Experiment(recipe, data_dir, own, ranks), Path(out), overwrite, on_update)
+
+
+def _device_of_rank(recipe: Recipe, device: str | None) -> torch.device:
+    """Where this process trains; a UserError unless there is one for each group."""
+    if launched() != recipe.groups:
+        raise UserError(
+            f"ghost_by='ranks' with groups={recipe.groups} takes as many processes, and there are {launched() or 1}: "
+            f"`landscape probe --ghost-by ranks` starts them, or `torchrun --nproc-per-node {recipe.groups}`."
+        )
+    return own_device(usable_device(device).type)
+
+
+def _trained(experiment: Experiment, out: Path, overwrite: bool, on_update: Callable[[LandscapeProbe], None]) -> Path:
+    """Train with the probe attached; the folder of the trace."""
     recipe = experiment.recipe
     probe = LandscapeProbe(
         experiment.model,
@@ -51,7 +71,7 @@ def train(
         overhead=recipe.overhead,
         gradients=recipe.gradients,
         engine=recipe.engine,
-        trace=Path(out) / recipe.run,
+        trace=out / recipe.run,
         facts=asdict(recipe) | experiment.facts(),
         overwrite=overwrite,
         steps_per_epoch=experiment.updates,
@@ -63,7 +83,7 @@ def train(
                 losses.append(loss)
                 on_update(probe)
             probe.trace.append(_after(epoch, losses, experiment), table="epochs")
-    return Path(out) / recipe.run
+    return out / recipe.run
 
 
 def classify(

@@ -226,3 +226,11 @@ def test_missing_columns_are_named(measure):
 def test_an_epoch_that_is_not_known_is_told():
     with pytest.raises(UserError, match="does not know the epoch"):
         envelope(frame(steps=2).assign(epoch=NAN), x="epoch")
+
+
+def test_implementations_of_ghost_norm_are_bands_of_their_own():
+    ways = ["layer", "accumulation", "ranks"]
+    runs = pd.concat([frame("ghost").assign(groups=4, ghost_by=way, run=way) for way in ways], ignore_index=True)
+    labels = ["GhostNorm (G=4)", "GhostNorm (G=4) by accumulation", "GhostNorm (G=4) by ranks"]
+    assert list(band_labels(runs).unique()) == labels
+    assert band_labels(runs).cat.categories[0] == labels[0]
