@@ -64,9 +64,14 @@ class Share(click.ParamType):
     default=(0,),
     help="Seed of weights and data order. Repeatable.  [default: 0]",
 )
-@click.option("--groups", multiple=True, type=int, help="Groups G_M of the batch, for ghost and seq. Repeatable.")
 @click.option(
-    "--channel-groups", multiple=True, type=int, help="Groups G_C of the channels, for group and seq. Repeatable."
+    "--groups", multiple=True, type=int, help="Groups G_M of the batch, for norms that have them. Repeatable."
+)
+@click.option(
+    "--channel-groups",
+    multiple=True,
+    type=int,
+    help="Groups G_C of the channels, for norms that have them. Repeatable.",
 )
 @click.option(
     "--ghost-by",

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -105,37 +106,39 @@ def ghost_norm_with_statistics(
         # One call for who looks on, as torch's own functions are; some thirty calls would take longer than the norm.
         arguments = (x, groups, weight, bias, layout, eps)
         return handle_torch_function(ghost_norm_with_statistics, (x, weight, bias), *arguments)
-    _check_batch(x, groups, layout)
-    interleaved = layout == "interleaved"
-    if len(x) % groups == 0:
-        return _even_groups(x, groups, weight, bias, interleaved, eps)
-    if not interleaved:
-        return _uneven_groups(x, groups, weight, bias, eps)
-    order = torch.arange(len(x), device=x.device).remainder(groups).argsort(stable=True)
-    y, mean, var = _uneven_groups(x[order], groups, weight, bias, eps)
-    return y[order.argsort()], mean, var
+    if check_batch(x, groups, layout) == 2:
+        _warn_of_signs(len(x), groups)
 
+    def of_even_groups(x: Tensor, groups: int, interleaved: bool) -> Normalized:
+        y, mean, var = standardize(x, weight, bias, slices(x, groups, interleaved), eps)
+        return y, mean.view(groups, -1), var.view(groups, -1)
 
-def _uneven_groups(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normalized:
-    """The larger groups, which come first, and the smaller ones: two batches that are even."""
-    size, larger = divmod(len(x), groups)
-    head, tail = x.split([larger * (size + 1), (groups - larger) * size])
-    parts = (
-        _even_groups(head, larger, weight, bias, False, eps),
-        _even_groups(tail, groups - larger, weight, bias, False, eps),
-    )
-    y, mean, var = (torch.cat(pair) for pair in zip(*parts, strict=True))
+    y, mean, var = by_even_groups(of_even_groups, x, groups, layout)
     return y, mean, var
 
 
-def _even_groups(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, interleaved: bool, eps: float
-) -> Normalized:
-    y, mean, var = standardize(x, weight, bias, slices(x, groups, interleaved), eps)
-    return y, mean.view(groups, -1), var.view(groups, -1)
+def by_even_groups(
+    function: Callable[[Tensor, int, bool], tuple[Tensor, ...]], x: Tensor, groups: int, layout: Layout
+) -> tuple[Tensor, ...]:
+    """What ``function(x, groups, interleaved)``, which takes groups of one size, gives for any number of groups.
+
+    Its first output has a row for each sample, the others have one for each group.
+    """
+    if len(x) % groups == 0:
+        return function(x, groups, layout == "interleaved")
+    if layout == "interleaved":
+        order = torch.arange(len(x), device=x.device).remainder(groups).argsort(stable=True)
+        y, *statistics = by_even_groups(function, x[order], groups, "contiguous")
+        return y[order.argsort()], *statistics
+    # The larger groups, which come first, and the smaller ones: two batches that are even.
+    size, larger = divmod(len(x), groups)
+    head, tail = x.split([larger * (size + 1), (groups - larger) * size])
+    parts = function(head, larger, False), function(tail, groups - larger, False)
+    return tuple(torch.cat(pair) for pair in zip(*parts, strict=True))
 
 
-def _check_batch(x: Tensor, groups: int, layout: Layout) -> None:
+def check_batch(x: Tensor, groups: int, layout: Layout) -> int:
+    """The least number of values of a channel in a group; UserError where there is nothing to normalize."""
     if x.dim() < 2 or not x.is_floating_point():
         raise UserError(f"Got {x.dtype} of shape {tuple(x.shape)}: the input is (M, C) or (M, C, ...), floating-point.")
     if layout not in get_args(Layout):
@@ -152,14 +155,13 @@ def _check_batch(x: Tensor, groups: int, layout: Layout) -> None:
             f"{samples} samples in {groups} groups leave a group with a single value per channel, so its variance is "
             "undefined. Use fewer groups or a larger batch, so that each group has two samples or more."
         )
-    if values == 2:
-        _warn_of_signs(samples, groups)
+    return values
 
 
 @functools.cache
 def _warn_of_signs(samples: int, groups: int) -> None:
     warnings.warn(
-        f"{samples} samples in {groups} groups leave two values per channel, which normalization turns into +1 and -1 "
+        f"{samples} samples in {groups} groups leave two values in a slice, which normalization turns into +1 and -1 "
         "whatever they were. Use fewer groups or a larger batch.",
         UserWarning,
         stacklevel=2,

@@ -156,7 +156,7 @@ def _draw_multiples(figure: Figure, view: View, labels: Sequence[str], x_label: 
             _draw_behind(axes, view, view.bands[other])
         _draw_band(axes, view, view.bands[label], colour)
         _set_scale(axes, view.scale)
-        axes.set_title(label, loc="left")
+        axes.set_title(label.replace(" (", "\n(") if len(label) > 24 else label, loc="left")
 
 
 def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> list[Axes]:

@@ -21,6 +21,11 @@ NORMS = {
     "group": NormName("GroupNorm", {"channel_groups": "G_C"}),
     "layer": NormName("LayerNorm"),
     "instance": NormName("InstanceNorm"),
+    "seq-reversed": NormName("SeqNorm reversed", {"groups": "G_M", "channel_groups": "G_C"}),
+    "ghost-ws": NormName("GhostNorm + WS", {"groups": "G"}),
+    "seq-ws": NormName("SeqNorm + WS", {"channel_groups": "G_C", "groups": "G_M"}),
+    "ghost-mean": NormName("GhostNorm, batch variance", {"groups": "G"}),
+    "batch-group": NormName("Batch/GroupNorm", {"channel_groups": "G_C", "groups": "G_M"}),
 }
 """Every norm that ``make_norm`` knows, in the order in which figures show them."""
 

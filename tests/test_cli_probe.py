@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from click.testing import CliRunner
 from landscape_cli import main
@@ -85,5 +87,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments,
 
 def test_help_names_what_can_be_asked_for(tmp_path, monkeypatch):
     result = run("--help", cwd=tmp_path, monkeypatch=monkeypatch)
-    words = result.output.replace(",", " ").replace(".", " ").split()
+    unwrapped = re.sub(r"-\n\s+", "-", result.output)
+    words = re.split(r"[\s,.]+", unwrapped)
     assert not {*NORMS, *RECIPES} - {*words}

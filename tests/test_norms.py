@@ -7,14 +7,19 @@ import torch
 from torch import nn
 
 from landscape.errors import UserError
-from landscape.ghost import ghost_norm, seq_norm
+from landscape.ghost import ghost_norm, group_norm, seq_norm
 from landscape.norms import MAKERS, BatchNorm, GhostNorm, GroupNorm, SeqNorm, convert_norms, make_norm
+from landscape.variants import batch_group_norm, ghost_mean_norm
 from landscape.vocabulary import NORMS, options_of
 
 NATIVE = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SHAPES = [(12, 4), (12, 4, 3), (12, 4, 3, 2), (12, 4, 3, 2, 2)]
 SETTINGS = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 1e-2, "momentum": 0.3}]
-OPTIONS = {"group": {"channel_groups": 2}, "ghost": {"groups": 3}, "seq": {"groups": 3, "channel_groups": 2}}
+GHOST, SEQ = {"groups": 3}, {"groups": 3, "channel_groups": 2}
+OPTIONS = {
+    **{"group": {"channel_groups": 2}, "ghost": GHOST, "seq": SEQ},
+    **{"seq-reversed": SEQ, "ghost-ws": GHOST, "seq-ws": SEQ, "ghost-mean": GHOST, "batch-group": SEQ},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +125,11 @@ def test_every_norm_takes_every_rank(name, shape):
         ("group", {"channel_groups": 2}, nn.GroupNorm(2, 4)),
         ("ghost", {"groups": 3, "layout": "interleaved"}, lambda x: ghost_norm(x, 3, layout="interleaved")),
         ("seq", {"groups": 3, "channel_groups": 2}, lambda x: seq_norm(x, 3, 2)),
+        ("seq-reversed", {"groups": 3, "channel_groups": 2}, lambda x: group_norm(ghost_norm(x, 3), 2)),
+        ("ghost-ws", {"groups": 3}, lambda x: ghost_norm(x, 3)),
+        ("seq-ws", {"groups": 3, "channel_groups": 2}, lambda x: seq_norm(x, 3, 2)),
+        ("ghost-mean", {"groups": 3}, lambda x: ghost_mean_norm(x, 3)[0]),
+        ("batch-group", {"groups": 3, "channel_groups": 2}, lambda x: batch_group_norm(x, 3, 2)[0]),
     ],
 )
 def test_make_norm(name, options, expected):
