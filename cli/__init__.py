@@ -7,7 +7,13 @@ import click
 
 from landscape.errors import UserError
 
-COMMANDS = {"plot": "landscape_cli.plot", "probe": "landscape_cli.probe"}
+COMMANDS = {
+    "figure": "landscape_cli.figure",
+    "plot": "landscape_cli.plot",
+    "probe": "landscape_cli.probe",
+    "table": "landscape_cli.table",
+    "tune": "landscape_cli.tune",
+}
 
 
 class Mistake(click.ClickException):
@@ -21,7 +27,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order in which they are used."""
-        return ["probe", "plot"]
+        return ["probe", "plot", "figure", "tune", "table"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command in the module of its name, or None."""

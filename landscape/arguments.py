@@ -43,6 +43,21 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, options: Mapping
     _tell_of_others(model, optimizer)
 
 
+def described(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module | None) -> dict[str, Any]:
+    """What was handed to the probe, as facts of the run."""
+    options = {
+        name: value if isinstance(value, int | float | str | None) else repr(value)
+        for name, value in optimizer.defaults.items()
+    }
+    return {
+        "model": type(model).__name__,
+        "criterion": None if criterion is None else repr(criterion),
+        "optimizer": type(optimizer).__name__,
+        "optimizer_options": options,
+        "base_lr": float(optimizer.param_groups[0]["lr"]),
+    }
+
+
 def _whole(options: Mapping[str, Any], name: str, remedy: str) -> None:
     value = options[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 1:

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from landscape.capture import OBSERVE, NotYetError
 from landscape.errors import UserError
 from landscape.gradients import gradient as gradient_of
 from landscape.objective import Objective
+from landscape.ranks import ALONE, Ranks
 from landscape.state import Parameters
 from landscape.walk import Ray, Walk
 
@@ -18,6 +20,10 @@ CHECKS = 10
 """Updates that are asked, at most, whether the captured loss is the one that is trained."""
 GUARDED = 3
 """Updates that are looked at for writes to what is not trained; a momentum encoder does not move on the first one."""
+AVERAGED = (
+    " If DistributedDataParallel averages gradients over processes, give the probe the model that it returns, not the "
+    "one inside."
+)
 
 
 class FirstChecks:
@@ -27,10 +33,12 @@ class FirstChecks:
 
     Args:
         observed: Whether the user hands over the losses, so that what does not fit is known to them.
+        ranks: The processes that train the model; what is checked is the mean over them.
     """
 
-    def __init__(self, observed: bool) -> None:
+    def __init__(self, observed: bool, ranks: Ranks = ALONE) -> None:
         self._observed = observed
+        self._ranks = ranks
         self._left = CHECKS
         self._guarded = GUARDED
 
@@ -59,11 +67,11 @@ class FirstChecks:
         """
         if not self._left:
             return None
-        at_zero = LossCheck.of(objective, {name: origin[name] for name in gradient})
+        at_zero = LossCheck.of(objective, {name: origin[name] for name in gradient}, self._ranks)
         at_zero.warn()
-        check = GradientCheck.of(objective, origin, gradient)
+        check = GradientCheck.of(objective, origin, gradient, self._ranks)
         if check is not None:
-            check.judge(self._observed)
+            check.judge(self._observed, self._ranks.others())
         self._left = self._left - 1 if check is None else 0
         return {"loss_at_zero": asdict(at_zero), "gradient": None if check is None else asdict(check)}
 
@@ -77,14 +85,19 @@ class LossCheck:
     tolerance: float
 
     @classmethod
-    def of(cls, objective: Objective, origin: Parameters) -> "LossCheck":
+    def of(cls, objective: Objective, origin: Parameters, ranks: Ranks = ALONE) -> "LossCheck":
         """Evaluate the objective at ``origin``; some roundings are allowed, for kernels that vary in their order."""
-        with torch.no_grad():
-            recorded = objective.recorded()
-            # At copies, because a model may write to its parameters.
-            evaluated = objective({name: tensor.clone() for name, tensor in origin.items()})
-        roundings = 100 if recorded.dtype.itemsize > 2 else 4
-        return cls(recorded.item(), evaluated.item(), roundings * torch.finfo(recorded.dtype).eps)
+        kind = objective.recorded().dtype
+
+        def own() -> dict[str, Tensor]:
+            with torch.no_grad():
+                # At copies, because a model may write to its parameters.
+                evaluated = objective({name: tensor.clone() for name, tensor in origin.items()})
+                return {"recorded": objective.recorded(), "evaluated": evaluated}
+
+        means = ranks.mean(own)
+        roundings = 100 if kind.itemsize > 2 else 4
+        return cls(means["recorded"].item(), means["evaluated"].item(), roundings * torch.finfo(kind).eps)
 
     @property
     def apart(self) -> float:
@@ -122,12 +135,20 @@ class GradientCheck:
     tolerance: float
 
     @classmethod
-    def of(cls, objective: Objective, origin: Parameters, gradient: Parameters) -> "GradientCheck | None":
+    def of(
+        cls, objective: Objective, origin: Parameters, gradient: Parameters, ranks: Ranks = ALONE
+    ) -> "GradientCheck | None":
         """Differentiate the objective at ``origin``; None if that cannot be done or is not finite."""
-        try:
-            parts = gradient_of(objective, {name: origin[name] for name in gradient})
-        except RuntimeError:  # reentrant checkpointing, or a step of the loss that has no derivative this way
-            return None
+
+        def differentiate() -> dict[int, Tensor]:
+            try:
+                parts = gradient_of(objective, {name: origin[name] for name in gradient})
+            except RuntimeError:  # reentrant checkpointing, or a step of the loss that has no derivative this way
+                parts = [torch.full_like(origin[name], math.nan) for name in gradient]
+            weights = [1.0 if term.weight is None else term.weight.item() for term in objective.terms]
+            return dict(enumerate([parts[0].new_tensor(sum(weights)), *parts]))
+
+        weight, *parts = ranks.mean(differentiate).values()
         own = torch.cat([part.flatten() for part in parts])
         got = torch.cat([tensor.flatten().to(own) for tensor in gradient.values()])
         size = torch.dot(own, own)
@@ -135,17 +156,19 @@ class GradientCheck:
         rest = torch.linalg.vector_norm(got - scale * own) / torch.linalg.vector_norm(got)
         if not (scale.isfinite() and rest.isfinite()):
             return None
-        weights = [1.0 if term.weight is None else term.weight.item() for term in objective.terms]
         tolerance = 5e-2 if objective.reduced_precision() else 1e-3
-        return cls(scale.item(), rest.item(), sum(weights), len(weights), tolerance)
+        return cls(scale.item(), rest.item(), weight.item(), len(objective.terms), tolerance)
 
     @property
     def agrees(self) -> bool:
         """Whether the optimizer's gradient is that of the objective, but for a factor (as of clipping by norm)."""
         return self.rest <= self.tolerance
 
-    def judge(self, observed: bool) -> None:
-        """Warn of unusual weights; refuse another gradient, or warn of it where the losses were ``observed``."""
+    def judge(self, observed: bool, others: bool = False) -> None:
+        """Warn of unusual weights; refuse another gradient, or warn of it where the losses were ``observed``.
+
+        Where there are ``others``, processes that the probe does not know of, it may be the mean over them.
+        """
         if not self.plain_weights:
             warnings.warn(
                 f"The captured losses were differentiated with weights that sum to {self.weight:.6g}, and are "
@@ -156,12 +179,15 @@ class GradientCheck:
         if self.agrees:
             return
         message = f"The optimizer's gradient is not that of the captured loss ({self.rest:.1%} of it is something else)"
+        hint = AVERAGED if others else ""
         if not observed:
             raise UserError(
                 f"{message}: the training loss is more than criterion(model(inputs), targets), or the gradient was "
-                f"changed after the backward pass (clipped by value, masked). {OBSERVE}; there this is a warning."
+                f"changed after the backward pass (clipped by value, masked).{hint} {OBSERVE}; there this is a warning."
             )
-        warnings.warn(f"{message}: a part of the loss was not observed, or the gradient was changed.", stacklevel=2)
+        warnings.warn(
+            f"{message}: a part of the loss was not observed, or the gradient was changed.{hint}", stacklevel=2
+        )
 
     @property
     def plain_weights(self) -> bool:

@@ -13,6 +13,7 @@ from landscape.engines import ENGINES, OPT_IN, SHARING, Engine, evaluate, loop, 
 from landscape.errors import UserError
 from landscape.gradients import RayGradients, gradients_along
 from landscape.meter import Meter
+from landscape.ranks import ALONE, Ranks
 from landscape.stacked import Stacked
 from landscape.walk import Ray
 
@@ -50,17 +51,17 @@ class EngineChoice:
             return self._compare(ray)
         return self._race(ray) if len(self._engines) > 1 else self._evaluate(ray)
 
-    def gradients(self, ray: Ray) -> RayGradients:
-        """Losses and gradients along the ray, for which there is the loop alone.
+    def gradients(self, ray: Ray, ranks: Ranks = ALONE) -> RayGradients:
+        """Losses and gradients along the ray, of the mean over the ranks, for which there is the loop alone.
 
         Raises:
             UserError: It does not stay below ``max_memory``.
         """
         if self._compared:
-            return gradients_along(ray)
+            return gradients_along(ray, ranks)
         try:
             with Meter() as meter:
-                measured = gradients_along(ray)
+                measured = gradients_along(ray, ranks)
         except RuntimeError as error:
             raise UserError(
                 f"The loss cannot be differentiated along the ray ({error}). Leave out gradients=True; or if it is "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from landscape.objective import Objective
+from landscape.ranks import ALONE, Ranks
 from landscape.state import Parameters
 from landscape.walk import Ray, Walk
 
@@ -26,11 +27,12 @@ class RayGradients(NamedTuple):
     slope: Tensor
 
 
-def gradients_along(ray: Ray) -> RayGradients:
+def gradients_along(ray: Ray, ranks: Ranks = ALONE) -> RayGradients:
     """Losses and gradients at every point of a ray, by K + 1 forward and backward passes.
 
     The gradient at theta is evaluated too, because the optimizer's may have been clipped. Each point has the same
-    buffers, random numbers, train flags and autocast state, and nothing is left changed.
+    buffers, random numbers, train flags and autocast state, and nothing is left changed. Where several ``ranks``
+    train the model, all are of the mean over them of their objectives.
 
     Raises:
         RuntimeError: The loss cannot be differentiated this way.
@@ -39,9 +41,9 @@ def gradients_along(ray: Ray) -> RayGradients:
     leaves = {name: tensor.requires_grad_() for name, tensor in walk.point.items()}
     losses, distances = [], []
     with ray.objective.undisturbed():
-        _, start = _differentiated(ray.objective, walk, leaves, 0.0)
+        _, start = _differentiated(ray.objective, walk, leaves, 0.0, ranks)
         for eta in ray.step_sizes:
-            loss, gradient = _differentiated(ray.objective, walk, leaves, eta)
+            loss, gradient = _differentiated(ray.objective, walk, leaves, eta, ranks)
             distances.append(norm([there - here for there, here in zip(gradient, start, strict=True)]))
             losses.append(loss)
     slope = inner(start, [ray.direction[name] for name in leaves])
@@ -60,10 +62,17 @@ def gradient(objective: Objective, parameters: Parameters) -> list[Tensor]:
         return _gradient(objective, leaves)[1]
 
 
-def _differentiated(objective: Objective, walk: Walk, leaves: Parameters, eta: float) -> tuple[Tensor, list[Tensor]]:
-    with torch.no_grad():
-        walk.move(eta)
-    return _gradient(objective, leaves)
+def _differentiated(
+    objective: Objective, walk: Walk, leaves: Parameters, eta: float, ranks: Ranks
+) -> tuple[Tensor, list[Tensor]]:
+    def own() -> dict[int, Tensor]:
+        with torch.no_grad():
+            walk.move(eta)
+        loss, gradient = _gradient(objective, leaves)
+        return dict(enumerate([loss, *gradient]))
+
+    loss, *gradient = ranks.mean(own).values()
+    return loss, gradient
 
 
 def _gradient(objective: Objective, leaves: Parameters) -> tuple[Tensor, list[Tensor]]:

@@ -194,7 +194,7 @@ RECIPES = {
     "cifar10-small": replace(_CIFAR10, recipe="cifar10-small", train_samples=12_800, epochs=8, every=2),
     "classify-cifar10": _CLASSIFY,
     "classify-cifar100": replace(_CLASSIFY, recipe="classify-cifar100", dataset="cifar100"),
-    # A part of CIFAR-10 in smaller batches: a minute and a half on one CPU core.
+    # A part of CIFAR-10 in smaller batches: a minute on one CPU core.
     "classify-cifar10-small": replace(
         _CLASSIFY,
         recipe="classify-cifar10-small",
@@ -203,11 +203,11 @@ RECIPES = {
         lr=0.1,
         lr_start=0.025,
         rise=0.1,
-        epochs=10,
-        train_samples=5000,
-        validation=2500,
+        epochs=8,
+        train_samples=4000,
+        validation=2000,
     ),
-    "classify-mnist": replace(_CLASSIFY_SMALL, recipe="classify-mnist", dataset="mnist", epochs=10),
+    "classify-mnist": replace(_CLASSIFY_SMALL, recipe="classify-mnist", dataset="mnist", epochs=5),
     "classify-digits": replace(
         _CLASSIFY_SMALL,
         recipe="classify-digits",

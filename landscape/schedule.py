@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,12 +80,21 @@ class Schedule:
         every: Probe each n-th update, the first included.
         share: Share of the training time that probes may cost; None does not look at the time.
         device: Where the model is.
+        decide: Takes whether this process would probe an update, where that depends on its clock, and gives whether all
+            of those that train the model do.
     """
 
-    def __init__(self, every: int, share: float | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        every: int,
+        share: float | None,
+        device: torch.device,
+        decide: Callable[[bool], bool] = lambda due: due,
+    ) -> None:
         self.due = True
         """Whether the current update is probed."""
         self._every = every
+        self._decide = decide
         self._budget = None if share is None else Budget(share)
         self._watch = Stopwatch(device)
         self._updates = self._probes = 0
@@ -114,7 +123,9 @@ class Schedule:
         if probes:
             self._budget.probe(sum(probes))
         self._ended = now
-        self.due = self._updates % self._every == 0 and not self._watch.pending() and self._budget.affords()
+        self.due = self._updates % self._every == 0 and self._decide(
+            not self._watch.pending() and self._budget.affords()
+        )
 
     def facts(self) -> dict[str, Any]:
         """What was asked and what came out, where there is a budget."""

@@ -133,6 +133,28 @@ class TraceWriter:
         self.close()
 
 
+class NoTrace:
+    """Takes what a `TraceWriter` takes and keeps nothing: for processes beside the one that writes."""
+
+    folder = None
+
+    def append(self, row: Row, table: str = "updates") -> None:
+        """Forget the row."""
+
+    def note(self, **facts: Any) -> None:
+        """Forget the facts."""
+
+    def flush(self) -> None:
+        """Write nothing."""
+
+    def close(self) -> None:
+        """Write nothing."""
+
+    def frame(self, table: str = "updates") -> pd.DataFrame:
+        """The columns of the table, without rows."""
+        return _joined([schema(table).empty_table()], [{}], table)
+
+
 def _clear(folder: Path, overwrite: bool) -> None:
     """Make the folder, free of the files of an earlier run; other files in it are let alone."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,21 +6,37 @@ import sys
 from pathlib import Path
 
 import pytest
+from landscape_cli import COMMANDS
 
 import landscape
 
 LEVELS = [
     {"errors", "columns", "files", "standardize", "state", "masks", "meter", "schedule"},
-    {"vocabulary", "objective"},
-    {"facts", "parts", "data", "ghost", "models", "recipes", "smoothness", "walk", "layers"},
-    {"norms", "measures", "trace", "products", "stacked", "gradients", "update", "capture"},
-    {"affine", "bands", "captions", "checks"},
-    {"compiled"},
-    {"engines"},
+    {"vocabulary", "objective", "ranks", "sources", "ghost", "weights", "storages"},
+    {"facts", "parts", "mnist", "cifar", "variants", "models", "recipes", "smoothness", "walk", "layers", "strategies"},
+    {
+        "plans",
+        "studies",
+        "norm_layers",
+        "data",
+        "augment",
+        "measures",
+        "trace",
+        "products",
+        "stacked",
+        "gradients",
+        "update",
+        "capture",
+    },
+    {"tables", "norms", "affine", "bands", "captions", "checks", "comparisons"},
+    {"compiled", "experiment"},
+    {"engines", "rehearsal"},
     {"ray", "choice"},
     {"plots", "arguments"},
     {"probe"},
     {"training"},
+    {"tuning"},
+    {"dependence", "blocks", "ranking", "orders"},
 ]
 TABLE_SIDE = {
     "errors",
@@ -36,6 +52,13 @@ TABLE_SIDE = {
     "captions",
     "plots",
     "recipes",
+    "strategies",
+    "storages",
+    "plans",
+    "studies",
+    "tables",
+    "blocks",
+    "orders",
 }
 ROOT = Path(landscape.__file__).parent
 
@@ -67,7 +90,7 @@ def test_the_table_side_does_not_know_torch(module):
     assert not {name for name in imported(module) if name and name.split(".")[0] == "torch"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["probe", "--help"], ["plot", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["--version"]])
 def test_help_imports_nothing_heavy(arguments):
     code = f"""
 import sys
