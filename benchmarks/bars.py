@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from landscape.plots import save
+from landscape.plots import footnote, save
 
 COLUMNS, LIMIT = 3, 2.5
 OURS, OTHERS, GOAL = sns.color_palette("colorblind")[0], "0.7", sns.color_palette("colorblind")[3]
@@ -39,8 +39,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             axes.remove()
         for axes, (name, table) in zip(grid.flat, tables.items(), strict=False):
             _draw_panel(axes, name, table, ways)
-        text = textwrap.fill(CAPTION, 30 + 45 * columns)
-        figure.supxlabel(text, x=0.01, ha="left", fontsize="small", color="0.3")
+        footnote(figure, CAPTION, 30 + 45 * columns)
     return figure
 
 
@@ -97,8 +96,7 @@ def chart(table: pd.DataFrame, path: Path | None) -> None:
         for axes, (key, panel) in zip(grid.flat, panels, strict=False):
             title = [textwrap.fill(str(part), 22) for part in (key if isinstance(key, tuple) else (key,))]
             _draw_norms(axes, "\n".join(title), panel, names)
-        text = textwrap.fill(NORMS_CAPTION, 150)
-        figure.supxlabel(text, x=0.01, ha="left", fontsize="small", color="0.3")
+        footnote(figure, NORMS_CAPTION, 150)
     save(figure, path)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from landscape.errors import UserError
-from landscape.recipes import RECIPES, Recipe
+from landscape.recipes import RECIPES, Recipe, named
 
 from .running import Places, prepare, record
 
@@ -60,7 +60,7 @@ def _comparison(number: str, request: Request) -> "tuple[Figure, pd.DataFrame | 
             record(run, places, {})
     recorded = [folder / run.run for run in runs]
     frame = read_traces(recorded)
-    return plot_landscape(frame, x="epoch"), roughness(frame, read_traces(recorded, table="epochs"))
+    return plot_landscape(frame, x="epoch", layout="multiples"), roughness(frame, read_traces(recorded, table="epochs"))
 
 
 def _ranking(request: Request) -> "tuple[Figure, pd.DataFrame | None]":
@@ -85,9 +85,7 @@ def _ranking(request: Request) -> "tuple[Figure, pd.DataFrame | None]":
 
 def _ranking_recipes(request: Request) -> list[Recipe]:
     """What was asked for; else SimpleNet on MNIST and, if not small, a ResNet in minutes of one CPU core."""
-    if unknown := [name for name in request.recipes if name not in RECIPES]:
-        raise UserError(f"Unknown recipe {unknown[0]!r}; choose one of {', '.join(RECIPES)}.")
-    recipes = [RECIPES[name] for name in dict.fromkeys(request.recipes or ["mnist"])]
+    recipes = [named(name) for name in dict.fromkeys(request.recipes or ["mnist"])]
     if request.scale == "small":
         return [replace(recipe, epochs=1) for recipe in recipes]
     cifar = replace(RECIPES["cifar10-small"], model="resnet20", schedule="constant", lr=0.1, augment=(), epochs=4)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from landscape.errors import UserError
-from landscape.recipes import GHOST_BY, PRECISIONS, RECIPES, Recipe
+from landscape.recipes import GHOST_BY, PRECISIONS, RECIPES, Recipe, named
 from landscape.vocabulary import NORMS, options_of
 
 from .running import Places, prepare, rank, record
@@ -129,11 +129,9 @@ def command(
 
 def _base(name: str, options: Mapping[str, Any]) -> Recipe:
     """The recipe of that name with the options that were given."""
-    if name not in RECIPES:
-        raise UserError(f"Unknown recipe {name!r}; choose one of {', '.join(RECIPES)}.")
     given = {option: value for option, value in options.items() if value is not None}
     # A learning rate that is asked for is that of all runs.
-    return replace(RECIPES[name], **given, **({"lr_without_norm": None} if "lr" in given else {}))
+    return replace(named(name), **given, **({"lr_without_norm": None} if "lr" in given else {}))
 
 
 def _variants(norm: str) -> tuple[str, ...]:

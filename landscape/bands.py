@@ -51,6 +51,8 @@ class View(NamedTuple):
     measure: MeasureName
     bands: Bands
     scale: Scale
+    top: float | None = None
+    """Where the axis ends, if that is below the largest value."""
 
 
 def view_of(frame: pd.DataFrame, x: str, measure: str, scale: str) -> View:
@@ -72,12 +74,19 @@ def view_of(frame: pd.DataFrame, x: str, measure: str, scale: str) -> View:
     points["line"] = points[measure] if name.line else np.nan
     columns = [x, "line", *(edges if name.band else ["line", "line"])]
     bands = {str(label): Band(*band[columns].to_numpy().T) for label, band in points.groupby("band", observed=True)}
-    return View(name, bands, _scale(bands, measure, scale))
-
-
-def _scale(bands: Bands, measure: str, scale: str) -> Scale:
     values = np.concatenate([part for band in bands.values() for part in (band.line, band.low, band.high)])
     values = values[np.isfinite(values)]
+    return View(name, bands, _scale(values, measure, scale), _top(values))
+
+
+def _top(values: np.ndarray) -> float | None:
+    """Ten times what nineteen of twenty values are below, where some go far beyond: a divergence flattens all else."""
+    if not len(values) or (usual := np.quantile(np.abs(values), 0.95)) == 0 or values.max() <= 100 * usual:
+        return None
+    return float(10 * usual)
+
+
+def _scale(values: np.ndarray, measure: str, scale: str) -> Scale:
     smallest = values.min(initial=np.inf)
     if scale == "log" and smallest <= 0:
         raise UserError(
@@ -101,14 +110,22 @@ def _small(values: np.ndarray) -> float:
 
 def largest_first(view: View) -> Bands:
     """The order of drawing: small bands lie over large ones."""
-    heights = {label: np.nansum(_height(band.low, band.high, view.scale)) for label, band in view.bands.items()}
+    heights = {label: np.nansum(_height(band.low, band.high, view.scale)) for label, band in _visible(view).items()}
     return dict(sorted(view.bands.items(), key=lambda item: -heights[item[0]]))
 
 
 def hides(view: View) -> bool:
     """Whether a band would lie with more than two thirds of its area under a smaller one."""
-    drawn = largest_first(view).values()
+    seen = _visible(view)
+    drawn = [seen[label] for label in largest_first(view)]
     return any(_covered(large, small, view.scale) > 2 / 3 for large, small in combinations(drawn, 2))
+
+
+def _visible(view: View) -> Bands:
+    """The bands as far as the axis goes."""
+    if view.top is None:
+        return view.bands
+    return {label: Band(band.x, *(part.clip(max=view.top) for part in band[1:])) for label, band in view.bands.items()}
 
 
 def _height(low: np.ndarray, high: np.ndarray, scale: Scale) -> np.ndarray:

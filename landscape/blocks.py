@@ -1,6 +1,5 @@
 """Figure 1: an (M, C, F) block for each norm, with the values that are normalized together in colour."""
 
-import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from landscape.plots import LandscapeFigure
+from landscape.plots import LandscapeFigure, footnote
 
 ACROSS = np.array([[np.sqrt(0.75), 0.5], [-np.sqrt(0.75), 0.5], [0.0, -1.0]])
 """Where M, C and F point to on the page, from the corner that is nearest: right, left and down."""
@@ -44,7 +43,7 @@ def plot_blocks(blocks: Mapping[str, np.ndarray]) -> Figure:
         for axes, (title, steps) in zip(panels, blocks.items(), strict=False):
             _draw(axes, np.asarray(steps))
             axes.set_title(title)
-        figure.supxlabel(textwrap.fill(CAPTION, 134), x=0.01, ha="left", fontsize="small", color="0.3")
+        footnote(figure, CAPTION)
     return figure
 
 

@@ -1,5 +1,6 @@
 """The words under a figure: what was measured, on what, and how it was joined."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import pandas as pd
 
 from landscape.measures import recorded
 from landscape.smoothness import flat
-from landscape.vocabulary import MEASURES
+from landscape.vocabulary import MEASURES, TITLES
 
 DIRECTIONS = {"gradient": "the gradient", "update": "the optimizer's update"}
 MODES = {"training": ", in training mode (batch statistics)", "evaluation": ", in evaluation mode (running statistics)"}
@@ -44,14 +45,15 @@ def _trained(frame: pd.DataFrame) -> str:
     model, dataset, samples, epochs = (_only(frame, fact) for fact in ("model", "dataset", "samples", "epochs"))
     if model is None or dataset is None or samples is None or epochs is None:
         return ""
-    return f"{model} on {samples:,} samples of {dataset}, {epochs:,} epochs{_rates(frame)}."
+    names = TITLES.get(model, model), TITLES.get(dataset, dataset)
+    return f"{names[0]} on {samples:,} samples of {names[1]}, {epochs:,} epochs{_rates(frame)}."
 
 
 def _rates(frame: pd.DataFrame) -> str:
-    peaks = frame.groupby("band", observed=True)["lr"].max().map("{:.2g}".format)
     if _only(frame, "schedule") in (None, "constant"):
         return ""
-    usual = peaks.mode().iloc[0]
+    peaks = {band: f"{max(rows['lr']):.2g}" for band, rows in frame.groupby("band", observed=True)}
+    usual = statistics.mode(peaks.values())
     others = [f" ({band}: {peak})" for band, peak in peaks.items() if peak != usual]
     return f" at learning rates up to {usual}{''.join(others)}"
 

@@ -1,6 +1,5 @@
 """The figure of order changes: how many pairs of activations GhostNorm puts in another order, over its groups."""
 
-import textwrap
 from collections.abc import Sequence
 
 import pandas as pd
@@ -8,17 +7,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from landscape.plots import LandscapeFigure
+from landscape.plots import LandscapeFigure, footnote
+from landscape.vocabulary import TITLES
 
-TITLES = {
-    "simplenet": "SimpleNet",
-    "resnet20": "ResNet-20",
-    "resnet56": "ResNet-56",
-    "wrn-28-10": "WRN-28-10",
-    "mnist": "MNIST",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-}
 CAPTION = (
     "Share of the pairs of a channel's activations that GhostNorm puts in another order. Lines: median over the "
     "channels of a layer; bands: from quartile to quartile. One group is BatchNorm, which changes no order; a random "
@@ -49,8 +40,7 @@ def plot_orders(frame: pd.DataFrame) -> Figure:
             column[-1].set_xlabel("groups of the batch, G")
         figure.supylabel("pairs in another order", fontsize="medium")
         batch = " or ".join(f"{size:,}" for size in frame["batch_size"].unique())
-        text = textwrap.fill(CAPTION.format(batch=batch), 134)
-        figure.supxlabel(text, x=0.01, ha="left", fontsize="small", color="0.3")
+        footnote(figure, CAPTION.format(batch=batch))
     return figure
 
 

@@ -16,7 +16,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from landscape.bands import POINTS, Band, Scale, View, hides, largest_first, view_of
+from landscape.bands import POINTS, Band, View, hides, largest_first, view_of
 from landscape.captions import caption
 from landscape.errors import UserError
 from landscape.files import whole_file
@@ -140,7 +140,7 @@ def _draw_overlays(figure: Figure, views: Sequence[View], labels: Sequence[str],
     for axes, view in zip(panels, views, strict=True):
         for label, band in largest_first(view).items():
             handles[label] |= {type(artist): artist for artist in _draw_band(axes, view, band, colours[label])}
-        _set_scale(axes, view.scale)
+        _set_axis(axes, view)
         axes.set_title(view.measure.title if len(views) > 1 else "", loc="left")
     if any(labels):
         entries: list[Any] = [tuple(sorted(of.values(), key=Artist.get_zorder)) for of in handles.values()]
@@ -155,7 +155,7 @@ def _draw_multiples(figure: Figure, view: View, labels: Sequence[str], x_label: 
         for other in view.bands.keys() - {label}:
             _draw_behind(axes, view, view.bands[other])
         _draw_band(axes, view, view.bands[label], colour)
-        _set_scale(axes, view.scale)
+        _set_axis(axes, view)
         axes.set_title(label.replace(" (", "\n(") if len(label) > 24 else label, loc="left")
 
 
@@ -168,7 +168,7 @@ def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> l
     for axes in panels[count:]:
         axes.remove()
     for axes in panels[:count]:
-        axes.xaxis.set_major_locator(MaxNLocator("auto" if count == 1 else 4, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator("auto" if count == 1 else 5, steps=[1, 2, 5, 10], integer=True))
     for axes in panels[:count][-columns:]:  # those with no panel below
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(x_label)
@@ -213,13 +213,20 @@ def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -
         sns.despine(ax=axes)
         axes.xaxis.set_major_formatter("{x:,.10g}")
     figure.supylabel(title, fontsize="medium")
-    figure.supxlabel(textwrap.fill(text, 134), x=0.01, ha="left", fontsize="small", color="0.3")
+    footnote(figure, text)
 
 
-def _set_scale(axes: Axes, scale: Scale) -> None:
-    axes.set_yscale(scale.name, **scale.options)
+def footnote(figure: Figure, text: str, width: int = 134) -> None:
+    """Put text under a figure, in lines of at most ``width`` characters: 134 fill 8 inches."""
+    figure.supxlabel(textwrap.fill(text, width), x=0.01, ha="left", fontsize="small", color="0.3")
+
+
+def _set_axis(axes: Axes, view: View) -> None:
+    axes.set_yscale(view.scale.name, **view.scale.options)
+    if view.top:
+        axes.set_ylim(top=view.top)
     low, high = axes.get_ylim()
-    if scale.name == "log" and high < 100 * low:  # powers of ten alone would be a tick or two
+    if view.scale.name == "log" and high < 100 * low:  # powers of ten alone would be a tick or two
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -229,6 +236,7 @@ def _about_axes(views: Sequence[View]) -> str:
     ratios = any(view.measure.band and view.scale.name == "log" for view in views)
     return " ".join(
         ["On a logarithmic axis, heights are ratios."] * ratios
+        + [f"Values above {view.top:.2g} are cut off." for view in views if view.top]
         + [
             f"The axis of the {view.measure.title} is logarithmic beyond {view.scale.linear:g}, on either side of 0."
             for view in views

@@ -220,3 +220,10 @@ RECIPES = {
     ),
 }
 """The experiments that the command line knows."""
+
+
+def named(name: str) -> Recipe:
+    """The recipe of that name; a UserError if there is none."""
+    if name not in RECIPES:
+        raise UserError(f"Unknown recipe {name!r}; choose one of {', '.join(RECIPES)}.")
+    return RECIPES[name]

@@ -99,7 +99,7 @@ def classify(
         recipe: As for :func:`train`.
         data_dir: Likewise.
         device: Likewise.
-        on_epoch: Called after every epoch, with its row.
+        on_epoch: Called after every epoch, with its row, in which only the last epoch has test columns.
 
     Returns:
         The last epoch's row, as in the table ``epochs`` of a trace (NaN where nothing was held out, or there is no test
@@ -111,7 +111,8 @@ def classify(
     experiment, started = Experiment(recipe, data_dir, device), time.perf_counter()
     row: dict[str, float] = {}
     for epoch in range(1, experiment.recipe.epochs + 1):
-        row = _after(epoch, list(experiment.epoch()), experiment) | {"seconds": time.perf_counter() - started}
+        losses, ended = list(experiment.epoch()), epoch == experiment.recipe.epochs
+        row = _after(epoch, losses, experiment, ended) | {"seconds": time.perf_counter() - started}
         on_epoch(row)
     return row
 
@@ -127,15 +128,16 @@ def rehearse(recipe: Recipe, data_dir: str | Path | None = None, device: str | N
     Experiment(recipe, data_dir, device)
 
 
-def _after(epoch: int, losses: list[Tensor], experiment: Experiment) -> dict[str, float]:
-    """The row of an epoch that has just ended."""
-    validation, test = (experiment.evaluate(samples) for samples in (experiment.data.validation, experiment.data.test))
+def _after(epoch: int, losses: list[Tensor], experiment: Experiment, test: bool = True) -> dict[str, float]:
+    """The row of an epoch that has just ended; what is said of the test set is NaN unless it is asked for."""
+    data = experiment.data
+    validation, tested = experiment.evaluate(data.validation), experiment.evaluate(data.test if test else data.test[:0])
     return {
         "epoch": epoch,
         "step": epoch * experiment.updates,
         "train_loss": torch.stack(losses).mean().item(),
         "validation_loss": validation[0],
         "validation_accuracy": validation[1],
-        "test_loss": test[0],
-        "test_accuracy": test[1],
+        "test_loss": tested[0],
+        "test_accuracy": tested[1],
     }

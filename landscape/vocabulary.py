@@ -30,6 +30,18 @@ NORMS = {
 """Every norm that ``make_norm`` knows, in the order in which figures show them."""
 
 
+TITLES = {
+    "simplenet": "SimpleNet",
+    "resnet20": "ResNet-20",
+    "resnet56": "ResNet-56",
+    "wrn-28-10": "WideResNet-28-10",
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+}
+"""Models and data sets as figures and tables write them."""
+
+
 def check_norm(name: str) -> None:
     """Raise a UserError unless there is a norm of that name."""
     if name not in NORMS:

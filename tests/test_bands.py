@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from traces import frame, frames, without
 
-from landscape.bands import Scale, hides, largest_first, view_of
+from landscape.bands import Band, Scale, hides, largest_first, view_of
 from landscape.errors import UserError
 from landscape.measures import band_labels
 from landscape.smoothness import measured
@@ -93,3 +93,18 @@ def test_a_symmetric_axis_is_linear_in_the_middle():
     seen = Scale("symlog", 0.1).seen(np.array([-10.0, -1.0, -0.05, 0.0, 0.05, 0.1, 1.0, 10.0]))
     np.testing.assert_allclose(seen, -seen[[7, 6, 4, 3, 2, 2, 1, 0]] * [1, 1, 1, 1, 1, 2, 1, 1])
     np.testing.assert_allclose(np.diff(seen[5:]), seen[7] - seen[6])
+
+
+def test_a_run_that_diverges_does_not_flatten_the_others():
+    calm, wild = measured(frame("batch"), "loss"), measured(frame("none"), "loss")
+    wild.loc[39, ["loss", "loss_min", "loss_max"]] = [1e3, 1e3, 1e6]
+    runs = pd.concat([calm, wild], ignore_index=True)
+    shown = view(runs)
+    usual = np.quantile(runs[["loss", "loss_min", "loss_max"]], 0.95)
+    assert shown.top == pytest.approx(10 * usual)
+    assert shown.bands["No normalization"].high[-1] == 1e6  # the axis ends, the values stay
+    assert view(calm).top is None
+    low = Band(*(part.clip(max=shown.top) for part in shown.bands["No normalization"]))
+    cut = shown._replace(bands=shown.bands | {"No normalization": low}, top=None)
+    assert list(largest_first(shown)) == list(largest_first(cut))
+    assert hides(shown) == hides(cut)

@@ -173,13 +173,13 @@ FACTS = {"model": "resnet56", "dataset": "cifar10", "samples": 12_800, "epochs":
 
 def test_what_was_trained_on_how_much():
     runs = frames("none", "batch").assign(**FACTS)
-    assert words(runs).startswith("resnet56 on 12,800 samples of cifar10, 8 epochs. Measured")
+    assert words(runs).startswith("ResNet-56 on 12,800 samples of CIFAR-10, 8 epochs. Measured")
     assert words(runs.drop(columns="samples")).startswith("Measured")
     assert words(runs.assign(samples=[1] * 80 + [2] * 80)).startswith("Measured")
 
 
 def test_how_high_the_learning_rate_went():
-    runs = pd.concat([frame("none").assign(lr=0.9951), frame("batch").assign(lr=2.97), frame("ghost").assign(lr=2.97)])
+    runs = pd.concat([frame(norm).assign(lr=lr) for norm, lr in (("none", 0.9951), ("batch", 2.97), ("ghost", 2.96))])
     runs = runs.reset_index(drop=True).assign(**FACTS, schedule="triangle")
     assert "8 epochs at learning rates up to 3 (No normalization: 1). Measured" in words(runs)
     assert "learning rates" not in words(runs.assign(schedule="constant"))

@@ -55,7 +55,7 @@ def test_small_is_one_epoch_of_mnist():
 
 
 def test_the_papers_scale_adds_a_resnet_that_needs_nothing_installed():
-    request = Request(Path("figures"), "paper", (), None, None)
+    request = Request(Path("figures"), "paper", None, (), None, None)
     first, second = (recipe.checked() for recipe in _ranking_recipes(request))
     assert first == RECIPES["mnist"].checked()
     assert (second.model, second.dataset, second.augment) == ("resnet20", "cifar10", ())

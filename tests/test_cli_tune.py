@@ -113,7 +113,17 @@ finally:
 def test_a_table_of_the_paper_is_planned(tmp_path, monkeypatch):
     if not (REAL_DATA / "mnist").is_dir():
         pytest.skip(f"no folder mnist in {REAL_DATA}: name its parent in LANDSCAPE_DATA_DIR")
-    result = run("1", "--plan", "--data-dir", str(REAL_DATA), cwd=tmp_path, monkeypatch=monkeypatch, command="table")
+    result = run(
+        "1",
+        "--scale",
+        "small",
+        "--plan",
+        "--data-dir",
+        str(REAL_DATA),
+        cwd=tmp_path,
+        monkeypatch=monkeypatch,
+        command="table",
+    )
     assert result.exit_code == 0, result.output
     assert "24 trainings to choose by, then 8 on the whole training set" in result.output
     assert not list(tmp_path.iterdir())

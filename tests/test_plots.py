@@ -324,3 +324,12 @@ def test_a_notebook_can_show_it_and_global_state_is_left_alone(tmp_path):
 def test_drawing_does_not_import_torch():
     program = "import sys, landscape.plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+
+
+def test_what_is_cut_off_is_said():
+    calm, wild = frame("batch"), frame("none")
+    wild.loc[39, "loss_max"] = 1e6
+    figure = plot_landscape(pd.concat([calm, wild], ignore_index=True))
+    top = max(axes.get_ylim()[1] for axes in figure.axes)
+    assert 1 < top < 100
+    assert f"Values above {top:.2g} are cut off." in figure.get_supxlabel().replace("\n", " ")

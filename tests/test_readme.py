@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from click.testing import CliRunner
-from landscape_cli import main
+from landscape_cli import COMMANDS, main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -19,7 +19,7 @@ def test_the_notebook_cell(tmp_path, monkeypatch):
 
 
 def test_every_option_that_is_named_is_there():
-    helps = "".join(CliRunner().invoke(main, [name, "--help"]).output for name in ("probe", "plot"))
+    helps = "".join(CliRunner().invoke(main, [name, "--help"]).output for name in COMMANDS)
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"pip install.*", "", README))) - {
         "--help",
         "--index-url",

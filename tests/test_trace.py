@@ -15,7 +15,15 @@ from landscape.columns import EPOCHS, UPDATES, VERSION
 from landscape.errors import UserError
 from landscape.trace import TraceWriter, read_traces
 
-EPOCH = {"epoch": 1, "step": 40, "train_loss": 0.5, "test_loss": 0.6, "test_accuracy": 0.9}
+EPOCH = {
+    "epoch": 1,
+    "step": 40,
+    "train_loss": 0.5,
+    "validation_loss": 0.55,
+    "validation_accuracy": 0.91,
+    "test_loss": 0.6,
+    "test_accuracy": 0.9,
+}
 
 
 def record(folder, facts=None, steps=10, **options):
