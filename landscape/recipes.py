@@ -185,12 +185,15 @@ _CLASSIFY = Recipe(
 _CLASSIFY_SMALL = replace(_CLASSIFY, model="simplenet", rise=0.1, augment=(), channels_last=False, engine="affine")
 
 RECIPES = {
-    # Dimitriou & Arandjelovic 2020, section 3.1: SimpleNet on MNIST, figure 4.
+    # Dimitriou & Arandjelovic 2020, section 3.1: SimpleNet on MNIST, figure 4. With BatchNorm 98.0 % after five epochs.
     "mnist": Recipe("mnist", "mnist", "simplenet", batch_size=512, epochs=4, lr=0.4, probe_lrs=_PAPER_LRS),
-    # The same on data that every machine has: 1,500 images of 64 pixels, so a smaller batch and more epochs.
+    # The same on data that every machine has: 1,500 images of 64 pixels, so a smaller batch and more epochs. With
+    # BatchNorm 94 %.
     "digits": Recipe("digits", "digits", "simplenet", batch_size=128, epochs=20, lr=0.4, probe_lrs=_PAPER_LRS),
+    # At the paper's scale; what it attains is not known yet, nor what the two below it do.
     "cifar10": _CIFAR10,
-    # Half an hour to an hour for each norm on one CPU core.
+    # Some 25 minutes for each norm on one CPU core. With BatchNorm 42 % of the first 1,000 test images; without norm it
+    # diverges near the highest rate.
     "cifar10-small": replace(_CIFAR10, recipe="cifar10-small", train_samples=12_800, epochs=8, every=2),
     "classify-cifar10": _CLASSIFY,
     "classify-cifar100": replace(_CLASSIFY, recipe="classify-cifar100", dataset="cifar100"),

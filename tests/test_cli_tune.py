@@ -125,5 +125,5 @@ def test_a_table_of_the_paper_is_planned(tmp_path, monkeypatch):
         command="table",
     )
     assert result.exit_code == 0, result.output
-    assert "24 trainings to choose by, then 8 on the whole training set" in result.output
+    assert "18 trainings to choose by, then 8 on the whole training set" in result.output
     assert not list(tmp_path.iterdir())
