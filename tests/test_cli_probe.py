@@ -27,6 +27,78 @@ def test_defaults_are_the_papers_comparison(tmp_path, monkeypatch):
 
 
 def test_every_combination_is_a_run_once(tmp_path, monkeypatch):
+    options = (
+        "--norm ghost --norm batch --norm seq --groups 8 --groups 16 --channel-groups 4 --seed 1 --seed 2 --epochs 1"
+    )
+    options += " --batch-size 256 --lr 0.1 --probe-lrs 0.05,0.1 --every 2 --out here"
+    assert run(*options.split(), cwd=tmp_path, monkeypatch=monkeypatch).exit_code == 0
+    frame = read_traces(tmp_path / "here")
+    assert set(frame.run) == {
+        f"digits-{norm}-seed{seed}" for norm in ("ghost8", "ghost16", "batch", "seq4-8", "seq4-16") for seed in (1, 2)
+    }
+    assert list(frame.step_sizes[0]) == [0.05, 0.1]
+    assert set(frame.lr) == {0.1}
+    assert set(frame.batch_size) == {256}
+    assert set(frame.step) == {0, 2, 4}
+
+
+def test_a_recorded_run_stops_before_any_training(tmp_path, monkeypatch):
+    first = ["--norm", "batch", "--epochs", "1"]
+    assert run(*first, cwd=tmp_path, monkeypatch=monkeypatch).exit_code == 0
+    again = run("--norm", "none", *first, cwd=tmp_path, monkeypatch=monkeypatch)
+    assert again.exit_code == 2
+    assert again.output.splitlines() == [
+        "Error: Recorded already: traces/digits-batch-seed0. Give another --out, or --overwrite to replace."
+    ]
+    assert not (tmp_path / "traces/digits-none-seed0").exists()
+    assert run(*first, "--overwrite", cwd=tmp_path, monkeypatch=monkeypatch).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--norm bath", "Unknown norm 'bath'; choose one of none, batch"),
+        ("--recipe cifar", "Unknown recipe 'cifar'; choose one of mnist, digits"),
+        ("--norm ghost --groups 300", "groups=300 on a batch of 128 samples"),
+        ("--norm group --channel-groups 0", "channel_groups=0"),
+        ("--probe-lrs 0.1,x", "'0.1,x' is not a list of numbers"),
+        ("--probe-lrs nan", "one finite number or more"),
+        ("--epochs 0", "epochs=0 is out of range"),
+        ("--batch-size 5000", "more than the 1500 training samples"),
+        ("--lr -1", "lr=-1.0 is out of range"),
+        ("--norm batch --batch-size 1", "norm 'batch' does not take batches of 1"),
+        ("--norm none --norm ghost --groups 128", "single value per channel"),
+        ("--norm batch --groups 8", "none of the norms batch takes it"),
+        ("--norm ghost --groups 0", "groups=0 is out of range"),
+        ("--seed 99999999999999999999", "seed=99999999999999999999 is out of range"),
+        ("--device meta", "device 'meta' cannot be used"),
+        ("--device abacus", "device 'abacus' cannot be used"),
+        ("--recipe mnist --data-dir nowhere/mnist.txt", "mnist"),
+        ("--out file.txt", "file.txt"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "file.txt").write_text("kept")
+    (tmp_path / "nowhere").write_text("a file where a folder is asked for")
+    result = run(*arguments.split(), cwd=tmp_path, monkeypatch=monkeypatch)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert result.output.strip().splitlines()[-1].startswith("Error: ")
+    assert (tmp_path / "file.txt").read_text() == "kept"
+    assert not (tmp_path / "traces").exists()
+
+
+def test_help_names_what_can_be_asked_for(tmp_path, monkeypatch):
+    result = run("--help", cwd=tmp_path, monkeypatch=monkeypatch)
+    unwrapped = re.sub(r"-\n\s+", "-", result.output)
+    words = re.split(r"[\s,.]+", unwrapped)
+    assert not {*NORMS, *RECIPES} - {*words}
+
+
+def test_the_three_implementations_of_ghost_norm_are_one_command(tmp_path):
+    """In a process of its own: `ranks` starts others, which are told by the command line what to train."""
+    ways = [word for way in GHOST_BY for word in ("--ghost-by", way)]
     settings = "--norm ghost --groups 2 --precision float64 --epochs 1 --probe-lrs 0.2,0.4 --every 3 --device cpu"
     command = [sys.executable, "-m", "landscape_cli", "probe", *shlex.split(settings), *ways, "--out", "three"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
