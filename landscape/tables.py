@@ -10,7 +10,7 @@ import pandas as pd
 from landscape.files import whole_file
 from landscape.plans import Plan
 from landscape.strategies import Configuration
-from landscape.vocabulary import NORMS
+from landscape.vocabulary import NORMS, TITLES
 
 
 def accuracies(trials: pd.DataFrame, chosen: Mapping[str, Configuration | None]) -> pd.DataFrame:
@@ -77,7 +77,8 @@ def caption(plan: Plan, trials: pd.DataFrame) -> str:
     seeds = _list(range(tuning.runs))
     took, devices = duration(trials["seconds"].to_numpy(float).sum()), _list(sorted(set(trials["device"])))
     sentences = [
-        f"Recipe {recipe.recipe}: {recipe.model} on {recipe.dataset}, {recipe.epochs} epochs, "
+        f"Recipe {recipe.recipe}: {TITLES.get(recipe.model, recipe.model)} on "
+        f"{TITLES.get(recipe.dataset, recipe.dataset)}, {recipe.epochs} epochs, "
         f"{samples['train']:,} images to train on and {samples['validation']:,} held out to choose by.",
         f"For the test accuracy the chosen configuration is trained on all {whole:,}." if samples["test"] else "",
         f"Mean and sample standard deviation over the seeds {seeds}." if tuning.runs > 1 else f"Seed {seeds}.",
