@@ -34,15 +34,14 @@ def rank() -> int | None:
 def prepare(runs: Sequence[Recipe], places: Places) -> None:
     """Before the first run is trained, find out whether a later one cannot be, or was recorded already."""
     from landscape.trace import holds_rows
-    from landscape.training import rehearse
+    from landscape.training import check_processes, rehearse
 
     taken = [str(places.out / run.run) for run in runs if holds_rows(places.out / run.run)]
     if taken and not places.overwrite:
         raise UserError(f"Recorded already: {', '.join(taken)}. Give another --out, or --overwrite to replace.")
-    if rank() is not None and any(run.ghost_by != "ranks" for run in runs):
-        raise UserError(
-            "Under torchrun every process trains its part of the same run; give --norm ghost --ghost-by ranks."
-        )
+    if rank() is not None:
+        for run in runs:
+            check_processes(run)
     for run in {replace(run, seed=0): run for run in runs}.values():
         rehearse(run, places.data_dir, places.device)
 

@@ -46,7 +46,9 @@ def _trained(frame: pd.DataFrame) -> str:
     if model is None or dataset is None or samples is None or epochs is None:
         return ""
     names = TITLES.get(model, model), TITLES.get(dataset, dataset)
-    return f"{names[0]} on {samples:,} samples of {names[1]}, {epochs:,} epochs{_rates(frame)}."
+    return (
+        f"{names[0]} on {samples:,} samples of {names[1]}, {epochs:,} epoch{'s' if epochs != 1 else ''}{_rates(frame)}."
+    )
 
 
 def _rates(frame: pd.DataFrame) -> str:

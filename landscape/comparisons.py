@@ -7,9 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from landscape.errors import UserError
+from landscape.facts import plain
 from landscape.measures import band_labels, summarize
 from landscape.recipes import RECIPES, Recipe
-from landscape.trace import holds_rows, read_traces
+from landscape.trace import holds_rows, read_facts, read_traces
 
 
 def comparison(base: Recipe, groups: Sequence[int], seeds: Iterable[int] = (0,)) -> list[Recipe]:
@@ -34,20 +35,23 @@ def missing(runs: Sequence[Recipe], folder: Path) -> list[Recipe]:
     Raises:
         UserError: One was recorded with other settings.
     """
-    return [run for run in runs if not holds_rows(folder / run.run) or not _ended(run.checked(), folder / run.run)]
+    return [run for run in runs if not _ended(run.checked(), folder / run.run)]
 
 
 def _ended(run: Recipe, folder: Path) -> bool:
-    if not any(folder.glob("epochs-*.parquet")):
+    if not holds_rows(folder):
         return False
-    facts = read_traces(folder, table="epochs").to_dict("records")[-1]
-    # Lists are no columns, the engine may be another than was asked for, and earlier versions had fewer options.
-    known = {name: None if pd.isna(fact) else fact for name, fact in facts.items() if name not in ("epoch", "engine")}
-    for name, asked in asdict(run).items():
-        if name in known and known[name] != asked:
+    known = read_facts(folder / "run.json")
+    if "norm" not in known:
+        raise UserError(f"{folder} does not say what was recorded in it (run.json); give another --traces.")
+    for name, asked in plain(asdict(run)).items():
+        # The engine may be another than was asked for, and earlier versions had fewer options.
+        if name != "engine" and known.get(name, asked) != asked:
             found = f"{name}={known[name]}, and asked for is {name}={asked}"
             raise UserError(f"{folder} was recorded with {found}; give another --traces.")
-    return facts["epoch"] == run.epochs
+    if not all(any(folder.glob(f"{table}-*.parquet")) for table in ("updates", "epochs")):
+        return False
+    return run.epochs in set(read_traces(folder, table="epochs")["epoch"])
 
 
 def roughness(frame: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:

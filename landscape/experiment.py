@@ -7,10 +7,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from landscape.augment import augmentation
 from landscape.data import Dataset, Samples, load_dataset
@@ -171,21 +172,14 @@ def learning_rate(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: int
     ``triangle`` rises from ``lr_start`` to ``lr``, falls back in as many updates, and goes on to ``lr_end`` in those
     that are left; ``cosine`` rises likewise and falls to ``lr_end`` along half a cosine.
     """
-    rising = max(1, round(recipe.rise * updates))
     if recipe.schedule == "constant" or updates < 4:
         return LambdaLR(optimizer, lambda update: 1.0)
     if recipe.schedule == "triangle":
-        return OneCycleLR(
-            optimizer,
-            recipe.lr,
-            total_steps=updates,
-            pct_start=recipe.rise,
-            anneal_strategy="linear",
-            cycle_momentum=False,
-            div_factor=recipe.lr / recipe.lr_start,
-            final_div_factor=recipe.lr_start / recipe.lr_end,
-            three_phase=True,
-        )
+        top = max(0.0, recipe.rise * updates - 1)  # as in torch's OneCycleLR, which fails where this is 0
+        start = min(recipe.lr_start, recipe.lr)
+        updates_at, rates = (0, top, 2 * top, updates - 1), (start, recipe.lr, start, recipe.lr_end)
+        return LambdaLR(optimizer, lambda update: float(np.interp(update, updates_at, rates)) / recipe.lr)
+    rising = max(1, round(recipe.rise * updates))
     rise = LinearLR(optimizer, min(1.0, recipe.lr_start / recipe.lr), total_iters=rising)
     fall = CosineAnnealingLR(optimizer, max(1, updates - rising), recipe.lr_end)
     return SequentialLR(optimizer, [rise, fall], [rising])

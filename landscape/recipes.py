@@ -100,6 +100,8 @@ class Recipe:
         _check_numbers(self)
         if self.ghost_by != "layer" and self.norm != "ghost":
             raise UserError(f"ghost_by={self.ghost_by!r} is a way to get GhostNorm; the norm is {self.norm!r}.")
+        if self.ghost_by != "layer" and (self.groups or 1) > self.batch_size:
+            raise UserError(f"groups={self.groups} of batches of {self.batch_size} samples: take fewer groups.")
         unused = {name: None for name in ("groups", "channel_groups") if name not in options}
         lr = self.lr_without_norm if self.norm == "none" and self.lr_without_norm is not None else self.lr
         return replace(self, **unused, lr=lr, lr_without_norm=None)
@@ -110,9 +112,9 @@ def _check_counts(recipe: Recipe, names: tuple[str, ...]) -> None:
         value = getattr(recipe, name)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name}={value} is out of range; give a whole number from 1 on.")
-    if recipe.validation < 0:
+    if not isinstance(recipe.validation, int) or recipe.validation < 0:
         raise UserError(f"validation={recipe.validation} is out of range; give a number of samples from 0 on.")
-    if not 0 <= recipe.seed < 2**63:
+    if not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:
         raise UserError(f"seed={recipe.seed} is out of range; give a whole number from 0 to 2**63 - 1.")
 
 
@@ -133,8 +135,13 @@ def _check_numbers(recipe: Recipe) -> None:
     for name in ("lr_end", "momentum", "weight_decay"):
         if not 0 <= getattr(recipe, name) < float("inf"):
             raise UserError(f"{name}={getattr(recipe, name)} is out of range; give a finite number from 0 on.")
-    if not 0 < recipe.rise < 1:
-        raise UserError(f"rise={recipe.rise} is out of range; give a share of the updates between 0 and 1.")
+    if recipe.nesterov and not recipe.momentum:
+        raise UserError(
+            "nesterov=True with momentum=0.0: Nesterov's momentum needs some; give it, or leave nesterov out."
+        )
+    most = 0.5 if recipe.schedule == "triangle" else 1  # a triangle falls as long as it rises
+    if not 0 < recipe.rise < most:
+        raise UserError(f"rise={recipe.rise} is out of range; give a share of the updates between 0 and {most}.")
     if recipe.overhead is not None and not 0 < recipe.overhead < float("inf"):
         raise UserError(f"overhead={recipe.overhead} is out of range; give a share of the training time above 0.")
 

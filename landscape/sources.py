@@ -44,7 +44,8 @@ class Source:
 def find_file(name: str, folder: Path, source: Source) -> Path | None:
     """Where a file lies, raw or gzipped: in the folder, or in a subfolder named like the data set or its archive's."""
     places = dict.fromkeys([folder, folder / source.name, folder / source.inside, folder / source.name / source.inside])
-    paths = [place / (name + suffix) for place in places for suffix in ("", ".gz")]
+    known = [own for own in (name, f"{name}.gz") if own in source.sha256]
+    paths = [place / own for place in places for own in known]
     return next(filter(Path.is_file, paths), None)
 
 

@@ -78,7 +78,7 @@ def caption(plan: Plan, trials: pd.DataFrame) -> str:
     took, devices = duration(trials["seconds"].to_numpy(float).sum()), _list(sorted(set(trials["device"])))
     sentences = [
         f"Recipe {recipe.recipe}: {TITLES.get(recipe.model, recipe.model)} on "
-        f"{TITLES.get(recipe.dataset, recipe.dataset)}, {recipe.epochs} epochs, "
+        f"{TITLES.get(recipe.dataset, recipe.dataset)}, {recipe.epochs} epoch{'s' if recipe.epochs != 1 else ''}, "
         f"{samples['train']:,} images to train on and {samples['validation']:,} held out to choose by.",
         f"For the test accuracy the chosen configuration is trained on all {whole:,}." if samples["test"] else "",
         f"Mean and sample standard deviation over the seeds {seeds}." if tuning.runs > 1 else f"Seed {seeds}.",

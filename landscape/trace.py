@@ -197,7 +197,7 @@ def read_traces(paths: str | Path | Iterable[str | Path], table: str = "updates"
     names, parts = _find_runs(paths, table)
     rows = [pa.concat_tables([read_part(part, table) for part in parts[folder]]) for folder in parts]
     run = {folder: {"run": names[folder]} for folder in parts}  # before all facts, and not to be renamed by one
-    facts = [run[folder] | _read_facts(folder / "run.json") | run[folder] for folder in parts]
+    facts = [run[folder] | read_facts(folder / "run.json") | run[folder] for folder in parts]
     return _joined(rows, facts, table)
 
 
@@ -238,7 +238,8 @@ def _locate(path: Path, table: str) -> Iterator[tuple[str, Path]]:
         raise UserError(f"There is no {path}; give a run folder, a folder of runs, or a part ({table}-*.parquet).")
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a ``run.json`` says, nothing if there is none; a UserError if it cannot be read or is of a later version."""
     if not path.exists():
         return {}
     try:

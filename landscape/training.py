@@ -43,19 +43,25 @@ def train(
     """
     if recipe.ghost_by != "ranks":
         return _trained(Experiment(recipe, data_dir, device), Path(out), overwrite, on_update)
-    own = _device_of_rank(recipe, device)
+    check_processes(recipe)
+    own = own_device(usable_device(device).type)
     with joined(own) as ranks:
         return _trained(Experiment(recipe, data_dir, own, ranks), Path(out), overwrite, on_update)
 
 
-def _device_of_rank(recipe: Recipe, device: str | None) -> torch.device:
-    """Where this process trains; a UserError unless there is one for each group."""
-    if launched() != recipe.groups:
+def check_processes(recipe: Recipe) -> None:
+    """Raise a UserError unless torchrun has started as many processes as the recipe is trained by."""
+    processes = launched() or 1
+    if recipe.ghost_by == "ranks" and processes != recipe.groups:
         raise UserError(
-            f"ghost_by='ranks' with groups={recipe.groups} takes as many processes, and there are {launched() or 1}: "
+            f"ghost_by='ranks' with groups={recipe.groups} takes as many processes, and there are {processes}: "
             f"`landscape probe --ghost-by ranks` starts them, or `torchrun --nproc-per-node {recipe.groups}`."
         )
-    return own_device(usable_device(device).type)
+    if recipe.ghost_by != "ranks" and processes > 1:
+        raise UserError(
+            f"torchrun has started {processes} processes, and {recipe.run} is trained by one: take norm ghost and "
+            "ghost_by ranks, or leave torchrun out."
+        )
 
 
 def _trained(experiment: Experiment, out: Path, overwrite: bool, on_update: Callable[[LandscapeProbe], None]) -> Path:

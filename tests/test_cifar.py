@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import io
 import tarfile
@@ -137,3 +138,16 @@ def test_cifar100_by_name(tmp_path, monkeypatch):
     assert dataset.train.targets.dtype == torch.int64
     pixels = dataset.train.inputs[:, 1] * dataset.std[1] + dataset.mean[1]
     torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+
+
+def test_a_gzipped_file_without_a_known_hash_is_not_taken(tmp_path):
+    records = bytes([3, 42]) + bytes(3072)
+    source = replace(
+        CIFAR100.source,
+        mirrors=(),
+        sha256={name: hashlib.sha256(records).hexdigest() for name in CIFAR100.source.sha256},
+    )
+    (tmp_path / "train.bin").write_bytes(records)
+    (tmp_path / "test.bin.gz").write_bytes(gzip.compress(records))
+    train_set, test_set = read_cifar(replace(CIFAR100, source=source), tmp_path)
+    assert (len(train_set[0]), len(test_set[0])) == (1, 0)

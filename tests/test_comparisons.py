@@ -6,6 +6,7 @@ import pytest
 from landscape import RECIPES, UserError, read_traces, train
 from landscape.comparisons import COMPARISONS, comparison, missing, roughness
 
+SHORT = replace(RECIPES["digits"], norm="none", epochs=1, train_samples=256)
 RUNS = comparison(replace(RECIPES["digits"], epochs=2), (16,), (0, 1))
 
 
@@ -75,3 +76,28 @@ def test_roughness_by_hand(folder):
         }
     )
     pd.testing.assert_series_equal(table["GhostNorm (G=16)"], expected, check_names=False)
+
+
+def test_other_step_sizes_are_another_run(tmp_path):
+    train(replace(SHORT, probe_lrs=(0.1, 0.2)), tmp_path, device="cpu")
+    with pytest.raises(UserError, match="probe_lrs"):
+        missing([SHORT], tmp_path)
+
+
+def test_a_run_that_is_something_else_is_not_taken_for_one_that_came_to_no_end(tmp_path):
+    path = train(replace(SHORT, lr=0.123), tmp_path, device="cpu")
+    next(path.glob("epochs-*")).unlink()
+    with pytest.raises(UserError, match="lr="):
+        missing([SHORT], tmp_path)
+
+
+def test_a_run_without_its_updates_is_missing(tmp_path):
+    path = train(SHORT, tmp_path, device="cpu")
+    next(path.glob("updates-*")).unlink()
+    assert missing([SHORT], tmp_path) == [SHORT]
+
+
+def test_a_run_that_does_not_say_what_it_is_is_refused(tmp_path):
+    (train(SHORT, tmp_path, device="cpu") / "run.json").unlink()
+    with pytest.raises(UserError, match=r"run\.json"):
+        missing([SHORT], tmp_path)

@@ -379,3 +379,22 @@ def test_a_direction_with_nothing_for_a_parameter():
     model = nn.Linear(1, 1)
     with pytest.raises(UserError, match="direction of 'weight' is a NoneType; give a tensor, or leave it out"):
         ray_losses(model, lambda m: m(torch.ones(1)), {"weight": None, "bias": torch.ones(1)}, [1.0])
+
+
+@pytest.mark.parametrize("engine", ["affine", "stacked", "loop", "auto"])
+def test_training_that_diverges_goes_on_and_is_recorded(engine):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 2))
+    optimizer, criterion = torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss()
+    inputs, targets = torch.randn(128, 64), torch.arange(128) % 2
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1, 0.2], engine=engine) as probe:
+        for step in range(12):
+            if step == 8:
+                with torch.no_grad():
+                    model[0].weight.fill_(torch.nan)
+            optimizer.zero_grad()
+            criterion(model(inputs), targets).backward()
+            optimizer.step()
+    losses = probe.frame()["loss_max"].to_numpy(float)
+    assert len(losses) == 12
+    assert [bool(loss != loss) for loss in losses] == [False] * 8 + [True] * 4

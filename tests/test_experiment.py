@@ -131,3 +131,11 @@ def test_augmentation_follows_the_seed():
 def test_mistakes(changes, message):
     with pytest.raises(UserError, match=message):
         Experiment(replace(RECIPES["digits"], **changes))
+
+
+@pytest.mark.parametrize("rise", [0.1, 0.2, 0.25, 0.45])
+@pytest.mark.parametrize("updates", [1, 2, 4, 5, 10, 40])
+@pytest.mark.parametrize("lr", [0.01, 3.0])
+@pytest.mark.parametrize("schedule", ["triangle", "cosine"])
+def test_no_learning_rate_is_above_the_one_asked_for(schedule, lr, updates, rise):
+    assert max(rates(updates, schedule=schedule, rise=rise, lr=lr, lr_end=0.0)) <= lr * (1 + 1e-9)

@@ -66,6 +66,12 @@ def test_recipes_are_named_as_they_are_called():
         ({"lr_end": -1.0}, "lr_end=-1.0"),
         ({"momentum": float("nan")}, "momentum=nan"),
         ({"rise": 1.0}, "rise=1.0"),
+        ({"rise": 0.5, "schedule": "triangle"}, "rise=0.5 .* between 0 and 0.5"),
+        ({"nesterov": True}, "needs some"),
+        ({"validation": 10.5}, "validation=10.5"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"norm": "ghost", "ghost_by": "accumulation", "groups": 129}, "groups=129 of batches of 128 samples"),
+        ({"norm": "ghost", "ghost_by": "ranks", "groups": 129}, "groups=129 of batches of 128 samples"),
         ({"norm": "bath"}, "Unknown norm 'bath'; choose one of none, batch, ghost"),
     ],
 )

@@ -122,7 +122,7 @@ def test_the_table_and_its_caption_say_what_was_done(plan, once):
     assert lines[3].startswith(f"| GhostNorm (G={outcome.chosen['ghost'].groups}) | ")
     words = caption(plan, outcome.trials)
     for part in (
-        "Recipe classify-digits: SimpleNet on digits, 1 epochs, 600 images to train on and 300 held out",
+        "Recipe classify-digits: SimpleNet on digits, 1 epoch, 600 images to train on and 300 held out",
         "the chosen configuration is trained on all 900",
         "over the seeds 0, 1",
         "G_M of 2, 4; G_C of 1, 4",
