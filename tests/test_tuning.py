@@ -2,6 +2,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from landscape import RECIPES
 from landscape.errors import UserError
@@ -23,6 +24,15 @@ def place(folder):
 @pytest.fixture(scope="module")
 def plan():
     return rehearsed(SMALL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As each of two processes has on two cores: more threads add numbers up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
