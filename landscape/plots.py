@@ -152,8 +152,9 @@ def _draw_multiples(figure: Figure, view: View, labels: Sequence[str], x_label: 
     """A panel for each band, with the others in grey behind."""
     panels = _panels(figure, len(labels), x_label, sharey=True)
     for axes, (label, colour) in zip(panels, _colours(labels).items(), strict=True):
-        for other in view.bands.keys() - {label}:
-            _draw_behind(axes, view, view.bands[other])
+        for other, band in view.bands.items():
+            if other != label:
+                _draw_behind(axes, view, band)
         _draw_band(axes, view, view.bands[label], colour)
         _set_axis(axes, view)
         axes.set_title(label.replace(" (", "\n(") if len(label) > 24 else label, loc="left")

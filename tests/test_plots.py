@@ -1,6 +1,8 @@
+import os
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -333,3 +335,20 @@ def test_what_is_cut_off_is_said():
     top = max(axes.get_ylim()[1] for axes in figure.axes)
     assert 1 < top < 100
     assert f"Values above {top:.2g} are cut off." in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_a_drawing_is_the_same_in_every_process(tmp_path):
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import pandas as pd
+from traces import frame
+from landscape.plots import plot_landscape, save
+runs = pd.concat([frame(norm, seed) for seed, norm in enumerate(["none", "batch", "ghost", "seq"])], ignore_index=True)
+save(plot_landscape(runs, layout="multiples"), sys.argv[2])
+"""
+    here = str(Path(__file__).parent)
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", code, here, str(tmp_path / f"{seed}.svg")]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
