@@ -104,7 +104,7 @@ class Entry:
 FIGURES = {
     "1": Entry(dict.fromkeys(SCALES, "figure1"), "which values each norm normalizes together", _figure1),
     "ranking": Entry(
-        dict.fromkeys(SCALES, "ranking"),
+        {"paper": "ranking", "small": "ranking-small"},
         "how many pairs of activations GhostNorm puts in another order (section 2.2)",
         _ranking,
     ),
@@ -170,12 +170,16 @@ def command(
         raise UserError(f"scale is {scale!r}; it can be {', '.join(SCALES)}.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder as --out.")
+    if traces and name not in ("4", "5"):
+        raise UserError(f"Figure {name} is not drawn from traces; leave --traces out.")
     figure, table = FIGURES[name].draw(Request(out, scale, traces, recipes, data_dir, device))
     from landscape.plots import save
 
+    # What was asked for otherwise does not take the place of the paper's figure.
+    stem = "-".join([FIGURES[name].stems[scale], *dict.fromkeys(recipes)])
     if table is not None:
         click.echo(table.to_string(float_format="{:.4g}".format) + "\n")
     for suffix in ("png", "svg"):
-        path = out / f"{FIGURES[name].stems[scale]}.{suffix}"
+        path = out / f"{stem}.{suffix}"
         save(figure, path)
         click.echo(f"Figure: {path}")

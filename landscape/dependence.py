@@ -11,8 +11,7 @@ from torch import Tensor
 
 from landscape.errors import UserError
 from landscape.measures import band_labels
-from landscape.norms import make_norm
-from landscape.vocabulary import options_of
+from landscape.norms import MAKERS, make_norm
 
 STEPS = {"seq": ("group", "seq"), "seq-ws": ("group", "seq-ws"), "seq-reversed": ("ghost", "seq-reversed")}
 """Norms of more than one step: the norm that the first step is, then that of all steps."""
@@ -75,7 +74,7 @@ def steps_to(norm: str, shape: Sequence[int], at: Sequence[int], **options: Any)
     steps = STEPS.get(norm, (norm,))
     reached = torch.zeros(tuple(shape), dtype=torch.int64)
     for number, name in reversed(list(enumerate(steps, 1))):  # the first step last, as it is what counts
-        own = options if name == norm else {option: options.get(option) for option in options_of(name)}
+        own = {option: value for option, value in options.items() if name == norm or option in MAKERS[name][1]}
         reached[dependence(make_norm(name, **own)(shape[1]).double(), shape, at)] = number
     return reached
 

@@ -10,7 +10,7 @@ import pandas as pd
 from landscape.files import whole_file
 from landscape.plans import Plan
 from landscape.strategies import Configuration
-from landscape.vocabulary import NORMS, TITLES
+from landscape.vocabulary import NORMS, TITLES, options_of
 
 
 def accuracies(trials: pd.DataFrame, chosen: Mapping[str, Configuration | None]) -> pd.DataFrame:
@@ -82,7 +82,7 @@ def caption(plan: Plan, trials: pd.DataFrame) -> str:
         f"{samples['train']:,} images to train on and {samples['validation']:,} held out to choose by.",
         f"For the test accuracy the chosen configuration is trained on all {whole:,}." if samples["test"] else "",
         f"Mean and sample standard deviation over the seeds {seeds}." if tuning.runs > 1 else f"Seed {seeds}.",
-        f"Groups tried: G_M of {_list(tuning.groups)}; G_C of {_list(tuning.channel_groups)}; {_strategy(plan)}.",
+        _tried(plan),
         f"{len(trials)} trainings took {took} ({devices}).",
         *(f"Left out: {abridged(left_out)}: {why}" for why, left_out in reasons(plan).items()),
     ]
@@ -95,6 +95,15 @@ def reasons(plan: Plan) -> dict[str, list[Configuration]]:
     for configuration, reason in plan.impossible.items():
         by_reason.setdefault(reason, []).append(configuration)
     return by_reason
+
+
+def _tried(plan: Plan) -> str:
+    """The groups that were tried, of those that the norms take, and in which order."""
+    tuning = plan.tuning
+    taken = {option for norm in tuning.norms for option in options_of(norm)}
+    asked = (("groups", "G_M", tuning.groups), ("channel_groups", "G_C", tuning.channel_groups))
+    tried = [f"{symbol} of {_list(values)}" for option, symbol, values in asked if option in taken]
+    return f"Groups tried: {'; '.join([*tried, _strategy(plan)])}." if tried else ""
 
 
 def _strategy(plan: Plan) -> str:

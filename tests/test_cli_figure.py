@@ -39,8 +39,10 @@ def test_the_ranking_of_a_recipe_is_a_table_and_two_pictures(tmp_path):
     assert lines[0].split() == ["%", "at", "G", "=", "1", "2", "4", "8", "16", "32"]
     assert [line.split()[-6] for line in lines[2:6]] == ["0"] * 4  # BatchNorm
     assert [line for line in lines[2:6] if " 11 " in line]  # updates of one epoch
-    assert lines[-2:] == ["Figure: figures/ranking.png", "Figure: figures/ranking.svg"]
-    assert "<!-- SimpleNet on digits, after 11 updates -->" in (tmp_path / "figures/ranking.svg").read_text()
+    assert lines[-2:] == [f"Figure: figures/ranking-small-digits.{suffix}" for suffix in ("png", "svg")]
+    assert (
+        "<!-- SimpleNet on digits, after 11 updates -->" in (tmp_path / "figures/ranking-small-digits.svg").read_text()
+    )
 
 
 @pytest.mark.skipif(not (REAL_DATA / "mnist").is_dir(), reason=f"no folder mnist in {REAL_DATA}")
@@ -111,3 +113,10 @@ def test_figure_4_has_recipes_of_its_own():
         2,
         "Error: Figure 4 has recipes of its own, at two scales; leave --recipe out.\n",
     )
+
+
+def test_figures_that_are_not_drawn_from_traces():
+    for name in ("1", "ranking"):
+        result = run(name, "--traces", "traces")
+        assert result.exit_code == 2
+        assert "not drawn from traces; leave --traces out" in result.output

@@ -126,3 +126,10 @@ def test_panels_without_a_block_stay_empty(tmp_path):
     figure = plot_blocks({"BatchNorm": steps_to("batch", (2, 2, 1), (0, 0, 0)).numpy()})
     assert [bool(axes.collections) for axes in figure.axes] == [True, False, False]
     save(figure, tmp_path / "one.png")
+
+
+def test_the_first_step_has_the_options_of_the_norm():
+    options = {"groups": 2, "channel_groups": 2, "layout": "interleaved"}
+    reached = steps_to("seq-reversed", (6, 4, 2), (0, 0, 0), **options)
+    assert (reached == 1)[:, 0].all(1).tolist() == [True, False] * 3  # every second sample is in the group
+    assert not (reached == 1)[:, 1:].any()
