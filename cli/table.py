@@ -43,25 +43,11 @@ TABLES = {
     "--out", type=click.Path(path_type=Path), default=Path("figures"), show_default=True, help="Parent of the folder."
 )
 @workshop_options
-def command(
-    number: str,
-    scale: str,
-    out: Path,
-    storage: str | None,
-    jobs: int,
-    device: str | None,
-    data_dir: Path | None,
-    only_plan: bool,
-) -> None:
+def command(number: str, scale: str, out: Path, workshop: Workshop) -> None:
     """Train what table NUMBER of the paper compares: 1 for CIFAR-100, 2 for CIFAR-10.
 
     The same as `landscape tune` with the recipe of the table, the paper's groups and two seeds; the results are in the
     subfolder table1-small (and so on) of OUT. `--plan` says how long it takes.
     """
     tuning, title = TABLES[number, scale]
-    run(
-        tuning,
-        out / f"table{number}-{scale}",
-        Workshop(storage, jobs, device, data_dir, only_plan),
-        title,
-    )
+    run(tuning, out / f"table{number}-{scale}", workshop, title)

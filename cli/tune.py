@@ -1,7 +1,8 @@
 """``landscape tune``: the best groups of each norm, by trainings that several machines may share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,13 @@ class Workshop:
 
 
 def workshop_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that make a :class:`Workshop`."""
+    """The options that make a :class:`Workshop`, which the command gets as ``workshop``."""
+
+    @wraps(command)
+    def with_workshop(**given: Any) -> None:
+        names = [field.name for field in fields(Workshop)]
+        command(workshop=Workshop(**{name: given.pop(name) for name in names}), **given)
+
     options = [
         click.option("--storage", help="Database that workers share, postgresql:// or sqlite:///.  [default: in OUT]"),
         click.option("--jobs", type=int, default=1, show_default=True, help="Processes that train on this machine."),
@@ -44,8 +51,8 @@ def workshop_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--plan", "only_plan", is_flag=True, help="Say what would be trained and for how long; no more."),
     ]
     for option in reversed(options):
-        command = option(command)
-    return command
+        with_workshop = option(with_workshop)
+    return with_workshop
 
 
 @click.command("tune")
@@ -102,11 +109,7 @@ def command(
     recipe: str,
     epochs: int | None,
     out: Path,
-    storage: str | None,
-    jobs: int,
-    device: str | None,
-    data_dir: Path | None,
-    only_plan: bool,
+    workshop: Workshop,
     **search: Any,
 ) -> None:
     """Choose the groups of each norm by validation accuracy, then train with them for the test accuracy.
@@ -115,7 +118,7 @@ def command(
     are given the same --storage share them. Writes table.md, table.parquet and trials.parquet into OUT.
     """
     base = RECIPES[recipe] if epochs is None else replace(RECIPES[recipe], epochs=epochs)
-    run(Tuning(base, **search), out, Workshop(storage, jobs, device, data_dir, only_plan))
+    run(Tuning(base, **search), out, workshop)
 
 
 def run(tuning: Tuning, out: Path, workshop: Workshop, title: str = "") -> None:

@@ -1,6 +1,6 @@
 """A recipe set up to be trained: data, model, optimizer, learning rate, and one update after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from inspect import signature
@@ -69,7 +69,11 @@ class Experiment:
         self._order = torch.Generator().manual_seed(recipe.seed)
 
     def epoch(self) -> Iterator[Tensor]:
-        """Train on the training set once, in a new order, in batches of the full size; yields each update's loss."""
+        """Train on the training set once, in a new order, in batches of the full size.
+
+        Yields:
+            The loss of each update; of several ranks that of the own part, whose mean over the ranks it is.
+        """
         shuffled = torch.randperm(len(self.data.train), generator=self._order).to(self.device)
         for batch in shuffled.split(self.recipe.batch_size)[: self.updates]:
             yield self._update(self.data.train[batch])
@@ -86,7 +90,11 @@ class Experiment:
             losses.append(loss.detach() * share)
         self.optimizer.step()
         self.schedule.step()
-        return self._ranks.mean(lambda: {"loss": torch.stack(losses).sum() * self._ranks.size})["loss"]
+        return torch.stack(losses).sum() * self._ranks.size
+
+    def mean_loss(self, losses: Sequence[Tensor]) -> float:
+        """The mean of what `epoch` has yielded, over all ranks."""
+        return self._ranks.mean(lambda: {"loss": torch.stack(list(losses)).mean()})["loss"].item()
 
     def _parts(self, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The batch, or GhostNorm's groups of it that go through the model one by one in this process."""

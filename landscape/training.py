@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from landscape.errors import UserError
@@ -141,7 +140,7 @@ def _after(epoch: int, losses: list[Tensor], experiment: Experiment, test: bool 
     return {
         "epoch": epoch,
         "step": epoch * experiment.updates,
-        "train_loss": torch.stack(losses).mean().item(),
+        "train_loss": experiment.mean_loss(losses),
         "validation_loss": validation[0],
         "validation_accuracy": validation[1],
         "test_loss": tested[0],
