@@ -45,7 +45,7 @@ def _comparison(number: str, request: Request) -> "tuple[Figure, pd.DataFrame | 
     """Figure 4 or 5: what is not recorded yet is trained first."""
     from landscape.comparisons import COMPARISONS, missing, roughness
     from landscape.plots import plot_landscape
-    from landscape.trace import read_traces
+    from landscape.runs import read_traces
 
     if request.recipes:
         raise UserError(f"Figure {number} has recipes of its own, at two scales; leave --recipe out.")

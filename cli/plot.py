@@ -51,7 +51,7 @@ def command(paths: tuple[Path, ...], out: str, measures: tuple[str, ...], x: str
     """  # noqa: D301 (click looks for the character \b)
     # Imported here, so that --help does not wait for pandas and matplotlib.
     from landscape.plots import plot_landscape, save
-    from landscape.trace import read_traces
+    from landscape.runs import read_traces
 
     frame = read_traces(paths)
     save(plot_landscape(frame, measure=measures, x=x, scale=scale, layout=layout), out)

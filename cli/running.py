@@ -33,7 +33,7 @@ def rank() -> int | None:
 
 def prepare(runs: Sequence[Recipe], places: Places) -> None:
     """Before the first run is trained, find out whether a later one cannot be, or was recorded already."""
-    from landscape.trace import holds_rows
+    from landscape.runs import holds_rows
     from landscape.training import check_processes, rehearse
 
     taken = [str(places.out / run.run) for run in runs if holds_rows(places.out / run.run)]
@@ -102,7 +102,7 @@ def _arguments(run: Recipe, places: Places, options: Mapping[str, Any]) -> list[
 
 def _smoothness(folder: Path) -> str:
     from landscape.measures import summarize
-    from landscape.trace import read_traces
+    from landscape.runs import read_traces
 
     summary = summarize(read_traces(folder)).iloc[0]
     accuracy = read_traces(folder, table="epochs")["test_accuracy"].iloc[-1]

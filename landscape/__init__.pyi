@@ -12,5 +12,5 @@ from .ray import ray_losses as ray_losses
 from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
 from .trace import TraceWriter as TraceWriter
-from .trace import read_traces as read_traces
+from .runs import read_traces as read_traces
 from .training import train as train

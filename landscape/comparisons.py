@@ -10,7 +10,8 @@ from landscape.errors import UserError
 from landscape.facts import plain
 from landscape.measures import band_labels, summarize
 from landscape.recipes import RECIPES, Recipe
-from landscape.trace import holds_rows, read_facts, read_traces
+from landscape.runs import holds_rows, read_facts, read_traces
+from landscape.stores import store_at
 
 
 def comparison(base: Recipe, groups: Sequence[int], seeds: Iterable[int] = (0,)) -> list[Recipe]:
@@ -41,7 +42,7 @@ def missing(runs: Sequence[Recipe], folder: Path) -> list[Recipe]:
 def _ended(run: Recipe, folder: Path) -> bool:
     if not holds_rows(folder):
         return False
-    known = read_facts(folder / "run.json")
+    known = read_facts(store_at(folder))
     if "norm" not in known:
         raise UserError(f"{folder} does not say what was recorded in it (run.json); give another --traces.")
     for name, asked in plain(asdict(run)).items():

@@ -12,6 +12,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+def finished_name(name: str) -> str:
+    """The name that a temporary file would have got."""
+    return name.removeprefix(".").removesuffix(".tmp")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the place of ``path`` when the block ends.

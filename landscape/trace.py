@@ -1,73 +1,126 @@
-"""The trace of a run: rows into Parquet parts, and the parts of many runs into one frame."""
+"""Records a run: rows into Parquet parts, which are written as soon as their place takes them."""
 
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from landscape.columns import TABLES, VERSION
 from landscape.errors import UserError
 from landscape.facts import environment, plain
-from landscape.files import temporary_name, whole_file
-from landscape.parts import Row, check_version, column_names, read_part, schema, to_arrow, to_pandas, write_part
+from landscape.files import finished_name
+from landscape.outbox import Outbox
+from landscape.parts import Row, column_names, read_part, rows_in, schema, to_arrow, to_parquet
+from landscape.runs import FACTS, first_row, joined, parts_of, read_facts
+from landscape.stores import Memory, Place, reason, store_at
 
 
 class TraceWriter:
-    """Records the rows of one run in a folder that is readable at any moment, also after the process was killed.
+    """Records the rows of one run in a place that is readable at any moment, also after the process was killed.
 
-    The folder holds ``run.json``, which says what made the run, and parts such as ``updates-000001000.parquet``,
-    numbered by the index of their first row. Every file is written beside its place and moved into it, so only the rows
-    since the last flush can be lost. Values are written as they are: NaN stays NaN and inf stays inf.
+    The place holds ``run.json``, which says what made the run, and parts such as ``updates-000001000.parquet``,
+    numbered by the index of their first row. Every file appears as a whole, so a killed process loses the rows since
+    the last flush and no more. Values are written as they are: NaN stays NaN and inf stays inf.
+
+    Where a disk is full, a folder has vanished or a server does not answer, training goes on: a warning says so, once,
+    and the rows stay in memory (as Parquet, up to ``landscape.outbox.WAITING_BYTES``) until they can be written, which
+    every flush tries again. What is missing in the end is said by the error that :meth:`close` raises.
 
     Args:
-        folder: Where the run is kept; created if needed. With None the rows stay in memory, for ``frame`` alone.
+        place: Folder of the run, or a URL such as ``s3://bucket/run``; created if needed, and written to by this
+            process alone until :meth:`close`. With None the rows stay in memory, for ``frame``.
         facts: What is needed to repeat the run, for ``run.json``; may be nested. Scalars at the top become columns in
             ``read_traces``.
         flush_rows: Rows of one table after which everything pending is written.
         flush_seconds: Seconds after which everything pending is written, looked at when a row is appended.
-        overwrite: Whether the files of an earlier run in ``folder`` are removed first.
+        overwrite: Whether the files of an earlier run in the place are removed first.
+        resume: Whether an earlier run in the place goes on, behind its rows (see :meth:`rewind`).
         resolve: Turns pending rows of one table into rows of Python and numpy values just before they are written.
             Rows may thus hold tensors of a device, which are fetched in one transfer.
 
+    Attributes:
+        place: Where the run is recorded, as text; None for a trace in memory.
+
     Raises:
-        UserError: The folder holds a run already, or cannot be written to, or a fact cannot be put into JSON.
+        UserError: The place holds a run already, is being written to by another process, or cannot be written to; or a
+            fact cannot be put into JSON.
     """
 
     def __init__(
         self,
-        folder: str | Path | None,
+        place: Place | None,
         facts: Mapping[str, Any] | None = None,
         *,
         flush_rows: int = 1000,
         flush_seconds: float = 30.0,
         overwrite: bool = False,
+        resume: bool = False,
         resolve: Callable[[list[Row]], list[Row]] | None = None,
     ) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self._store = Memory() if place is None else store_at(place)
+        self.place = None if place is None else str(self._store)
         self._flush_rows, self._flush_seconds, self._resolve = flush_rows, flush_seconds, resolve
         self._pending: dict[str, list[Row]] = {table: [] for table in TABLES}
-        self._written = dict.fromkeys(TABLES, 0)
-        self._in_memory = {table: schema(table).empty_table() for table in TABLES}
+        self._rows = dict.fromkeys(TABLES, 0)
+        self._parts: dict[str, int] = {}
+        """How many rows each part has that this writer has made, by name."""
         self._flushed = time.monotonic()
         self._facts: dict[str, Any] = plain(facts or {})
-        if self.folder is not None:
-            self._facts = {"version": VERSION, "started": _now(), "environment": environment(), **self._facts}
-            self._begin(self.folder, overwrite)
-
-    def _begin(self, folder: Path, overwrite: bool) -> None:
+        if place is not None:
+            made = {"version": VERSION, "id": uuid.uuid4().hex, "started": _now(), "environment": environment()}
+            self._facts = made | self._facts
         try:
-            _clear(folder, overwrite)
-            self.note()
+            self._store.create()
+            self._outbox = Outbox(self._store)
         except OSError as error:
-            raise UserError(f"No trace can be written in {folder}: {error.strerror}. Give another folder.") from error
+            raise self._unusable(error) from error
+        self._begin(overwrite, resume)
+
+    def _begin(self, overwrite: bool, resume: bool) -> None:
+        try:
+            names = self._store.names()
+            recorded = [name for table in TABLES for name in parts_of(names, table)]
+            if recorded and not (overwrite or resume):
+                raise UserError(
+                    f"{self._store} holds a run already; give another folder, overwrite=True to replace it, or "
+                    "resume=True to go on with it."
+                )
+            if resume and recorded:
+                self._go_on(recorded)
+            else:
+                self._remove([FACTS, *recorded])
+            # What killed processes have left half done; any other file is let alone.
+            self._remove([name for name in names if name.startswith(".") and _is_own(finished_name(name))])
+            self._store.write(FACTS, self._json())
+        except OSError as error:
+            self._outbox.release()
+            raise self._unusable(error) from error
+        except UserError:
+            self._outbox.release()
+            raise
+
+    def _go_on(self, recorded: list[str]) -> None:
+        """Take over what an earlier process has recorded."""
+        known = read_facts(self._store)
+        resumed = [*known.pop("resumed", []), self._facts["started"]]
+        kept = {name: known.get(name) for name in ("id", "started")} if known else {"id": None}
+        self._facts = known | self._facts | kept | {"resumed": resumed}
+        self._facts.pop("ended", None)
+        for table in TABLES:
+            if parts := parts_of(recorded, table):
+                self._rows[table] = (first_row(parts[-1]) or 0) + rows_in(self._store, parts[-1])
+
+    @property
+    def written(self) -> dict[str, int]:
+        """How many rows of each table were handed to the place: those that are there if :meth:`flush` says so."""
+        return dict(self._rows)
 
     def append(self, row: Row, table: str = "updates") -> None:
         """Add a row; its keys are columns of ``landscape.columns``, and those left out are missing values.
@@ -91,38 +144,101 @@ class TraceWriter:
             UserError: A fact cannot be put into JSON; the message names it.
         """
         self._facts |= {**plain(facts), "version": VERSION}
-        if self.folder is not None:
-            with whole_file(self.folder / "run.json") as file:
-                file.write(json.dumps(self._facts, indent=2, allow_nan=False).encode())
+        self._outbox.put(FACTS, self._json())
+        self._outbox.send()
 
-    def flush(self) -> None:
-        """Write the pending rows, one part per table that has any."""
+    def flush(self) -> bool:
+        """Write the pending rows, one part per table that has any.
+
+        Returns:
+            Whether everything that was recorded is in its place now.
+        """
         for table, rows in self._pending.items():
             if rows:
-                self._keep(to_arrow(self._resolve(rows) if self._resolve else rows, table), table)
-                self._pending[table] = []  # only now: rows that could not be written are still here
+                part = to_arrow(self._resolve(rows) if self._resolve else rows, table)
+                name = f"{table}-{self._rows[table]:09d}.parquet"
+                self._outbox.put(name, to_parquet(part, self._facts.get("id")))
+                self._parts[name] = part.num_rows
+                self._rows[table] += part.num_rows
+                self._pending[table] = []  # only now: rows that could not be resolved are still here
         self._flushed = time.monotonic()
+        return self._outbox.send() and not self._outbox.lost
 
-    def _keep(self, part: pa.Table, table: str) -> None:
-        if self.folder is None:
-            self._in_memory[table] = pa.concat_tables([self._in_memory[table], part])
-        else:
-            with whole_file(self.folder / f"{table}-{self._written[table]:09d}.parquet") as file:
-                write_part(part, file)
-            self._written[table] += part.num_rows
+    def rewind(self, written: Mapping[str, int]) -> None:
+        """Forget all rows but the first, as many of each table as ``written`` was at an earlier time.
+
+        Raises:
+            UserError: There are fewer, so that the trace would have a gap.
+        """
+        self.flush()
+        for table in TABLES:
+            rows = written.get(table, 0)
+            if self._rows[table] < rows and self.place is not None:
+                raise UserError(
+                    f"{self._store} has {self._rows[table]} rows of {table}, and should go on after {rows}: some were "
+                    "lost since. Put them back, or start the run anew with overwrite=True."
+                )
+            parts = parts_of(self._store.names(), table)
+            later = [name for name in parts if (first_row(name) or 0) >= rows]
+            self._remove(later)
+            if last := parts[: len(parts) - len(later)][-1:]:
+                self._shorten(last[0], table, rows - (first_row(last[0]) or 0))
+            self._rows[table] = rows
+
+    def _shorten(self, name: str, table: str, rows: int) -> None:
+        """Keep the first rows of a part."""
+        if rows_in(self._store, name) > rows:
+            part = read_part(self._store, name, table).slice(0, rows)
+            self._store.write(name, to_parquet(part, self._facts.get("id")))
+
+    def _remove(self, names: list[str]) -> None:
+        for name in names:
+            self._store.remove(name)
+            self._outbox.forget(name)
 
     def frame(self, table: str = "updates") -> pd.DataFrame:
         """Everything recorded so far, as ``read_traces`` gives it but without ``run``; flushes first."""
         self.flush()
-        parts = sorted(self.folder.glob(f"{table}-*.parquet")) if self.folder else []
-        rows = pa.concat_tables([self._in_memory[table], *(read_part(part, table) for part in parts)])
-        return _joined([rows], [self._facts], table)
+        waiting = Memory(self._outbox.waiting)
+        places = [(store, name) for store in (self._store, waiting) for name in parts_of(store.names(), table)]
+        rows = [read_part(store, name, table) for store, name in sorted(places, key=lambda place: place[1])]
+        return joined([pa.concat_tables([schema(table).empty_table(), *rows])], [self._facts], table)
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Put another file beside the run, whole or not at all; an OSError if the place does not take it."""
+        self._store.write(name, content)
+
+    def kept(self, name: str) -> bytes | None:
+        """The contents of a file beside the run; None if there is none."""
+        return self._store.read(name) if name in self._store.names() else None
+
+    def discard(self, name: str) -> None:
+        """Remove a file beside the run, if it is there."""
+        self._store.remove(name)
 
     def close(self) -> None:
-        """Write what is pending and note when the run ended."""
+        """Write what is pending, note when the run ended, and let others write to its place.
+
+        Raises:
+            UserError: Rows are missing in the place. Those that wait in memory are tried again by another ``close``.
+        """
         self.flush()
-        if self.folder is not None:
-            self.note(ended=_now())
+        self.note(ended=_now(), rows=self._rows)
+        if missing := self._outbox.finish():
+            told = [f"{self._amount(names)} {why}" for why, names in missing.items()]
+            raise UserError(f"Not all that was recorded is in {self._store}: {'; '.join(told)}.")
+
+    def _amount(self, names: Iterable[str]) -> str:
+        """How many rows of which tables are in these files."""
+        rows = {table: sum(self._parts[name] for name in parts_of(names, table)) for table in TABLES}
+        counts = [f"{count} rows of {table}" for table, count in rows.items() if count]
+        return " and ".join(counts or ["facts of the run"])
+
+    def _json(self) -> bytes:
+        return json.dumps(self._facts, indent=2, allow_nan=False).encode()
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(f"No trace can be written in {self._store}: {reason(error)}. Give another folder.")
 
     def __enter__(self) -> Self:
         return self
@@ -130,13 +246,19 @@ class TraceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except UserError as missing:
+            if error is None:
+                raise
+            warnings.warn(str(missing), stacklevel=2)  # the error that ended the run is worth more
 
 
 class NoTrace:
     """Takes what a `TraceWriter` takes and keeps nothing: for processes beside the one that writes."""
 
-    folder = None
+    place = None
+    written: ClassVar[dict[str, int]] = dict.fromkeys(TABLES, 0)
 
     def append(self, row: Row, table: str = "updates") -> None:
         """Forget the row."""
@@ -144,120 +266,33 @@ class NoTrace:
     def note(self, **facts: Any) -> None:
         """Forget the facts."""
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Write nothing."""
+        return True
+
+    def rewind(self, written: Mapping[str, int]) -> None:
+        """Forget nothing."""
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Forget the file."""
+
+    def kept(self, name: str) -> bytes | None:
+        """There is no file."""
+
+    def discard(self, name: str) -> None:
+        """There is no file."""
 
     def close(self) -> None:
         """Write nothing."""
 
     def frame(self, table: str = "updates") -> pd.DataFrame:
         """The columns of the table, without rows."""
-        return _joined([schema(table).empty_table()], [{}], table)
+        return joined([schema(table).empty_table()], [{}], table)
 
 
-def _clear(folder: Path, overwrite: bool) -> None:
-    """Make the folder, free of the files of an earlier run; other files in it are let alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if holds_rows(folder) and not overwrite:
-        raise UserError(f"{folder} holds a run already; give another folder, or overwrite=True to replace it.")
-    patterns = [Path("run.json"), *(Path(f"{table}-*.parquet") for table in TABLES)]
-    earlier = [path for pattern in patterns for path in folder.glob(pattern.name)]
-    leftovers = [path for pattern in patterns for path in folder.glob(temporary_name(pattern).name)]
-    for path in earlier + leftovers:
-        path.unlink()
-
-
-def holds_rows(folder: Path) -> bool:
-    """Whether a run was recorded in the folder; one that ended before its first flush left nothing worth keeping."""
-    return any(path for table in TABLES for path in folder.glob(f"{table}-*.parquet"))
+def _is_own(name: str) -> bool:
+    return name == FACTS or first_row(name) is not None
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read_traces(paths: str | Path | Iterable[str | Path], table: str = "updates") -> pd.DataFrame:
-    """Read the traces of one or many runs into one frame.
-
-    Args:
-        paths: A run folder, a folder that holds runs at any depth, a single part, or several of these.
-        table: ``"updates"`` (one row per probed update) or ``"epochs"``.
-
-    Returns:
-        The columns of ``landscape.columns``, behind ``run`` (the run's folder, relative to the path given) and one
-        column per scalar fact at the top of ``run.json``; a fact named like a column of the rows is left out. Text is
-        categorical, whole-number facts are ``Int64``, lists are Arrow-backed (``frame.losses.list[0]``). NaN and inf
-        stay as they are.
-
-    Raises:
-        UserError: There is no such table, nothing is at a path or was recorded in it, or a file cannot be read.
-    """
-    column_names(table)  # a table that does not exist is told before its parts are missed
-    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    names, parts = _find_runs(paths, table)
-    rows = [pa.concat_tables([read_part(part, table) for part in parts[folder]]) for folder in parts]
-    run = {folder: {"run": names[folder]} for folder in parts}  # before all facts, and not to be renamed by one
-    facts = [run[folder] | read_facts(folder / "run.json") | run[folder] for folder in parts]
-    return _joined(rows, facts, table)
-
-
-def _joined(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> pd.DataFrame:
-    """The rows of all runs behind their scalar facts; a fact named like a column of the rows is left out."""
-    taken = {"version", *column_names(table)}
-    scalars = [{n: f for n, f in run.items() if n not in taken and not isinstance(f, dict | list)} for run in facts]
-    columns = _fact_columns(scalars)
-    repeated = columns.loc[np.repeat(columns.index, [run.num_rows for run in rows])].reset_index(drop=True)
-    return pd.concat([repeated, to_pandas(pa.concat_tables(rows))], axis=1)
-
-
-def _find_runs(paths: list[Path], table: str) -> tuple[dict[Path, str], dict[Path, list[Path]]]:
-    """Name and parts of every run, by its folder; a run that several paths lead to is found once."""
-    names: dict[Path, str] = {}
-    parts: dict[Path, set[Path]] = {}
-    for name, part in (found for path in paths for found in _locate(path, table)):
-        names.setdefault(part.parent, name)
-        parts.setdefault(part.parent, set()).add(part)
-    if not parts:
-        where = ", ".join(map(str, paths)) or "no path"
-        raise UserError(f"No {table} are recorded in {where}; record some with `landscape probe --out FOLDER`.")
-    count = Counter(names.values())
-    names = {folder: name if count[name] == 1 else folder.as_posix() for folder, name in names.items()}
-    return names, {folder: sorted(found) for folder, found in parts.items()}
-
-
-def _locate(path: Path, table: str) -> Iterator[tuple[str, Path]]:
-    """Yield the parts at or under a path, each with the name of its run."""
-    root = path.resolve()
-    if root.is_dir():
-        for part in sorted(root.rglob(f"{table}-*.parquet")):
-            inner = part.parent.relative_to(root)
-            yield inner.as_posix() if inner.parts else root.name, part
-    elif root.exists():
-        yield root.parent.name, root
-    else:
-        raise UserError(f"There is no {path}; give a run folder, a folder of runs, or a part ({table}-*.parquet).")
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """What a ``run.json`` says, nothing if there is none; a UserError if it cannot be read or is of a later version."""
-    if not path.exists():
-        return {}
-    try:
-        facts = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); mend it, or move it out of the folder.") from error
-    check_version(facts.get("version", VERSION), path)
-    return facts
-
-
-def _fact_columns(facts: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row per run, in types that stay small when they are repeated for every update."""
-    names = dict.fromkeys(name for run in facts for name in run)
-    columns = {name: _fact_column([run.get(name) for run in facts]) for name in names}
-    return pd.DataFrame(columns, index=range(len(facts)))
-
-
-def _fact_column(values: list[Any]) -> pd.Series:
-    column = pd.Series(values, dtype=object)
-    types = {"integer": "Int64", "boolean": "boolean", "floating": "float64", "mixed-integer-float": "float64"}
-    return column.astype(types.get(pd.api.types.infer_dtype(column, skipna=True), "category"))

@@ -7,12 +7,16 @@ from traces import rows
 
 from landscape.columns import UPDATES, VERSION
 from landscape.errors import UserError
-from landscape.parts import read_part, schema, to_arrow, write_part
+from landscape.parts import read_part, schema, to_arrow, to_parquet
+from landscape.stores import Folder
 
 
-def write(path, rows):
-    with path.open("wb") as file:
-        write_part(to_arrow(rows, "updates"), file)
+def write(path, rows, run=None):
+    path.write_bytes(to_parquet(to_arrow(rows, "updates"), run))
+
+
+def read(path, table="updates", run=None):
+    return read_part(Folder(path.parent), path.name, table, run)
 
 
 def test_pandas_reads_a_part_without_this_package(tmp_path):
@@ -51,7 +55,7 @@ def test_a_newer_format_is_refused(tmp_path):
     newer = to_arrow(rows(steps=1), "updates").replace_schema_metadata({"landscape_version": str(VERSION + 1)})
     pq.write_table(newer, tmp_path / "part")
     with pytest.raises(UserError, match=f"format {VERSION + 1}, and only {VERSION} is known"):
-        read_part(tmp_path / "part", "updates")
+        read(tmp_path / "part")
 
 
 def rewritten(path, version, drop=()):
@@ -66,14 +70,14 @@ NEW = [column.name for column in UPDATES if column.since == 2]
 
 @pytest.mark.parametrize("version", ["1", None])
 def test_columns_that_came_later_are_missing_in_an_older_part(tmp_path, version):
-    part = read_part(rewritten(tmp_path / "part", version, drop=NEW), "updates")
+    part = read(rewritten(tmp_path / "part", version, drop=NEW))
     assert part.schema == schema("updates")
     assert {name: part[name].null_count for name in NEW} == dict.fromkeys(NEW, 3)
     assert part["losses"].to_pylist() == [row["losses"] for row in rows(steps=3)]
 
 
 def test_a_column_that_others_added_is_not_taken_for_one_that_came_later(tmp_path):
-    part = read_part(rewritten(tmp_path / "part", "1"), "updates")
+    part = read(rewritten(tmp_path / "part", "1"))
     assert {name: part[name].null_count for name in NEW} == dict.fromkeys(NEW, 3)
 
 
@@ -81,21 +85,45 @@ def test_a_column_that_others_added_is_not_taken_for_one_that_came_later(tmp_pat
 @pytest.mark.parametrize("column", ["slope", "gradient_distances", "losses"])
 def test_a_part_without_a_column_of_its_version_is_refused(tmp_path, version, column):
     with pytest.raises(UserError, match=f"no part of the table updates: it has no column {column}"):
-        read_part(rewritten(tmp_path / "part", version, drop=[column]), "updates")
+        read(rewritten(tmp_path / "part", version, drop=[column]))
 
 
 def test_a_part_that_has_lost_its_version_is_read_whole(tmp_path):
-    part = read_part(rewritten(tmp_path / "part", None), "updates")
+    part = read(rewritten(tmp_path / "part", None))
     assert part["slope"].to_pylist() == [row["slope"] for row in rows(steps=3)]
 
 
 def test_another_table_is_refused(tmp_path):
     write(tmp_path / "part", rows(steps=1))
     with pytest.raises(UserError, match="no part of the table epochs: it has no column train_loss"):
-        read_part(tmp_path / "part", "epochs")
+        read(tmp_path / "part", "epochs")
 
 
 def test_columns_that_others_added_are_left_out(tmp_path):
     part = to_arrow(rows(steps=1), "updates")
     pq.write_table(part.append_column("note", pa.array(["mine"])), tmp_path / "part")
-    assert read_part(tmp_path / "part", "updates").schema == schema("updates")
+    assert read(tmp_path / "part").schema == schema("updates")
+
+
+def test_a_part_knows_its_run(tmp_path):
+    write(tmp_path / "part", rows(steps=2), run="a")
+    assert read(tmp_path / "part", run="a").num_rows == 2
+    assert read(tmp_path / "part").num_rows == 2
+    with pytest.raises(UserError, match="belongs to another run"):
+        read(tmp_path / "part", run="b")
+
+
+def test_no_flipped_bit_is_read_as_a_number(tmp_path):
+    """Every part with one bit flipped is refused, or read as it was."""
+    part = to_arrow(rows(steps=20), "updates")
+    content, random = bytearray(to_parquet(part, "a")), np.random.default_rng(0)
+    refused = 0
+    for bit in random.choice(8 * len(content), 400, replace=False):
+        content[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "part").write_bytes(content)
+        content[bit // 8] ^= 1 << bit % 8
+        try:
+            assert read(tmp_path / "part", run="a").equals(part.cast(schema("updates")))
+        except UserError:
+            refused += 1
+    assert refused > 100
