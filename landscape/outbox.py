@@ -1,5 +1,6 @@
 """Files on their way to a store, which wait in memory while it does not take them."""
 
+import time
 import warnings
 
 from landscape.errors import UserError
@@ -8,6 +9,8 @@ from landscape.stores import Store, reason
 
 WAITING_BYTES = 256 << 20
 """Most bytes of files that wait: as Parquet some three million updates with eight losses each."""
+REST = 20
+"""A server that does not answer costs training a twentieth of its time at most."""
 
 
 class Outbox:
@@ -36,18 +39,26 @@ class Outbox:
         self._store = store
         self._sent: set[str] = set()
         self._told = False
+        self._resting_until = 0.0
         self._lock: Lock | None = Lock(store)
 
     def put(self, name: str, content: bytes) -> None:
         """Have a file written with the next :meth:`send`, in the place of any other of that name."""
         # Whatever there is too much of is what comes last: the beginning of a run stays whole.
-        if self._is_full(content) and not self.send() and self._is_full(content):
+        if self._is_full(content) and not self.send(again=False) and self._is_full(content):
             self.lost.append(name)
         else:
             self.waiting[name] = content
 
-    def send(self) -> bool:
-        """Write what waits, as far as the store takes it; whether nothing waits any more."""
+    def send(self, again: bool = True) -> bool:
+        """Write what waits, as far as the store takes it; whether nothing waits any more.
+
+        Args:
+            again: Whether also to ask a store that took long to refuse: ``REST`` times as long it is let alone.
+        """
+        started = time.monotonic()
+        if not again and started < self._resting_until:
+            return False
         try:
             self._lock = self._lock or Lock(self._store)  # it was let go, and there is more to come
             if self.waiting:
@@ -59,6 +70,7 @@ class Outbox:
             self.trouble = ""
         except (OSError, UserError) as error:
             self.trouble = reason(error)
+            self._resting_until = time.monotonic() + REST * (time.monotonic() - started)
             self._tell()
         return not self.waiting
 
@@ -67,10 +79,11 @@ class Outbox:
         self._sent.discard(name)
 
     def finish(self) -> dict[str, list[str]]:
-        """Try once more, let others write to the store, and tell which files are not in it, by the reason."""
+        """Try once more and tell which files are not in the store, by the reason; if none waits, let others write."""
         if not self.send():
             self._make_anew()
-        self.release()
+        if not self.waiting:
+            self.release()
         try:
             gone = self._sent.difference(self._store.names())
         except OSError:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import pandas as pd
 import pyarrow as pa
@@ -135,7 +135,8 @@ class TraceWriter:
             raise UserError(f"The table {table} has no column {', '.join(unknown)}; it has {', '.join(names)}.")
         self._pending[table].append(row)
         if len(self._pending[table]) >= self._flush_rows or time.monotonic() - self._flushed >= self._flush_seconds:
-            self.flush()
+            self._gather()
+            self._outbox.send(again=False)
 
     def note(self, **facts: Any) -> None:
         """Add facts about the run to ``run.json``, or replace those of the same name.
@@ -153,6 +154,11 @@ class TraceWriter:
         Returns:
             Whether everything that was recorded is in its place now.
         """
+        self._gather()
+        return self._outbox.send() and not self._outbox.lost
+
+    def _gather(self) -> None:
+        """Make parts of the pending rows."""
         for table, rows in self._pending.items():
             if rows:
                 part = to_arrow(self._resolve(rows) if self._resolve else rows, table)
@@ -162,7 +168,6 @@ class TraceWriter:
                 self._rows[table] += part.num_rows
                 self._pending[table] = []  # only now: rows that could not be resolved are still here
         self._flushed = time.monotonic()
-        return self._outbox.send() and not self._outbox.lost
 
     def rewind(self, written: Mapping[str, int]) -> None:
         """Forget all rows but the first, as many of each table as ``written`` was at an earlier time.
@@ -195,13 +200,22 @@ class TraceWriter:
         for name in names:
             self._store.remove(name)
             self._outbox.forget(name)
+            self._parts.pop(name, None)
 
     def frame(self, table: str = "updates") -> pd.DataFrame:
-        """Everything recorded so far, as ``read_traces`` gives it but without ``run``; flushes first."""
+        """Everything recorded so far, as ``read_traces`` gives it but without ``run``; flushes first.
+
+        Raises:
+            UserError: What was written cannot be read, as while its place is out of reach.
+        """
         self.flush()
-        waiting = Memory(self._outbox.waiting)
-        places = [(store, name) for store in (self._store, waiting) for name in parts_of(store.names(), table)]
-        rows = [read_part(store, name, table) for store, name in sorted(places, key=lambda place: place[1])]
+        waiting, lost = self._outbox.waiting, self._outbox.lost
+        try:
+            names = {*self._store.names(), *self._parts}.difference(lost)
+        except OSError as error:
+            raise UserError(f"{self._store} cannot be read now: {reason(error)}.") from error
+        stores = {name: Memory(waiting) if name in waiting else self._store for name in parts_of(names, table)}
+        rows = [read_part(store, name, table) for name, store in stores.items()]
         return joined([pa.concat_tables([schema(table).empty_table(), *rows])], [self._facts], table)
 
     def keep(self, name: str, content: bytes) -> None:
@@ -217,7 +231,7 @@ class TraceWriter:
         self._store.remove(name)
 
     def close(self) -> None:
-        """Write what is pending, note when the run ended, and let others write to its place.
+        """Write what is pending, note when the run ended, and, if all is written, let others write to its place.
 
         Raises:
             UserError: Rows are missing in the place. Those that wait in memory are tried again by another ``close``.
@@ -252,42 +266,6 @@ class TraceWriter:
             if error is None:
                 raise
             warnings.warn(str(missing), stacklevel=2)  # the error that ended the run is worth more
-
-
-class NoTrace:
-    """Takes what a `TraceWriter` takes and keeps nothing: for processes beside the one that writes."""
-
-    place = None
-    written: ClassVar[dict[str, int]] = dict.fromkeys(TABLES, 0)
-
-    def append(self, row: Row, table: str = "updates") -> None:
-        """Forget the row."""
-
-    def note(self, **facts: Any) -> None:
-        """Forget the facts."""
-
-    def flush(self) -> bool:
-        """Write nothing."""
-        return True
-
-    def rewind(self, written: Mapping[str, int]) -> None:
-        """Forget nothing."""
-
-    def keep(self, name: str, content: bytes) -> None:
-        """Forget the file."""
-
-    def kept(self, name: str) -> bytes | None:
-        """There is no file."""
-
-    def discard(self, name: str) -> None:
-        """There is no file."""
-
-    def close(self) -> None:
-        """Write nothing."""
-
-    def frame(self, table: str = "updates") -> pd.DataFrame:
-        """The columns of the table, without rows."""
-        return joined([schema(table).empty_table()], [{}], table)
 
 
 def _is_own(name: str) -> bool:

@@ -226,3 +226,76 @@ def test_leftovers_of_a_killed_process_disturb_nobody(tmp_path):
     record(tmp_path, flush_rows=10)
     assert files(tmp_path) == ["run.json", "updates-000000000.parquet"]
     assert len(read_traces(tmp_path)) == 10
+
+
+def test_a_run_goes_on_behind_its_rows(tmp_path):
+    record(tmp_path, {"norm": "ghost", "engine": "loop"}, flush_rows=4)
+    before = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / ".updates-000000012.parquet.tmp").write_bytes(b"half a file")
+    trace = TraceWriter(tmp_path, {"norm": "ghost", "device": "cpu"}, resume=True)
+    assert trace.written == {"updates": 10, "epochs": 0}
+    for row in rows(steps=15)[10:]:
+        trace.append(row)
+    trace.close()
+    assert files(tmp_path) == ["run.json", *(f"updates-{first:09d}.parquet" for first in (0, 4, 8, 10))]
+    assert list(read_traces(tmp_path).step) == list(range(15))
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert [facts[name] for name in ("id", "started", "engine")] == [
+        before[name] for name in ("id", "started", "engine")
+    ]
+    assert facts["device"] == "cpu"
+    assert len(facts["resumed"]) == 1
+    TraceWriter(tmp_path, resume=True).close()
+    assert len(json.loads((tmp_path / "run.json").read_text())["resumed"]) == 2
+
+
+def test_resuming_what_was_never_begun_begins_it(tmp_path):
+    trace = record(tmp_path / "run", resume=True)
+    assert "resumed" not in json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(trace.frame()) == 10
+
+
+@pytest.mark.parametrize("kept", range(11))
+def test_later_rows_are_forgotten(tmp_path, kept):
+    record(tmp_path, flush_rows=4)
+    trace = TraceWriter(tmp_path, resume=True)
+    for row in rows(steps=12)[10:]:
+        trace.append(row)
+    trace.rewind({"updates": kept})
+    assert trace.written["updates"] == kept
+    for row in rows(steps=14)[kept:]:
+        trace.append(row)
+    trace.close()
+    frame = read_traces(tmp_path)
+    assert list(frame.step) == list(range(14))
+    expected = rows(steps=10)[:kept] + rows(steps=14)[kept:]
+    np.testing.assert_array_equal(frame.loss, [row["loss"] for row in expected])
+
+
+def test_rows_in_memory_are_forgotten_too():
+    trace = TraceWriter(None)
+    for row in rows(steps=5):
+        trace.append(row)
+    trace.rewind({"updates": 3})
+    assert list(trace.frame().step) == [0, 1, 2]
+
+
+def test_a_trace_that_has_lost_rows_does_not_go_on(tmp_path):
+    record(tmp_path, flush_rows=4)
+    (tmp_path / "updates-000000008.parquet").unlink()
+    with (
+        TraceWriter(tmp_path, resume=True) as trace,
+        pytest.raises(UserError, match="has 8 rows of updates, and should go on after 10: some were lost since"),
+    ):
+        trace.rewind({"updates": 10})
+
+
+def test_other_files_beside_a_run(tmp_path):
+    with TraceWriter(tmp_path) as trace:
+        assert trace.kept("checkpoint.pt") is None
+        trace.keep("checkpoint.pt", b"state")
+        assert trace.kept("checkpoint.pt") == b"state"
+        trace.discard("checkpoint.pt")
+        assert files(tmp_path) == [".owner.json", "run.json"]
+    with pytest.raises(OSError, match="directory"):
+        trace.keep("no/such/folder", b"")
