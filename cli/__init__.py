@@ -1,6 +1,7 @@
 """The ``landscape`` command: parses, calls one function of the library, prints."""
 
 import importlib
+import warnings
 from typing import Any
 
 import click
@@ -9,6 +10,7 @@ from landscape.errors import UserError
 
 COMMANDS = {
     "figure": "landscape_cli.figure",
+    "list": "landscape_cli.listing",
     "plot": "landscape_cli.plot",
     "probe": "landscape_cli.probe",
     "table": "landscape_cli.table",
@@ -27,20 +29,28 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order in which they are used."""
-        return ["probe", "plot", "figure", "tune", "table"]
+        return ["probe", "list", "plot", "figure", "tune", "table"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command in the module of its name, or None."""
         return importlib.import_module(COMMANDS[cmd_name]).command if cmd_name in COMMANDS else None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run; a mistake of the user's becomes one line and exit code 2."""
+        """Run; warnings are lines on stderr, and a mistake of the user's is one, with exit code 2."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("default", UserWarning)
+                warnings.showwarning = _say
+                return super().invoke(ctx)
         except UserError as error:
             raise Mistake(" ".join(str(error).split())) from error
         except OSError as error:
             raise Mistake(f"{error.filename or 'The system'}: {error.strerror or error}") from error
+
+
+def _say(message: Warning | str, *details: Any, **options: Any) -> None:
+    """A warning without the line of code that it comes from."""
+    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,5 +60,6 @@ def main() -> None:
 
     \b
     landscape probe           train on handwritten digits with three norms, probing every update
-    landscape plot traces/    draw what was recorded
+    landscape list traces/    say what is recorded there
+    landscape plot traces/    draw it
     """  # noqa: D301 (click looks for the character \\b)

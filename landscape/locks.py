@@ -76,6 +76,12 @@ class Lock:
             raise _held(self._store, owner)
 
 
+def writer_of(store: Store) -> str | None:
+    """Who writes, or was killed when it did, on a host that cannot be asked; None if nobody does."""
+    owner = _owner(store)
+    return None if not owner or _is_dead(owner) else _named(owner)
+
+
 def _file_lock(store: Store) -> FileLock | None:
     """The folder's lock, now held; None if the place has no locks."""
     if not isinstance(store, Folder):

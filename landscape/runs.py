@@ -15,10 +15,13 @@ import pyarrow as pa
 
 from landscape.columns import TABLES, VERSION
 from landscape.errors import UserError
+from landscape.locks import writer_of
 from landscape.parts import check_version, column_names, read_part, rows_in, to_pandas
 from landscape.stores import Place, Store, is_url, reason, store_at
 
 FACTS = "run.json"
+CHECKPOINT = "checkpoint.pt"
+"""What an unfinished run goes on from."""
 _SILENT = {"version", "id"}
 """Facts that are for this package, and no columns."""
 
@@ -77,20 +80,25 @@ def list_runs(paths: Place | Iterable[Place]) -> pd.DataFrame:
         paths: As for :func:`read_traces`.
 
     Returns:
-        ``run``, the number of its ``updates`` that were recorded, and one column per scalar fact of its ``run.json``;
-        ``ended`` is missing where a run was killed or goes on.
+        ``run``, the number of its ``updates`` that were recorded, its ``writer`` (the process that is recording it, as
+        far as can be known from here; missing if none is), and one column per scalar fact of its ``run.json``:
+        ``ended`` is missing where a run goes on, was killed, or was stopped to be resumed.
 
     Raises:
         UserError: Nothing is at a path or was recorded in it.
     """
     left_out: list[str] = []
-    rows = []
-    for run in _find_runs(paths, "updates", left_out):
-        facts = {name: fact for name, fact in _scalars(_facts_of(run, left_out)).items() if name != "run"}
-        rows.append({"run": run.name, "updates": _count(run, left_out)} | facts)
+    rows = [_listed(run, left_out) for run in _find_runs(paths, "updates", left_out)]
     if left_out:
         warnings.warn(f"Left out: {_abridged(left_out)}", stacklevel=2)
     return _fact_columns(rows)
+
+
+def _listed(run: Run, left_out: list[str]) -> dict[str, Any]:
+    own = {"run": run.name, "updates": _count(run, left_out), "writer": writer_of(run.store)}
+    facts = _scalars(_facts_of(run, left_out))
+    ended = None if CHECKPOINT in run.store.names() else facts.pop("ended", None)
+    return own | {name: fact for name, fact in facts.items() if name not in own} | {"ended": ended}
 
 
 def holds_rows(place: Place) -> bool:

@@ -1,3 +1,5 @@
+import os
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +206,11 @@ def test_runs_are_listed_without_their_rows(tmp_path):
     assert list(runs.updates) == [10, 3, 4]
     assert list(runs.norm) == ["ghost", "batch", "none"]
     assert list(runs.ended.isna()) == [False, False, True]
-    trace.close()
+    assert list(runs.writer.isna()) == [True, True, False]
+    assert runs.writer[2] == f"process {os.getpid()} on host {platform.node()}"
+    trace.keep("checkpoint.pt", b"")
+    trace.close()  # what goes on from a checkpoint has not ended
+    assert list(list_runs(tmp_path).ended.isna()) == [False, False, True]
 
 
 def test_a_run_whose_last_part_is_damaged_is_listed(tmp_path):
