@@ -175,6 +175,7 @@ def test_permission_that_is_withdrawn(tmp_path):
 
 def test_memory_is_bounded_and_what_is_lost_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(outbox, "WAITING_BYTES", 30_000)
+    monkeypatch.setattr(outbox, "REST", 0)
     trace = TraceWriter(tmp_path / "run", flush_rows=5)
     record(trace, range(5))
     (tmp_path / "run").rename(tmp_path / "away")
@@ -202,3 +203,17 @@ def test_facts_wait_too(tmp_path):
         warnings.simplefilter("error")
         trace.close()
     assert set(read_traces(tmp_path).engine) == {"affine"}
+
+
+def test_a_place_that_takes_long_to_refuse_is_let_alone_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(outbox, "REST", 1e9)
+    trace = TraceWriter(tmp_path / "run", flush_rows=5)
+    (tmp_path / "run").rename(tmp_path / "away")
+    with pytest.warns(UserWarning, match="No such file or directory"):
+        record(trace, range(7))
+    (tmp_path / "away").rename(tmp_path / "run")
+    record(trace, range(7, 12))
+    assert not list((tmp_path / "run").glob("updates-*"))
+    assert trace.flush()  # whoever asks for it gets it tried
+    trace.close()
+    assert list(read_traces(tmp_path).step) == list(range(12))
