@@ -8,12 +8,14 @@ import click
 
 from landscape.vocabulary import MEASURES
 
+from .places import PlaceType
+
 if TYPE_CHECKING:  # --help does not wait for pandas
     import pandas as pd
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=PlaceType())
 @click.option("--out", default="landscape.png", show_default=True, help="Picture to write: .png, .svg or .pdf.")
 @click.option(
     "--measure",
@@ -37,10 +39,13 @@ if TYPE_CHECKING:  # --help does not wait for pandas
     metavar="[auto|overlay|multiples]",
     help="All bands in one panel, or one panel each; auto: one panel unless a band would be hidden.",
 )
-def command(paths: tuple[Path, ...], out: str, measures: tuple[str, ...], x: str, scale: str, layout: str) -> None:
+def command(
+    paths: tuple[str | Path, ...], out: str, measures: tuple[str, ...], x: str, scale: str, layout: str
+) -> None:
     """Draw the losses around each update, one band per norm, from the traces in PATHS.
 
-    PATHS are run folders, or folders that hold runs at any depth. What can be drawn of the points around an update:
+    PATHS are run folders, or folders that hold runs at any depth, or URLs such as s3://bucket/traces. What can be drawn
+    of the points around an update:
 
     \b
     loss            the losses there, and the loss before the step
@@ -62,11 +67,14 @@ def command(paths: tuple[Path, ...], out: str, measures: tuple[str, ...], x: str
 
 
 def _tables(frame: "pd.DataFrame", measure: str, per_epoch: bool) -> Iterator["pd.DataFrame"]:
-    """How rough the landscape was, for each band, and also for each epoch."""
+    """How rough the landscape was, for each band, and also for each epoch; and where it was not finite."""
     from landscape.measures import size_name, summarize
 
-    yield summarize(frame, by="band", measure=measure).set_index("band").rename_axis(None)
+    whole = summarize(frame, by="band", measure=measure).set_index("band").rename_axis(None)
+    diverged = bool(whole["not_finite"].to_numpy().any())
+    yield whole if diverged else whole.drop(columns="first_not_finite")
     if per_epoch:
-        size = size_name(measure)
         epochs = summarize(frame, by=("epoch", "band"), measure=measure)
-        yield epochs.pivot(index="epoch", columns="band", values=f"mean_{size}").rename_axis(columns=f"mean {size}")
+        for column in (f"mean_{size_name(measure)}", *(["not_finite"] if diverged else [])):
+            table = epochs.pivot(index="epoch", columns="band", values=column)
+            yield table.rename_axis(columns=column.replace("_", " "))

@@ -1,4 +1,4 @@
-"""What a panel shows: the points of its bands, the scale of its axis, and whether one band would hide another."""
+"""What a panel shows: the points of its bands, where they break off, its axis, and whether one band hides another."""
 
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -8,7 +8,8 @@ import pandas as pd
 from matplotlib.scale import SymmetricalLogTransform
 
 from landscape.errors import UserError
-from landscape.measures import envelope
+from landscape.measures import envelope, finite, recorded
+from landscape.smoothness import measured
 from landscape.vocabulary import MEASURES, MeasureName
 
 POINTS = 1000
@@ -25,6 +26,15 @@ class Band(NamedTuple):
 
 
 Bands = dict[str, Band]
+
+
+class Marks(NamedTuple):
+    """Where a band has updates that are not finite, over ``x``."""
+
+    spans: np.ndarray
+    """From where to where each of its points has such an update, (S, 2)."""
+    first: np.ndarray
+    """The first such update of each run that has any."""
 
 
 class Scale(NamedTuple):
@@ -46,17 +56,21 @@ class Scale(NamedTuple):
 
 
 class View(NamedTuple):
-    """The bands of one measure and the scale that they are drawn on."""
+    """The bands of one measure and the axis that they are drawn on."""
 
     measure: MeasureName
     bands: Bands
     scale: Scale
-    top: float | None = None
-    """Where the axis ends, if that is below the largest value."""
+    limit: float | None
+    """Where the axis ends, on either side of 0, if not beyond all values; bands are clipped there."""
+    marks: dict[str, Marks]
+    """Of the bands that have updates that are not finite."""
+    interrupted: bool
+    """Whether a band is broken where rows are missing."""
 
 
 def view_of(frame: pd.DataFrame, x: str, measure: str, scale: str) -> View:
-    """The bands of a measure over ``x``, with NaN where a value of an update is NaN or infinite.
+    """The bands of a measure over ``x``, with NaN where no update is finite and where rows are missing.
 
     Args:
         frame: Rows with a column ``band``.
@@ -67,23 +81,88 @@ def view_of(frame: pd.DataFrame, x: str, measure: str, scale: str) -> View:
     Raises:
         UserError: A value has no place on a logarithmic axis, or the measure cannot be had from the frame.
     """
-    name = MEASURES[measure]
+    name, frame = MEASURES[measure], measured(frame, measure)
     points = envelope(frame, x, by="band", bins=POINTS, measure=measure)
-    edges = [f"{measure}_min", f"{measure}_max"]
-    points.loc[points["not_finite"] > 0, edges] = np.nan
     points["line"] = points[measure] if name.line else np.nan
-    columns = [x, "line", *(edges if name.band else ["line", "line"])]
-    bands = {str(label): Band(*band[columns].to_numpy().T) for label, band in points.groupby("band", observed=True)}
-    values = np.concatenate([part for band in bands.values() for part in (band.line, band.low, band.high)])
-    values = values[np.isfinite(values)]
-    return View(name, bands, _scale(values, measure, scale), _top(values))
+    columns = [x, "line", *((f"{measure}_min", f"{measure}_max") if name.band else ("line", "line"))]
+    rows = pd.DataFrame(frame[["band", x]]).assign(run=frame.get("run", ""), finite=finite(frame, measure))
+    rows = pd.DataFrame(rows[recorded(frame, measure)])
+    bands, resumed = {}, _resumed(rows, x)
+    for label, band in points.groupby("band", observed=True):
+        bands[str(label)] = _broken(Band(*band[columns].to_numpy(float).T), resumed[str(label)])
+    fitting = _scale(_values(bands), measure, scale)
+    if limit := _limit(bands, fitting):
+        bands = {label: Band(band.x, *(part.clip(-limit, limit) for part in band[1:])) for label, band in bands.items()}
+    interrupted = sum(len(band.x) for band in bands.values()) > len(points)
+    return View(name, bands, fitting, limit, _marks(points, rows, x), interrupted)
 
 
-def _top(values: np.ndarray) -> float | None:
-    """Ten times what nineteen of twenty values are below, where some go far beyond: a divergence flattens all else."""
-    if not len(values) or (usual := np.quantile(np.abs(values), 0.95)) == 0 or values.max() <= 100 * usual:
+def _resumed(rows: pd.DataFrame, x: str) -> dict[str, np.ndarray]:
+    """For each band the values of ``x`` where its record goes on, after some where none of its runs has rows.
+
+    Updates are probed at regular distances, or at irregular ones where time decides. Rows are missing where a distance
+    is far out of those of its run: beyond Tukey's outer fence, three interquartile ranges above the upper quartile.
+    """
+    rows = pd.DataFrame(rows[["band", "run", x]]).sort_values(["band", "run", x])
+    run = rows.groupby(["band", "run"], observed=True, sort=False).ngroup()
+    distance = rows[x].groupby(run).diff()
+    low, high = (distance.groupby(run).quantile(share, interpolation="lower") for share in (0.25, 0.75))
+    # Equal distances have no range, and differ by rounding.
+    fence = np.maximum(high + 3 * (high - low), 1.5 * high)
+    begins = (distance.isna() | (distance > run.map(fence))).to_numpy()
+    stretches = rows[begins].assign(end=rows[x].to_numpy()[np.append(begins[1:], True)])
+    resumed = {}
+    for label, band in stretches.sort_values(x).groupby("band", observed=True):
+        start, reached = band[x].to_numpy(), np.maximum.accumulate(band["end"].to_numpy())
+        resumed[str(label)] = start[1:][start[1:] > reached[:-1]]
+    return resumed
+
+
+def _broken(band: Band, resumed: np.ndarray) -> Band:
+    """The band with NaN before the points where its record goes on."""
+    before = np.unique(np.searchsorted(band.x, resumed))
+    before = before[before < len(band.x)]
+    between = (band.x[before - 1] + band.x[before]) / 2
+    return Band(np.insert(band.x, before, between), *(np.insert(part, before, np.nan) for part in band[1:]))
+
+
+def _marks(points: pd.DataFrame, rows: pd.DataFrame, x: str) -> dict[str, Marks]:
+    """The marks of the bands that have updates that are not finite: their points, and the rows that they join."""
+    first = rows[~rows["finite"]].groupby(["band", "run"], observed=True, as_index=False).agg(x=(x, "min"))
+    marks = {}
+    for label, band in points.groupby("band", observed=True):
+        lost = band["not_finite"].to_numpy() > 0
+        if lost.any():
+            of_band = (first["band"] == label).to_numpy()
+            marks[str(label)] = Marks(_spans(band[x].to_numpy(), lost), first["x"].to_numpy()[of_band])
+    return marks
+
+
+def _spans(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """From where to where neighbouring points are all chosen; a point reaches halfway to the next."""
+    middle = (x[1:] + x[:-1]) / 2
+    change = np.flatnonzero(np.diff(np.pad(chosen, 1).astype(int)))
+    return np.concatenate([x[:1], middle, x[-1:]])[change].reshape(-1, 2)
+
+
+def _values(bands: Bands) -> np.ndarray:
+    values = np.concatenate([part for band in bands.values() for part in band[1:]])
+    return values[np.isfinite(values)]
+
+
+def _limit(bands: Bands, scale: Scale) -> float | None:
+    """About ten times what is usual, where some values go far beyond: a divergence flattens all else.
+
+    Usual is what nineteen of twenty values are below. Where more than one of twenty explodes, it is what the axis can
+    show beside the values that runs begin with and beside the median.
+    """
+    values = _values(bands)
+    sizes, starts = np.abs(values), [part[np.isfinite(part)][:1] for band in bands.values() for part in band[1:]]
+    if not len(values):
         return None
-    return float(10 * usual)
+    begin = max(np.median(sizes), np.abs(np.concatenate(starts)).max())
+    usual = min(np.quantile(sizes, 0.95), begin if scale.name == "linear" else 100 * begin)
+    return float(f"{10 * usual:.0e}") if 0 < 100 * usual < sizes.max() else None
 
 
 def _scale(values: np.ndarray, measure: str, scale: str) -> Scale:
@@ -110,22 +189,14 @@ def _small(values: np.ndarray) -> float:
 
 def largest_first(view: View) -> Bands:
     """The order of drawing: small bands lie over large ones."""
-    heights = {label: np.nansum(_height(band.low, band.high, view.scale)) for label, band in _visible(view).items()}
+    heights = {label: np.nansum(_height(band.low, band.high, view.scale)) for label, band in view.bands.items()}
     return dict(sorted(view.bands.items(), key=lambda item: -heights[item[0]]))
 
 
 def hides(view: View) -> bool:
     """Whether a band would lie with more than two thirds of its area under a smaller one."""
-    seen = _visible(view)
-    drawn = [seen[label] for label in largest_first(view)]
+    drawn = largest_first(view).values()
     return any(_covered(large, small, view.scale) > 2 / 3 for large, small in combinations(drawn, 2))
-
-
-def _visible(view: View) -> Bands:
-    """The bands as far as the axis goes."""
-    if view.top is None:
-        return view.bands
-    return {label: Band(band.x, *(part.clip(max=view.top) for part in band[1:])) for label, band in view.bands.items()}
 
 
 def _height(low: np.ndarray, high: np.ndarray, scale: Scale) -> np.ndarray:

@@ -7,24 +7,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from landscape.measures import recorded
+from landscape.measures import finite, recorded
+from landscape.printing import short
 from landscape.smoothness import flat
 from landscape.vocabulary import MEASURES, TITLES
 
 DIRECTIONS = {"gradient": "the gradient", "update": "the optimizer's update"}
+QUOTED = 3
+"""Most sentences on what could not be read."""
 MODES = {"training": ", in training mode (batch statistics)", "evaluation": ", in evaluation mode (running statistics)"}
 
 
-def caption(frame: pd.DataFrame, measures: Sequence[str], points: int) -> str:
+def caption(frame: pd.DataFrame, measures: Sequence[str], points: int, unread: Sequence[str] = ()) -> str:
     """Say what a figure shows: step sizes, batch, statistics, measures, runs and how they are joined, and any gaps.
 
     Args:
         frame: All rows, with a column ``band`` and the columns of each measure.
         measures: The measures that are drawn, by name.
         points: Most points that a band is drawn with.
+        unread: Sentences on what could not be read.
     """
     known = {measure: recorded(frame, measure) for measure in measures}
-    drawn = frame.loc[np.logical_or.reduce(list(known.values()))]
+    any_known = np.logical_or.reduce(list(known.values()))
+    drawn = frame if any_known.all() else frame.loc[any_known]  # a copy of a million rows is not made for nothing
     band = any(MEASURES[measure].band for measure in measures)
     line = any(MEASURES[measure].line for measure in measures)
     sentences = [
@@ -36,6 +41,8 @@ def caption(frame: pd.DataFrame, measures: Sequence[str], points: int) -> str:
         _updates(drawn, points, band, line),
         _left_out(frame, known),
         _not_finite(frame, known),
+        *(f"Left out: {short(sentence.partition('; ')[0].rstrip('.'), 300)}." for sentence in unread[:QUOTED]),
+        f"And {len(unread) - QUOTED:,} more are left out." if len(unread) > QUOTED else "",
     ]
     return " ".join(filter(None, sentences))
 
@@ -43,9 +50,9 @@ def caption(frame: pd.DataFrame, measures: Sequence[str], points: int) -> str:
 def _trained(frame: pd.DataFrame) -> str:
     """What was trained on how much, and how high the learning rate went where a schedule moved it."""
     model, dataset, samples, epochs = (_only(frame, fact) for fact in ("model", "dataset", "samples", "epochs"))
-    if model is None or dataset is None or samples is None or epochs is None:
+    if model is None or dataset is None or not all(isinstance(count, int | np.integer) for count in (samples, epochs)):
         return ""
-    names = TITLES.get(model, model), TITLES.get(dataset, dataset)
+    names = [short(TITLES.get(name, str(name))) for name in (model, dataset)]
     return (
         f"{names[0]} on {samples:,} samples of {names[1]}, {epochs:,} epoch{'s' if epochs != 1 else ''}{_rates(frame)}."
     )
@@ -149,13 +156,39 @@ def _runs_of(frame: pd.DataFrame, rows: np.ndarray) -> str:
 
 
 def _not_finite(frame: pd.DataFrame, known: Mapping[str, np.ndarray]) -> str:
-    finite = np.ones(len(frame), bool)
-    for measure, rows in known.items():
-        columns = [f"{measure}_min", f"{measure}_max", *([measure] if MEASURES[measure].line else [])]
-        finite &= np.isfinite(frame[columns].to_numpy()).all(axis=1) | ~rows
-    number, what = np.count_nonzero(~finite), "loss" if list(known) == ["loss"] else "value"
-    updates = f"{number:,} updates" if number > 1 else "1 update"
-    return f"At {updates} a {what} was NaN or infinite, and the drawing has a gap." if number else ""
+    """Which bands left the finite numbers, and where; measures of which the same is true are named together."""
+    titles: dict[str, list[str]] = {}
+    rows = pd.DataFrame(frame[["band", "step"]]).assign(run=frame.get("run", ""))
+    for measure, held in known.items():
+        if departures := _departures(pd.DataFrame(rows.assign(finite=finite(frame, measure))[held])):
+            titles.setdefault(departures, []).append(MEASURES[measure].title)
+    if not titles:
+        return ""
+    where = [words if len(known) == 1 else f"{' and '.join(of)}: {words}" for words, of in titles.items()]
+    panel = "panel" if len(known) == 1 else "panels"
+    return (
+        f"NaN or infinite, so not drawn but marked above the {panel} (by a cross where a run first is): "
+        f"{'; '.join(where)}."
+    )
+
+
+def _departures(rows: pd.DataFrame) -> str:
+    """For each band, the first update that is not finite and how many there are; ``rows`` has a column ``finite``."""
+    parts = []
+    for band, of in rows.groupby("band", observed=True):
+        lost, runs = pd.DataFrame(of[~of["finite"]]), len(of["run"].unique())
+        if lost.empty:
+            continue
+        first = lost["step"].min()
+        later = of["finite"].to_numpy()[of["step"].to_numpy() > first]
+        if runs > 1:
+            where = f"in {len(lost['run'].unique())} of {runs} runs, first at update {first:,}"
+        elif len(lost) == 1:
+            where = f"at update {first:,}"
+        else:
+            where = f"first at update {first:,}" if np.any(later) else f"from update {first:,} on"
+        parts.append(f"{band} {where} ({len(lost):,} of its {len(of):,})".strip())
+    return ", ".join(parts)
 
 
 def _only(frame: pd.DataFrame, fact: str) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from landscape.errors import UserError
+from landscape.printing import short
 from landscape.smoothness import holds, measured
 from landscape.vocabulary import MEASURES, NORMS, NormName
 
@@ -20,8 +21,9 @@ def envelope(
     """The band of every group over ``x``, in at most ``bins`` points and without losing an extreme.
 
     Neighbouring values of ``x`` share a bin, the same one in all groups; up to ``bins`` distinct values each have their
-    own. All runs of a group are joined: the band spans the smallest to the largest of them. Runs that did not record
-    what the measure needs are left out (:func:`recorded`).
+    own. All runs of a group are joined: the band spans the smallest to the largest of them. Updates with a value that
+    is NaN or infinite are counted and left out of the band, and runs that did not record what the measure needs
+    (:func:`recorded`) of everything.
 
     Args:
         frame: Rows of ``read_traces`` or ``TraceWriter.frame``.
@@ -32,9 +34,9 @@ def envelope(
 
     Returns:
         One row per group and bin: ``x`` (the bin's first), ``<measure>_min`` and ``<measure>_max`` (smallest and
-        largest finite value), ``updates`` (rows joined) and ``not_finite`` (those of them with a value that is NaN or
-        infinite). The measures ``loss`` and ``beta`` have a line, too: the mean in a column of that name, NaN if one is
-        not finite.
+        largest value of the updates that are :func:`finite`, NaN without one), ``updates`` (rows joined) and
+        ``not_finite`` (those of them that are not). The measures ``loss`` and ``beta`` have a line, too: in a column of
+        that name, the mean over what is finite.
 
     Raises:
         UserError: A column is missing, ``x`` was not recorded, or there is no such measure or nothing that it needs.
@@ -43,20 +45,24 @@ def envelope(
     if pd.isna(frame[x].to_numpy()).any():
         raise UserError(f"The trace does not know the {x} of every update; choose another x, such as step.")
     frame = measured(frame, measure)
-    names = [measure, f"{measure}_min", f"{measure}_max"]
-    values = frame.reindex(columns=names).where(np.isfinite).set_axis(["line", "low", "high"], axis=1)
-    rows = keys.assign(**values, x=frame[x], bin=_bins(frame[x].to_numpy(), bins), not_finite=~_finite(frame, measure))
+    names, whole = [measure, f"{measure}_min", f"{measure}_max"], finite(frame, measure)
+    rows = keys.assign(
+        x=frame[x],
+        bin=_bins(frame[x].to_numpy(), bins),
+        line=frame[measure].where(np.isfinite) if MEASURES[measure].line else np.nan,
+        low=frame[names[1]].where(whole),
+        high=frame[names[2]].where(whole),
+        not_finite=~whole,
+    )
     groups = pd.DataFrame(rows[recorded(frame, measure)]).groupby([*keys.columns, "bin"], observed=True, dropna=False)
     joined = groups.agg(
         x=("x", "min"),
         line=("line", "mean"),
-        known=("line", "count"),
         low=("low", "min"),
         high=("high", "max"),
         updates=("x", "size"),
         not_finite=("not_finite", "sum"),
     )
-    joined["line"] = joined["line"].where(joined.pop("known") == joined["updates"])
     joined = joined if MEASURES[measure].line else joined.drop(columns="line")
     columns = dict(zip(["x", "line", "low", "high"], [x, *names], strict=True))
     return joined.droplevel("bin").reset_index().rename(columns=columns)
@@ -80,30 +86,33 @@ def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str
         measure: A measure of :func:`landscape.smoothness.measured`.
 
     Returns:
-        One row per group: ``updates`` probed, ``not_finite`` (updates with a value that is NaN or infinite),
-        ``mean_range`` and ``median_range`` over the other updates (``mean_beta`` and ``median_beta`` for ``beta``, and
-        so on), ``mean_loss`` over the finite training losses, and the ``seconds`` that probing took. A mean over
-        nothing is NaN. Updates of runs that did not record what the measure needs (:func:`recorded`) are not counted.
+        One row per group: ``updates`` probed, ``not_finite`` (those that are not :func:`finite`), ``first_not_finite``
+        (the step of the first of them, missing if there is none), ``mean_range`` and ``median_range`` over the other
+        updates (``mean_beta`` and ``median_beta`` for ``beta``, and so on), ``mean_loss`` over the finite training
+        losses, and the ``seconds`` that probing took. A mean over nothing is NaN. Updates of runs that did not record
+        what the measure needs (:func:`recorded`) are not counted.
 
     Raises:
         UserError: A column is missing, or there is no such measure or nothing that it needs.
     """
-    keys = _keys(frame, by)
+    keys = _keys(frame, by, "step", "loss", "seconds")
     if "epoch" in keys:
         keys["epoch"] = np.floor(keys["epoch"]).astype("Int64")
     frame = measured(frame, measure)
-    known, finite = recorded(frame, measure), _finite(frame, measure)
+    known, whole = recorded(frame, measure), finite(frame, measure)
     loss = frame["loss"].where(np.isfinite(frame["loss"]))
     rows = keys.assign(
         _known=known,
-        _not_finite=known & ~finite,
-        _size=_size(frame, measure).where(finite),
+        _not_finite=known & ~whole,
+        _first=frame["step"].astype("Int64").where(known & ~whole),
+        _size=_size(frame, measure).where(whole),
         _loss=loss,
         _seconds=frame["seconds"],
     )
     return rows.groupby(list(keys.columns), observed=True, dropna=False, as_index=False).agg(
         updates=("_known", "sum"),
         not_finite=("_not_finite", "sum"),
+        first_not_finite=("_first", "min"),
         **{f"{average}_{size_name(measure)}": ("_size", average) for average in ("mean", "median")},
         mean_loss=("_loss", "mean"),
         seconds=("_seconds", "sum"),
@@ -118,6 +127,18 @@ def size_name(measure: str) -> str:
 def _size(frame: pd.DataFrame, measure: str) -> pd.Series:
     low, high = frame[f"{measure}_min"], frame[f"{measure}_max"]
     return pd.Series(np.maximum(low.abs(), high.abs()) if MEASURES[measure].has_origin else high - low)
+
+
+def finite(frame: pd.DataFrame, measure: str) -> np.ndarray:
+    """Whether all that the measure says of each update is finite, the line as well as the K values; bool (rows,).
+
+    Args:
+        frame: Rows with the columns of :func:`landscape.smoothness.measured`.
+        measure: Its measure.
+    """
+    # The extremes are NaN or infinite if one of the K values is.
+    columns = [f"{measure}_min", f"{measure}_max", *([measure] if MEASURES[measure].line else [])]
+    return np.logical_and.reduce([np.isfinite(frame[column].to_numpy()) for column in columns])
 
 
 def recorded(frame: pd.DataFrame, measure: str) -> np.ndarray:
@@ -148,30 +169,37 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
     facts = keys.loc[~number.duplicated()].astype(object)
     facts = facts.where(facts.notna(), None).to_dict("records")
     labels = [_label(band, differing) for band in facts]
+    # Names of any length may differ where they are cut.
+    labels = [label if label == short(label) else f"{short(label)} [{index}]" for index, label in enumerate(labels)]
     order = [labels[index] for index in sorted(range(len(facts)), key=lambda index: _position(facts[index]))]
-    return pd.Series(pd.Categorical(np.array(labels)[number], list(dict.fromkeys(order))), frame.index)
+    categories = list(dict.fromkeys(order))
+    codes = np.array([categories.index(label) for label in labels], int)
+    return pd.Series(pd.Categorical.from_codes(codes[number], categories), frame.index)
 
 
 def _label(facts: Mapping[str, Any], differing: Sequence[str]) -> str:
     if facts["norm"] is None:
         return str(facts["run"])
     norm = NORMS.get(facts["norm"], NormName(str(facts["norm"])))
-    options = ", ".join(f"{sign}={facts[fact]:g}" for fact, sign in norm.symbols.items() if facts.get(fact) is not None)
+    options = ", ".join(
+        f"{sign}={_number(facts[fact])}" for fact, sign in norm.symbols.items() if facts.get(fact) is not None
+    )
     name = f"{norm.title} ({options})" if options else norm.title
     name = name if facts.get("ghost_by") in (None, "layer") else f"{name} by {facts['ghost_by']}"
     return ", ".join([name, *(f"{fact} {facts[fact]}".replace("_", " ") for fact in differing)])
 
 
+def _number(fact: Any) -> str:
+    return f"{fact:g}" if isinstance(fact, float) else str(fact)
+
+
 def _position(facts: Mapping[str, Any]) -> tuple[Any, ...]:
     norms = list(NORMS)
     norm = norms.index(facts["norm"]) if facts["norm"] in norms else len(norms)
-    variant = facts.get("channel_groups") or 0, facts.get("groups") or 0, facts.get("ghost_by") != "layer"
-    return norm, str(facts["norm"]), *variant
-
-
-def _finite(frame: pd.DataFrame, measure: str) -> np.ndarray:
-    """Whether all K values of an update are finite: the extremes are NaN or infinite if one of them is."""
-    return np.isfinite(frame[f"{measure}_min"].to_numpy()) & np.isfinite(frame[f"{measure}_max"].to_numpy())
+    groups = [facts.get(name) or 0 for name in ("channel_groups", "groups")]
+    # Facts may be of any type, and text comes after numbers.
+    variant = [(isinstance(number, str), number) for number in groups]
+    return norm, str(facts["norm"]), *variant, facts.get("ghost_by") != "layer"
 
 
 def _keys(frame: pd.DataFrame, by: str | Sequence[str], *others: str) -> pd.DataFrame:

@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
-from landscape.bands import POINTS, Band, View, hides, largest_first, view_of
+from landscape.bands import POINTS, Band, Marks, View, hides, largest_first, view_of
 from landscape.captions import caption
 from landscape.errors import UserError
 from landscape.files import whole_file
@@ -27,6 +28,9 @@ from landscape.vocabulary import MEASURES, check_measure
 X_LABELS = {"step": "update", "epoch": "epoch"}
 SCALES = ("auto", "log", "symlog", "linear")
 LAYOUTS = ("auto", "overlay", "multiples")
+
+MARK = 6.0
+"""Height in points of a row of marks above a panel."""
 
 _UNDATED = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
@@ -78,6 +82,7 @@ def plot_landscape(
     """
     measures = [measure] if isinstance(measure, str) else list(dict.fromkeys(measure))
     _check(frame, measures, x=(x, tuple(X_LABELS)), scale=(scale, SCALES), layout=(layout, LAYOUTS))
+    unread = frame.attrs.get("left_out", ())  # here, as attributes of a frame are easily lost on its way
     frame = frame.assign(band=band_labels(frame))
     for name in measures:
         frame = measured(frame, name)
@@ -92,7 +97,7 @@ def plot_landscape(
             _draw_overlays(figure, views, labels, X_LABELS[x])
         title = views[0].measure.title if len(views) == 1 else ""
         reach = (float(np.min(frame[x])), float(np.max(frame[x])))
-        _finish(figure, reach, title, f"{caption(frame, measures, POINTS)} {_about_axes(views)}")
+        _finish(figure, reach, title, f"{caption(frame, measures, POINTS, unread)} {_about_axes(views)}")
     return figure
 
 
@@ -141,11 +146,14 @@ def _draw_overlays(figure: Figure, views: Sequence[View], labels: Sequence[str],
         for label, band in largest_first(view).items():
             handles[label] |= {type(artist): artist for artist in _draw_band(axes, view, band, colours[label])}
         _set_axis(axes, view)
-        axes.set_title(view.measure.title if len(views) > 1 else "", loc="left")
+        _draw_marks(axes, [(view.marks[label], colours[label]) for label in labels if label in view.marks])
+        _set_title(axes, view.measure.title if len(views) > 1 else "", max(len(view.marks) for view in views))
     if any(labels):
         entries: list[Any] = [tuple(sorted(of.values(), key=Artist.get_zorder)) for of in handles.values()]
         columns = max(1, min(4, 100 // (6 + max(map(len, labels)))))
-        figure.legend(entries, labels, loc="outside upper left", ncols=columns, frameon=False)
+        legend = figure.legend(entries, labels, loc="outside upper left", ncols=columns, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name may have dollars in it
 
 
 def _draw_multiples(figure: Figure, view: View, labels: Sequence[str], x_label: str) -> None:
@@ -157,7 +165,8 @@ def _draw_multiples(figure: Figure, view: View, labels: Sequence[str], x_label: 
                 _draw_behind(axes, view, band)
         _draw_band(axes, view, view.bands[label], colour)
         _set_axis(axes, view)
-        axes.set_title(label.replace(" (", "\n(") if len(label) > 24 else label, loc="left")
+        _draw_marks(axes, [(view.marks[label], colour)] if label in view.marks else [])
+        _set_title(axes, label.replace(" (", "\n(") if len(label) > 24 else label, min(1, len(view.marks)))
 
 
 def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> list[Axes]:
@@ -198,13 +207,33 @@ def _draw_behind(axes: Axes, view: View, band: Band) -> None:
 
 
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> Artist:
-    marker = "." if np.isfinite(y).sum() == 1 else None  # a lone point makes no line
-    return axes.plot(x, y, marker=marker, **{"linewidth": 0.9, **style})[0]
+    known = np.pad(np.isfinite(y), 1)
+    lone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])  # a lone point makes no line
+    points = {"marker": ".", "markersize": 3, "markevery": list(lone)} if len(lone) else {}
+    return axes.plot(x, y, **{"linewidth": 0.9, **points, **style})[0]
 
 
 def _shade(axes: Axes, band: Band, **style: Any) -> PolyCollection:
     # The outline keeps a lone update between two gaps visible: it has no area.
     return axes.fill_between(band.x, band.low, band.high, linewidth=0.5, **style)
+
+
+def _draw_marks(axes: Axes, rows: Sequence[tuple[Marks, Colour]]) -> None:
+    """Above a panel, a row for each band: bars where updates are not finite, a cross where a run first has one."""
+    for row, (marks, colour) in enumerate(reversed(rows)):
+        up = ScaledTranslation(0, (row + 0.6) * MARK / 72, axes.figure.dpi_scale_trans)
+        place = {"transform": axes.get_xaxis_transform() + up, "clip_on": False, "color": colour}
+        bars = np.pad(marks.spans, ((0, 0), (0, 1)), constant_values=np.nan).ravel()
+        # The ticks at the ends of a bar keep it visible where it is too short to be seen.
+        ticks = {"marker": "|", "markersize": MARK - 2, "markeredgewidth": 0.7}
+        axes.plot(bars, np.ones(len(bars)), linewidth=MARK - 2, solid_capstyle="butt", **ticks, **place)
+        cross = {"marker": "X", "markersize": MARK, "markeredgecolor": "white", "linestyle": "none"}
+        axes.plot(marks.first, np.ones(len(marks.first)), **cross, **place)
+
+
+def _set_title(axes: Axes, title: str, rows: int) -> None:
+    """Write a title above so many rows of marks."""
+    axes.set_title(title, loc="left", pad=mpl.rcParams["axes.titlepad"] + rows * MARK, parse_math=False)
 
 
 def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -> None:
@@ -219,13 +248,17 @@ def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -
 
 def footnote(figure: Figure, text: str, width: int = 134) -> None:
     """Put text under a figure, in lines of at most ``width`` characters: 134 fill 8 inches."""
-    figure.supxlabel(textwrap.fill(text, width), x=0.01, ha="left", fontsize="small", color="0.3")
+    lines = textwrap.fill(text, width)
+    figure.supxlabel(lines, x=0.01, ha="left", fontsize="small", color="0.3", parse_math=False)
 
 
 def _set_axis(axes: Axes, view: View) -> None:
     axes.set_yscale(view.scale.name, **view.scale.options)
-    if view.top:
-        axes.set_ylim(top=view.top)
+    if view.limit:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -view.limit), min(high, view.limit))
+    if not any(np.isfinite(part).any() for band in view.bands.values() for part in band[1:]):
+        axes.set_yticks([])  # an axis of nothing
     low, high = axes.get_ylim()
     if view.scale.name == "log" and high < 100 * low:  # powers of ten alone would be a tick or two
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -234,13 +267,18 @@ def _set_axis(axes: Axes, view: View) -> None:
 
 
 def _about_axes(views: Sequence[View]) -> str:
-    ratios = any(view.measure.band and view.scale.name == "log" for view in views)
-    return " ".join(
-        ["On a logarithmic axis, heights are ratios."] * ratios
-        + [f"Values above {view.top:.2g} are cut off." for view in views if view.top]
-        + [
-            f"The axis of the {view.measure.title} is logarithmic beyond {view.scale.linear:g}, on either side of 0."
-            for view in views
-            if view.scale.name == "symlog"
-        ]
-    )
+    several = len(views) > 1
+    sentences = []
+    if any(view.measure.band and view.scale.name == "log" for view in views):
+        sentences.append("On a logarithmic axis, heights are ratios.")
+    for view in views:
+        if view.limit:
+            of, sign = f" of the {view.measure.title}" * several, "±" * (view.scale.name != "log")
+            sentences.append(f"Values{of} beyond {sign}{view.limit:g} are cut off.")
+    if any(view.interrupted for view in views):
+        sentences.append("The drawing is interrupted where no update was recorded for unusually long.")
+    for view in views:
+        if view.scale.name == "symlog":
+            beyond = f"logarithmic beyond {view.scale.linear:g}, on either side of 0"
+            sentences.append(f"The axis of the {view.measure.title} is {beyond}.")
+    return " ".join(sentences)

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks import overhead, rays
+from benchmarks import overhead, rays, store
 from benchmarks.bars import draw
 from benchmarks.footprint import Footprint
 from benchmarks.ways import WAYS, Setting, Way
@@ -184,3 +185,26 @@ def test_overhead():
     assert list(table.index) == [0.5]
     assert (table.probes >= 1).all()
     assert (table.recorded > 0).all()
+
+
+def test_store(tmp_path):
+    for task, run in (store.WRITE | store.READ).items():
+        cost = run(tmp_path, 2000)
+        assert cost["seconds"] >= 0
+        if "worst_ms" in cost:
+            assert cost["us_per_row"] == pytest.approx(cost["seconds"] / 2000 * 1e6), task
+            assert 0 < cost["worst_ms"] < cost["seconds"] * 1e3
+    assert len(list((tmp_path / "run").glob("*.parquet"))) == 2
+    assert len(list((tmp_path / "many").iterdir())) == 2
+
+
+def test_store_as_a_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "WRITE", {task: store.WRITE[task] for task in ["append: TraceWriter"]})
+    monkeypatch.setattr(store, "READ", {task: store.READ[task] for task in ["read: read_traces"]})
+    options = ["--rows", "2000", "--rounds", "1", "--json", str(tmp_path / "store.json")]
+    result = CliRunner().invoke(store.main, options, catch_exceptions=False)
+    assert result.exit_code == 0
+    written, read = json.loads((tmp_path / "store.json").read_text())["rows"]
+    assert [written["task"], read["task"]] == ["append: TraceWriter", "read: read_traces"]
+    assert read["us_per_row"] is None
+    assert read["peak_mb"] > 50 or not Path("/proc/self/status").exists()

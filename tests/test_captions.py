@@ -83,7 +83,49 @@ def test_it_counts_updates_and_those_that_are_not_finite():
     )
     run.loc[[3, 5], "loss_max"] = np.inf
     run.loc[7, "loss"] = np.nan
-    assert words(run).endswith("At 3 updates a loss was NaN or infinite, and the drawing has a gap.")
+    assert words(run).endswith(
+        "NaN or infinite, so not drawn but marked above the panel (by a cross where a run first is): "
+        "BatchNorm first at update 3 (3 of its 1,200)."
+    )
+
+
+def lost(run, *steps):
+    """A run whose losses are not finite at some steps."""
+    return run.assign(loss_max=run["loss_max"].where(~run["step"].isin(steps), np.inf))
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([lost(frame("none", steps=9), 4)], "No normalization at update 4 (1 of its 9)."),
+        ([lost(frame("none", steps=9), 8)], "No normalization at update 8 (1 of its 9)."),
+        ([lost(frame("none", steps=9), *range(4, 9))], "No normalization from update 4 on (5 of its 9)."),
+        ([lost(frame("none", steps=9), *range(9))], "No normalization from update 0 on (9 of its 9)."),
+        ([lost(frame("none", steps=9), 4, 5, 7)], "No normalization first at update 4 (3 of its 9)."),
+        (
+            [frame("none", 0, steps=9), lost(frame("none", 1, steps=9), 7, 8), lost(frame("none", 2, steps=9), 3)],
+            "No normalization in 2 of 3 runs, first at update 3 (3 of its 27).",
+        ),
+        (
+            [lost(frame("batch", steps=9), 1), frame("ghost", steps=9), lost(frame("none", steps=9), 7, 8)],
+            "No normalization from update 7 on (2 of its 9), BatchNorm at update 1 (1 of its 9).",
+        ),
+        ([lost(frame(steps=9).drop(columns=["run", "norm", "seed"]), 4)], ": at update 4 (1 of its 9)."),
+    ],
+)
+def test_it_says_where_runs_leave_the_finite_numbers(runs, expected):
+    assert words(pd.concat(runs, ignore_index=True)).endswith(expected)
+
+
+def test_it_quotes_what_could_not_be_read():
+    run = frame(steps=2).assign(band="")
+    unread = [f"run/updates-{part}.parquet cannot be read as Parquet (no footer); move it out" for part in range(5)]
+    assert caption(run, ["loss"], 1000, unread[:1]).endswith(
+        "Left out: run/updates-0.parquet cannot be read as Parquet (no footer)."
+    )
+    said = caption(run, ["loss"], 1000, unread)
+    assert said.endswith("updates-2.parquet cannot be read as Parquet (no footer). And 2 more are left out.")
+    assert said.count("Left out: ") == 3
 
 
 @pytest.mark.parametrize(
@@ -159,12 +201,16 @@ def test_runs_that_are_left_out_are_named():
     assert "for want of gradient_distances: GhostNorm." in words(nameless, "beta")
 
 
-def test_values_that_are_not_finite_are_counted_over_all_measures():
+def test_values_that_are_not_finite_are_told_of_each_measure():
     run = frame(steps=6)
     run.loc[1, "loss_max"] = np.inf
     run.loc[[1, 2], "direction_norm"] = 0.0
-    assert words(run, "loss", "beta").endswith("At 2 updates a value was NaN or infinite, and the drawing has a gap.")
-    assert words(run, "loss").endswith("At 1 update a loss was NaN or infinite, and the drawing has a gap.")
+    said = "above the panels (by a cross where a run first is): "
+    loss, steep = "BatchNorm at update 1 (1 of its 6)", "BatchNorm first at update 1 (2 of its 6)"
+    assert words(run, "loss", "beta", "curvature").endswith(
+        f"{said}loss: {loss}; effective β-smoothness and curvature along the ray: {steep}."
+    )
+    assert words(run, "loss", "gap").endswith(f"{said}loss: {loss}.")
     assert "NaN" not in words(run, "predictiveness")
 
 

@@ -67,6 +67,37 @@ def test_a_table_of_a_measure_over_epochs(folder):
     assert "\nmean gap " in result.output
 
 
+def diverging(folder, run, lost):
+    """Add a run whose losses are not finite at some steps."""
+    with TraceWriter(folder / "traces" / run, {"norm": "batch", "seed": 0}) as trace:
+        for row in rows():
+            trace.append({**row, "losses": [float("nan")] * 3} if row["step"] in lost else row)
+
+
+def test_tables_count_what_is_not_finite_and_say_where_it_began(folder):
+    assert "first_not_finite" not in run("traces").output
+    diverging(folder, "batch-0", range(12, 40))
+    result = run("traces", "--x", "epoch")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    assert lines[0][:3] == ["updates", "not_finite", "first_not_finite"]
+    assert lines[2][:4] == ["BatchNorm", "40", "28", "12"]
+    counts = lines.index(["not", "finite", "No", "normalization", "BatchNorm", "GhostNorm", "(G=16)"])
+    assert [line[1:] for line in lines[counts + 2 : counts + 6]] == [
+        ["0", number, "0"] for number in ("0", "8", "10", "10")
+    ]
+
+
+def test_what_could_not_be_read_is_told(folder):
+    diverging(folder, "batch-0", ())
+    (folder / "traces" / "batch-0" / "updates-000000040.parquet").write_bytes(b"PAR1")
+    result = run("traces", "--out", "a.svg")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("updates-000000040.parquet cannot be read") == 1
+    assert "UserWarning" not in result.stderr
+    assert "<!-- " in (folder / "a.svg").read_text()
+
+
 def test_help_names_the_measures():
     shown = run("--help").output
     assert not [name for name in MEASURES if f"\n  {name} " not in shown]

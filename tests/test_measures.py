@@ -4,7 +4,7 @@ import pytest
 from traces import frame, frames, without
 
 from landscape.errors import UserError
-from landscape.measures import band_labels, envelope, recorded, summarize
+from landscape.measures import band_labels, envelope, finite, recorded, summarize
 from landscape.smoothness import measured
 from landscape.vocabulary import MEASURES
 
@@ -73,15 +73,53 @@ def test_bins_are_the_same_in_all_groups():
 
 
 def test_what_is_not_finite_is_counted_and_not_averaged():
-    run = small([1.0, NAN, 3.0, 4.0], [2.0, NAN, INF, 9.0], loss=[1.0, 1.0, 1.0, NAN])
-    band = envelope(run, bins=2)
-    assert list(band["not_finite"]) == [1, 1]
-    np.testing.assert_array_equal(band["loss"], [1.0, NAN])
-    np.testing.assert_array_equal(band["loss_min"], [1.0, 3.0])
-    np.testing.assert_array_equal(band["loss_max"], [2.0, 9.0])
+    losses = [1.0, 3.0, 5.0, 7.0, NAN, NAN]
+    run = small([1.0, NAN, 3.0, 4.0, 1.0, NAN], [2.0, NAN, INF, 9.0, 2.0, NAN], losses)
+    band = envelope(run, bins=3)
+    assert list(band["not_finite"]) == [1, 1, 2]
+    np.testing.assert_array_equal(band["loss"], [2.0, 6.0, NAN])
+    np.testing.assert_array_equal(band["loss_min"], [1.0, 4.0, NAN])
+    np.testing.assert_array_equal(band["loss_max"], [2.0, 9.0, NAN])
     summary = summarize(run).iloc[0]
-    assert (summary["updates"], summary["not_finite"], summary["seconds"]) == (4, 2, 2.0)
-    assert (summary["mean_range"], summary["median_range"], summary["mean_loss"]) == (3.0, 3.0, 1.0)
+    assert (summary["updates"], summary["not_finite"], summary["seconds"]) == (6, 4, 3.0)
+    assert summary["first_not_finite"] == 1
+    assert (summary["mean_range"], summary["median_range"], summary["mean_loss"]) == (3.0, 3.0, 4.0)
+
+
+def test_one_value_that_is_not_finite_hides_no_other_of_its_bin():
+    run = frame(steps=40)
+    whole = envelope(run, bins=4)
+    run.loc[25, ["loss", "loss_min", "loss_max"]] = NAN
+    band = envelope(run, bins=4)
+    assert list(band["not_finite"]) == [0, 0, 1, 0]
+    assert list(band["updates"]) == [10] * 4
+    for name in ("loss_min", "loss_max"):
+        np.testing.assert_array_equal(band[name], whole[name])  # the extremes are those of other updates
+    assert band["loss"][2] == pytest.approx(run["loss"][20:30].drop(25).mean())
+
+
+def test_a_seed_that_diverges_neither_blanks_nor_joins_the_others():
+    seeds = [frame("batch", seed, steps=20) for seed in (0, 1, 2)]
+    seeds[1].loc[12:, ["loss", "loss_min", "loss_max"]] = [INF, 0.0, INF]
+    band = envelope(pd.concat(seeds, ignore_index=True), by="norm")
+    healthy = envelope(pd.concat([seeds[0], seeds[2]], ignore_index=True), by="norm")
+    for name in ("loss", "loss_min", "loss_max"):
+        np.testing.assert_allclose(band[name][12:], healthy[name][12:], rtol=1e-12)
+    assert list(band["not_finite"]) == [0] * 12 + [1] * 8
+    summary = summarize(pd.concat(seeds, ignore_index=True), by=("norm", "run"))
+    assert list(summary["not_finite"]) == [0, 8, 0]
+    assert list(summary["first_not_finite"].fillna(-1)) == [-1, 12, -1]
+
+
+@pytest.mark.parametrize(("name", "value"), [("direction_norm", 1e-310), ("direction_norm", 0.0), ("slope", INF)])
+def test_what_arithmetic_makes_infinite_is_not_finite(name, value):
+    run = frame(steps=4)
+    run.loc[2, name] = value
+    measure = "beta" if name == "direction_norm" else "gap"
+    assert list(finite(measured(run, measure), measure)) == [True, True, False, True]
+    assert list(envelope(run, measure=measure)["not_finite"]) == [0, 0, 1, 0]
+    assert np.isfinite(summarize(run, measure=measure)[f"mean_{measure}"]).all()
+    assert not summarize(run)["not_finite"].any()
 
 
 def test_a_mean_over_nothing_is_nan():
@@ -128,19 +166,20 @@ def signed():
 )
 def test_the_largest_magnitude_of_an_update_is_averaged(measure, sizes):
     summary = summarize(signed(), measure=measure).iloc[0]
-    assert list(summary.index[3:5]) == [f"mean_{measure}", f"median_{measure}"]
+    assert list(summary.index[4:6]) == [f"mean_{measure}", f"median_{measure}"]
     assert (summary["updates"], summary["not_finite"]) == (3, 3 - len(sizes))
     assert summary[f"mean_{measure}"] == np.mean(sizes)
     assert summary[f"median_{measure}"] == np.median(sizes)
 
 
-def test_a_mean_of_beta_over_what_is_not_finite_is_a_gap():
-    run = frame(steps=4)
-    run.loc[2, "direction_norm"] = 0.0
-    band = envelope(run, bins=2, measure="beta")
-    assert list(band["beta"].isna()) == [False, True]
-    assert list(band["not_finite"]) == [0, 1]
-    np.testing.assert_array_equal(band["beta_max"].iloc[1], measured(run, "beta")["beta"][3])
+def test_a_mean_of_beta_is_over_what_is_finite():
+    run = frame(steps=6)
+    run.loc[[2, 4, 5], "direction_norm"] = 0.0
+    band = envelope(run, bins=3, measure="beta")
+    assert list(band["beta"].isna()) == [False, False, True]
+    assert list(band["not_finite"]) == [0, 1, 2]
+    for name in ("beta", "beta_max"):
+        np.testing.assert_array_equal(band[name].iloc[1], measured(run, "beta")["beta"][3])
 
 
 @pytest.mark.parametrize("measure", OTHERS)
@@ -219,7 +258,7 @@ def test_without_facts_every_run_is_a_band():
 
 @pytest.mark.parametrize("measure", [envelope, summarize])
 def test_missing_columns_are_named(measure):
-    with pytest.raises(UserError, match="no column groups; it has step, epoch"):
+    with pytest.raises(UserError, match=r"no column groups; it has .*step, epoch"):
         measure(frame(steps=1), by=("norm", "groups"))
 
 

@@ -13,6 +13,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from traces import frame, frames, without
 
 from landscape.errors import UserError
@@ -45,12 +46,12 @@ def test_the_band_reaches_from_the_smallest_to_the_largest_probe():
 
 def test_a_long_trace_is_drawn_with_few_points_and_every_extreme():
     run = frame(steps=50_000)
-    run.loc[33_333, "loss_max"] = 1234.5
+    run.loc[33_333, "loss_max"] = 123.5
     run.loc[44_444, "loss_min"] = 0.0123
     (axes,) = plot_landscape(run).axes
     assert len(axes.lines[0].get_xdata()) == 1000
     assert len(corners(axes)) < 3000
-    assert {1234.5, 0.0123} <= set(corners(axes)[:, 1])
+    assert {123.5, 0.0123} <= set(corners(axes)[:, 1])
 
 
 def test_a_loss_that_is_not_finite_interrupts_the_band_and_leaves_the_axis_alone():
@@ -63,10 +64,85 @@ def test_a_loss_that_is_not_finite_interrupts_the_band_and_leaves_the_axis_alone
     assert axes.get_ylim() == limits
 
 
-def test_one_seed_that_is_not_finite_interrupts_the_band_of_all():
+def bars_and_crosses(axes):
+    """From where to where each row of marks above a panel is barred, and its crosses, from the lowest row upwards."""
+    lines = [line for line in axes.lines if not line.get_clip_on()]
+    bars = [line.get_xdata().reshape(-1, 3)[:, :2].tolist() for line in lines[::2]]
+    return list(zip(bars, [line.get_xdata().tolist() for line in lines[1::2]], strict=True))
+
+
+def test_one_seed_that_is_not_finite_is_marked_and_leaves_the_band_of_the_others():
     runs = frames("batch", steps=20)
-    runs.loc[(runs["seed"] == 1) & (runs["step"] == 10), "loss_max"] = np.nan
-    assert 10 not in corners(plot_landscape(runs).axes[0])[:, 0]
+    runs.loc[(runs["seed"] == 1) & (runs["step"].isin([10, 11, 15])), "loss_max"] = np.nan
+    runs.loc[(runs["seed"] == 0) & (runs["step"] == 12), "loss"] = np.inf
+    (axes,) = plot_landscape(runs).axes
+    assert bars_and_crosses(axes) == [([[9.5, 12.5], [14.5, 15.5]], [12, 10])]
+    other = runs.query("seed == 0 and step == 10").iloc[0]
+    assert {(10, other["loss_min"]), (10, other["loss_max"])} <= {tuple(point) for point in corners(axes)}
+    assert "BatchNorm in 2 of 2 runs, first at update 10 (4 of its 40)." in axes.figure.get_supxlabel().replace(
+        "\n", " "
+    )
+
+
+def test_every_band_that_is_not_finite_has_a_row_of_marks_in_its_colour():
+    runs = frames("none", "batch", "ghost", seeds=(0,), steps=20)
+    runs.loc[(runs["norm"] == "ghost") & (runs["step"] >= 8), "loss"] = np.nan
+    runs.loc[(runs["norm"] == "none") & (runs["step"] == 0), "loss"] = np.nan
+    (axes,) = plot_landscape(runs, layout="overlay").axes
+    assert bars_and_crosses(axes) == [([[7.5, 19]], [8]), ([[0, 0.5]], [0])]
+    marks = [line for line in axes.lines if not line.get_clip_on()]
+    heights = [line.get_window_extent().y0 for line in marks[::2]]
+    assert axes.get_window_extent().y1 < heights[0] < heights[1]
+    ghost, _, none = sorted({line.get_color() for line in axes.lines if line.get_clip_on()}, key=luminance)
+    assert [line.get_color() for line in marks] == [ghost, ghost, none, none]
+
+
+def test_panels_have_the_marks_of_their_own_band_or_measure():
+    runs = frames("none", "batch", seeds=(0,), steps=20)
+    runs.loc[(runs["norm"] == "batch") & (runs["step"] == 8), "direction_norm"] = 0.0
+    figure = plot_landscape(runs, measure="beta", layout="multiples")
+    assert [bars_and_crosses(axes) for axes in figure.axes] == [[], [([[7.5, 8.5]], [8])]]
+    titles_are_above_marks(figure)
+    figure = plot_landscape(runs, measure=["loss", "beta"])
+    assert [len(bars_and_crosses(axes)) for axes in figure.axes] == [0, 1]
+    titles_are_above_marks(figure)
+
+
+def titles_are_above_marks(figure):
+    figure.draw_without_rendering()
+    marks = [line.get_window_extent().y1 for axes in figure.axes for line in axes.lines if not line.get_clip_on()]
+    titles = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    texts = [text for title, axes in titles.items() for text in axes.findobj(Text) if text.get_text() == title]
+    assert len(texts) == len(titles)
+    assert {round(text.get_window_extent().y0 - max(marks)) for text in texts} <= {0, 1, 2, 3, 4, 5}
+    assert len({text.get_window_extent().y0 for text in texts}) == 1
+
+
+def test_nothing_is_drawn_where_rows_are_missing():
+    runs = frames("none", "batch", seeds=(0,), steps=40)
+    missing = (runs["norm"] == "none") & runs["step"].between(10, 19)
+    for measure in ("loss", "beta"):
+        figure = plot_landscape(runs[~missing], measure=measure, layout="multiples")
+        none = next(line for line in figure.axes[0].lines if line.get_color() != "0.88")
+        assert list(none.get_xdata()[np.isnan(none.get_ydata())]) == [14.5]
+        said = figure.get_supxlabel().replace("\n", " ")
+        assert "interrupted where no update was recorded for unusually long." in said
+    assert "interrupted" not in plot_landscape(runs).get_supxlabel()
+
+
+def test_what_could_not_be_read_is_in_the_caption():
+    run = frame(steps=5)
+    run.attrs["left_out"] = ["run/updates-000000005.parquet cannot be read; move it out"]
+    said = plot_landscape(run).get_supxlabel().replace("\n", " ")
+    assert "Left out: run/updates-000000005.parquet cannot be read." in said
+
+
+def test_a_lone_update_between_gaps_is_a_point():
+    run = frame(steps=20)
+    run.loc[[4, 6], "loss"] = np.nan
+    line = plot_landscape(run).axes[0].lines[0]
+    assert (line.get_marker(), line.get_markevery()) == (".", [5])
+    assert plot_landscape(frame(steps=20)).axes[0].lines[0].get_marker() == "None"
 
 
 def test_the_line_has_a_gap_where_the_training_loss_is_not_finite():
@@ -80,7 +156,10 @@ def test_a_trace_without_a_finite_loss_is_still_a_figure(tmp_path):
     run = frame(steps=5).assign(loss=np.nan, loss_min=np.nan, loss_max=np.inf)
     figure = plot_landscape(run)
     save(figure, tmp_path / "figure.png")
-    assert "At 5 updates" in figure.get_supxlabel().replace("\n", " ")
+    (axes,) = figure.axes
+    assert bars_and_crosses(axes) == [([[0, 4]], [0])]
+    assert list(axes.get_yticks()) == []
+    assert "BatchNorm from update 0 on (5 of its 5)." in figure.get_supxlabel().replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +413,31 @@ def test_what_is_cut_off_is_said():
     figure = plot_landscape(pd.concat([calm, wild], ignore_index=True))
     top = max(axes.get_ylim()[1] for axes in figure.axes)
     assert 1 < top < 100
-    assert f"Values above {top:.2g} are cut off." in figure.get_supxlabel().replace("\n", " ")
+    assert f"Values beyond {top:g} are cut off." in figure.get_supxlabel().replace("\n", " ")
+
+
+@pytest.mark.parametrize("scale", ["log", "linear", "symlog"])
+@pytest.mark.parametrize("size", [1e30, 1.7e308])
+def test_an_explosion_leaves_the_axis_legible(scale, size):
+    run = frame(steps=400)
+    run.loc[300:309, ["loss", "loss_min", "loss_max"]] = np.geomspace(1, size, 10)[:, None] * [1, 0.5, 1]
+    run.loc[310:, ["loss", "loss_min", "loss_max"]] = np.nan
+    figure = plot_landscape(run, scale=scale)
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert 1 < high < 100
+    assert low > (-100 if scale == "symlog" else -2)
+    assert np.abs(corners(axes)).max() < 1e4
+    sign = "" if scale == "log" else "±"
+    assert f"Values beyond {sign}{high:g} are cut off." in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_each_measure_says_where_its_axis_ends():
+    run = frame(steps=100)
+    run.loc[50, "loss_max"] = 1e6
+    assert "Values of the loss beyond 20 are cut off." in plot_landscape(
+        run, measure=["loss", "beta"]
+    ).get_supxlabel().replace("\n", " ")
 
 
 def test_a_drawing_is_the_same_in_every_process(tmp_path):
