@@ -1,12 +1,15 @@
 """The ``landscape`` command: parses, calls one function of the library, prints."""
 
 import importlib
+import io
+import sys
 import warnings
 from typing import Any
 
 import click
 
 from landscape.errors import UserError
+from landscape.printing import one_line
 
 COMMANDS = {
     "figure": "landscape_cli.figure",
@@ -42,15 +45,17 @@ class Commands(click.Group):
                 warnings.simplefilter("default", UserWarning)
                 warnings.showwarning = _say
                 return super().invoke(ctx)
+        except click.UsageError as error:
+            raise click.UsageError(one_line(error.format_message()), error.ctx) from error
         except UserError as error:
-            raise Mistake(" ".join(str(error).split())) from error
+            raise Mistake(one_line(str(error))) from error
         except OSError as error:
-            raise Mistake(f"{error.filename or 'The system'}: {error.strerror or error}") from error
+            raise Mistake(one_line(f"{error.filename or 'The system'}: {error.strerror or error}")) from error
 
 
 def _say(message: Warning | str, *details: Any, **options: Any) -> None:
     """A warning without the line of code that it comes from."""
-    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+    click.echo(f"Warning: {one_line(str(message))}", err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,3 +68,5 @@ def main() -> None:
     landscape list traces/    say what is recorded there
     landscape plot traces/    draw it
     """  # noqa: D301 (click looks for the character \\b)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the names of files may hold what its encoding does not
+        sys.stdout.reconfigure(errors="backslashreplace")

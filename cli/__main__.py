@@ -33,6 +33,8 @@ def _one_of_many(told: Path) -> int:
         return mistake.exit_code
     except click.Abort:
         return 1
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
     except Exception:
         traceback.print_exc()
         return 1

@@ -53,10 +53,8 @@ def _comparison(number: str, request: Request) -> "tuple[Figure, pd.DataFrame | 
     folder = request.traces or request.out / "traces" / runs[0].recipe
     if left := missing(runs, folder):
         click.echo(f"{len(left)} of {len(runs)} runs are to be trained, into {folder}.", err=True)
-        # What is overwritten are runs that came to no end.
-        places = Places(folder, request.data_dir, request.device, overwrite=True)
-        prepare(left, places)
-        for run in left:
+        places = Places(folder, request.data_dir, request.device, resume=True)
+        for run in prepare(left, places):
             record(run, places, {})
     recorded = [folder / run.run for run in runs]
     frame = read_traces(recorded)

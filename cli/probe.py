@@ -12,6 +12,7 @@ from landscape.errors import UserError
 from landscape.recipes import GHOST_BY, PRECISIONS, RECIPES, Recipe, named
 from landscape.vocabulary import NORMS, options_of
 
+from .places import PlaceType
 from .running import Places, prepare, rank, record
 
 COMPARISON = ("none", "batch", "ghost")
@@ -91,10 +92,20 @@ class Share(click.ParamType):
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Where data files are, or are put.  [default: the user's cache]"
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("traces"), show_default=True, help="Folder of traces."
-)
+@click.option("--out", type=PlaceType(), default=Path("traces"), show_default=True, help="Folder of traces, or a URL.")
 @click.option("--overwrite", is_flag=True, help="Replace runs of the same name.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with runs of the same name from their last checkpoint; those that have ended stay as they are.",
+)
+@click.option(
+    "--checkpoint-seconds",
+    type=float,
+    default=Places.checkpoint_seconds,
+    show_default=True,
+    help="Write a checkpoint every so many seconds, or later if they would take more than 3 % of the time.",
+)
 def command(
     recipe: str,
     norms: Sequence[str],
@@ -104,8 +115,10 @@ def command(
     ghost_by: Sequence[str],
     device: str | None,
     data_dir: Path | None,
-    out: Path,
+    out: str | Path,
     overwrite: bool,
+    resume: bool,
+    checkpoint_seconds: float,
     **options: Any,
 ) -> None:
     """Train a recipe once for each norm and seed, probing its updates, and record the traces.
@@ -119,9 +132,8 @@ def command(
         if not any(option in _variants(norm) for norm in norms):
             raise UserError(f"{option} is given, but none of the norms {', '.join(norms)} takes it; leave it out.")
     runs = _runs(base, norms, seeds, {name: values or (getattr(base, name),) for name, values in given.items()})
-    places = Places(out, data_dir, device, overwrite)
-    prepare(runs, places)
-    for run in runs:
+    places = Places(out, data_dir, device, overwrite, resume, checkpoint_seconds)
+    for run in prepare(runs, places):
         record(run, places, options)
     if rank() is None:  # otherwise who started the processes says so
         click.echo(f"Draw them: landscape plot {out}")

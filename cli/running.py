@@ -1,6 +1,7 @@
 """Trains recipes one after the other, under a progress bar; commands of the command line share it."""
 
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from landscape.errors import UserError
+from landscape.errors import Stopped, UserError
 from landscape.recipes import Recipe
+
+from .interruptions import Interruptions
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
     from landscape.probe import LandscapeProbe
@@ -18,12 +21,25 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
 
 @dataclass(frozen=True)
 class Places:
-    """Where traces go, where data comes from, and what computes."""
+    """Where traces go and what becomes of those that are there, where data comes from, and what computes."""
 
-    out: Path
+    out: str | Path
     data_dir: Path | None
     device: str | None
     overwrite: bool = False
+    resume: bool = False
+    checkpoint_seconds: float = 60.0
+
+    @property
+    def resuming(self) -> str:
+        """What the command lacks to go on, were it stopped."""
+        return "" if self.resume else " with --resume"
+
+    def of(self, run: Recipe) -> str | Path:
+        """The folder or URL of a run."""
+        from landscape.stores import inside
+
+        return inside(self.out, run.run)
 
 
 def rank() -> int | None:
@@ -31,19 +47,40 @@ def rank() -> int | None:
     return int(os.environ["RANK"]) if "RANK" in os.environ else None
 
 
-def prepare(runs: Sequence[Recipe], places: Places) -> None:
-    """Before the first run is trained, find out whether a later one cannot be, or was recorded already."""
-    from landscape.runs import holds_rows
-    from landscape.training import check_processes, rehearse
+def prepare(runs: Sequence[Recipe], places: Places) -> list[Recipe]:
+    """Before the first run is trained, find out whether a later one cannot be, or was recorded already.
 
-    taken = [str(places.out / run.run) for run in runs if holds_rows(places.out / run.run)]
-    if taken and not places.overwrite:
-        raise UserError(f"Recorded already: {', '.join(taken)}. Give another --out, or --overwrite to replace.")
+    Returns:
+        The runs that are to be trained; of those that are recorded to their end, and to be resumed, one line is said.
+    """
+    from landscape.training import check_processes, check_resuming, rehearse
+
+    check_resuming(places.resume, places.overwrite, places.checkpoint_seconds)
+    left = _unrecorded(runs, places)
     if rank() is not None:
-        for run in runs:
+        for run in left:
             check_processes(run)
-    for run in {replace(run, seed=0): run for run in runs}.values():
+    for run in {replace(run, seed=0): run for run in left}.values():
         rehearse(run, places.data_dir, places.device)
+    return left
+
+
+def _unrecorded(runs: Sequence[Recipe], places: Places) -> list[Recipe]:
+    from landscape.recorded import is_recorded
+    from landscape.runs import holds_rows
+
+    if places.resume:
+        ended = [run for run in runs if is_recorded(run, places.of(run))]
+        for run in [] if rank() else ended:
+            click.echo(f"{_smoothness(places.of(run))} (recorded before)")
+        return [run for run in runs if run not in ended]
+    taken = [str(places.of(run)) for run in runs if holds_rows(places.of(run))]
+    if taken and not places.overwrite:
+        raise UserError(
+            f"Recorded already: {', '.join(taken)}. Give another --out, --resume to go on with what came to no end, or "
+            "--overwrite to replace."
+        )
+    return list(runs)
 
 
 def record(run: Recipe, places: Places, options: Mapping[str, Any]) -> None:
@@ -54,43 +91,61 @@ def record(run: Recipe, places: Places, options: Mapping[str, Any]) -> None:
         places: Where.
         options: What was asked of the recipe besides norm, groups and seed: for the processes that are to be started.
     """
-    from landscape.ranks import torchrun
+    from landscape.processes import torchrun
 
-    try:
-        if run.ghost_by != "ranks" or rank() is not None:
-            folder = _train(run, places)
+    if run.ghost_by == "ranks" and rank() is None:
+        afterwards = f"The same command{places.resuming} goes on from what is recorded in {places.of(run)}."
+        if code := torchrun(_arguments(run, places, options), run.groups or 1, afterwards):
+            raise SystemExit(code)
+        return
+    folder, number = places.of(run), None
+    with Interruptions() as interruptions:
+        try:
+            _train(run, places, interruptions)
+        except Stopped:
+            number = interruptions.signal or signal.SIGTERM  # that of another rank
+        except KeyboardInterrupt:
+            number = signal.SIGINT
+        else:
             if not rank():
                 click.echo(_smoothness(folder))
-        elif code := torchrun(_arguments(run, places, options), run.groups or 1):
-            raise SystemExit(code)
-    except KeyboardInterrupt:
-        click.echo(
-            f"Interrupted. What was recorded of this run is in {places.out / run.run}; --overwrite starts it anew.",
-            err=True,
-        )
-        raise
+            number = interruptions.signal  # too late for this run
+    if number:
+        if not rank():
+            when = f"after {interruptions.step} updates" if interruptions.step else "before any update"
+            again = f"the same command{places.resuming} goes on"
+            click.echo(f"Stopped by {number.name} {when} of {folder}; {again}.", err=True)
+        raise SystemExit(128 + number)
 
 
-def _train(run: Recipe, places: Places) -> Path:
+def _train(run: Recipe, places: Places, interruptions: Interruptions) -> None:
     """Train under a progress bar."""
     from landscape.training import train
 
+    def on_update(probe: "LandscapeProbe") -> None:
+        progress.update(probe)
+        interruptions.between_updates(probe.step)
+
     with _Progress(run) as progress:
-        return train(
+        train(
             run,
             places.out,
             data_dir=places.data_dir,
             device=places.device,
             overwrite=places.overwrite,
-            on_update=progress.update,
+            resume=places.resume,
+            checkpoint_seconds=places.checkpoint_seconds,
+            on_update=on_update,
         )
 
 
 def _arguments(run: Recipe, places: Places, options: Mapping[str, Any]) -> list[str]:
     """The command that trains this run alone, without the word ``landscape``."""
     asked = {"recipe": run.recipe, "norm": run.norm, "groups": run.groups, "seed": run.seed, "ghost_by": run.ghost_by}
-    asked |= {"out": places.out, "data_dir": places.data_dir, "device": places.device, **options}
-    words = ["probe", *(["--overwrite"] if places.overwrite else [])]
+    asked |= {"out": places.out, "data_dir": places.data_dir, "device": places.device}
+    asked |= {"overwrite": places.overwrite or None, "resume": places.resume or None}
+    asked |= {"checkpoint_seconds": places.checkpoint_seconds, **options}
+    words = ["probe"]
     for name, value in asked.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
@@ -100,7 +155,7 @@ def _arguments(run: Recipe, places: Places, options: Mapping[str, Any]) -> list[
     return words
 
 
-def _smoothness(folder: Path) -> str:
+def _smoothness(folder: str | Path) -> str:
     from landscape.measures import summarize
     from landscape.runs import read_traces
 
@@ -131,6 +186,8 @@ class _Progress:
         self.bar.close()
 
     def update(self, probe: "LandscapeProbe") -> None:
+        if not self.bar.n:  # before them are those of an earlier process
+            self.bar.n = self.bar.initial = probe.step - 1
         self.bar.total = self.epochs * (probe.steps_per_epoch or 0)
         # Reading a loss waits for the device, so it is done as often as an eye can follow, not as updates come.
         if not self.bar.disable and time.monotonic() - self.shown > 0.2 and (row := probe.last()):

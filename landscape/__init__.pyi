@@ -11,6 +11,7 @@ from .probe import LandscapeProbe as LandscapeProbe
 from .ray import ray_losses as ray_losses
 from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
-from .trace import TraceWriter as TraceWriter
+from .runs import list_runs as list_runs
 from .runs import read_traces as read_traces
+from .trace import TraceWriter as TraceWriter
 from .training import train as train

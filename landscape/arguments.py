@@ -1,6 +1,5 @@
 """What may be handed to the probe, and what is said of anything else."""
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,8 @@ from landscape.errors import UserError
 from landscape.ray import check_engine
 
 DIRECTIONS = ("gradient", "update")
+FACTS = ("direction", "relative", "every", "overhead", "gradients", "max_memory", "steps_per_epoch")
+"""Options of the probe that are facts of the run as they are."""
 
 
 def check_arguments(model: Any, optimizer: Any, criterion: Any, options: Mapping[str, Any]) -> None:
@@ -28,7 +29,7 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, options: Mapping
             "nn.CrossEntropyLoss() for F.cross_entropy), or leave it out and hand each loss to probe.observe(...)."
         )
     check_engine(options["engine"])
-    if options["direction"] not in DIRECTIONS:
+    if not isinstance(options["direction"], str) or options["direction"] not in DIRECTIONS:
         raise UserError(f"Unknown direction {options['direction']!r}; choose one of {', '.join(DIRECTIONS)}.")
     _whole(options, "every", "probe each n-th update, with n a whole number from 1 on")
     if options["steps_per_epoch"] is not None:
@@ -36,26 +37,43 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, options: Mapping
     if options["max_memory"] is not None:
         _whole(options, "max_memory", "give the bytes that a ray may hold, such as 2 * 10**9")
     _share(options["overhead"])
-    if not isinstance(options["gradients"], bool):
-        raise UserError(f"gradients={options['gradients']!r}: give True or False.")
+    for name in ("gradients", "relative"):
+        if not isinstance(options[name], bool):
+            raise UserError(f"{name}={options[name]!r:.100}: give True or False.")
     if options["grad_scaler"] is not None and not hasattr(options["grad_scaler"], "scale"):
         raise UserError(f"grad_scaler={options['grad_scaler']!r}: give the torch.amp.GradScaler that scales the loss.")
     _tell_of_others(model, optimizer)
 
 
-def described(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module | None) -> dict[str, Any]:
+def described(
+    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """What was handed to the probe, as facts of the run."""
-    options = {
+    defaults = {
         name: value if isinstance(value, int | float | str | None) else repr(value)
         for name, value in optimizer.defaults.items()
     }
+    step_sizes = options["step_sizes"]
     return {
         "model": type(model).__name__,
         "criterion": None if criterion is None else repr(criterion),
         "optimizer": type(optimizer).__name__,
-        "optimizer_options": options,
+        "optimizer_options": defaults,
         "base_lr": float(optimizer.param_groups[0]["lr"]),
+        **{name: options[name] for name in FACTS},
+        "probe_lrs": "a function of the step" if callable(step_sizes) else list(step_sizes),
+        "threads": torch.get_num_threads(),
     }
+
+
+def tell_of_threads(before: int) -> None:
+    """Warn if a run goes on with another number of threads than ``before``."""
+    if before != (now := torch.get_num_threads()):
+        warnings.warn(
+            f"The run was recorded with {before} threads and goes on with {now}: rows will differ by roundings from "
+            "those of a run that never stopped; see torch.set_num_threads and OMP_NUM_THREADS.",
+            stacklevel=4,
+        )
 
 
 def _whole(options: Mapping[str, Any], name: str, remedy: str) -> None:
@@ -67,7 +85,7 @@ def _whole(options: Mapping[str, Any], name: str, remedy: str) -> None:
 def _share(overhead: Any) -> None:
     if overhead is None:
         return
-    if isinstance(overhead, bool) or not isinstance(overhead, int | float) or not 0 < overhead < math.inf:
+    if isinstance(overhead, bool) or not isinstance(overhead, int | float) or not 0 < overhead < 1e38:
         raise UserError(
             f"overhead={overhead!r}: give the share of the training time that probes may cost, such as 0.1."
         )

@@ -1,27 +1,21 @@
 """Captures the losses of the user's own training loop, as it runs, in a form that can be evaluated again."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from landscape.calls import Call, Leaves, NotYetError, refusing, replay
 from landscape.errors import UserError
 from landscape.layers import Hook, Layers
-from landscape.objective import Base, Term
-from landscape.state import Autocast, Closure, ForwardState, Scene
-
-OBSERVE = "Hand the loss to the probe: `loss = probe.observe(lambda model: ...)`, once for each backward pass"
-
-
-class NotYetError(UserError):
-    """This update cannot be probed, but later ones can."""
-
+from landscape.objective import Term
+from landscape.ranks import inside
+from landscape.sharded import Shards
+from landscape.state import Closure, ForwardState, Scene
 
 _LAZY = NotYetError("The forward pass has made the parameters; the next update is probed.")
 
@@ -32,6 +26,18 @@ class Capture:
     Hooks on the model remember its arguments and the state before each forward pass; a hook on the criterion remembers
     its arguments and ties those that are outputs of the model to it. A hook on the loss learns from the backward pass
     that the loss was trained on, and with which weight (1/n under accumulation over n batches).
+
+    Args:
+        model: What the user's loop calls: the model, or what ``DistributedDataParallel(model)`` returned.
+        criterion: The module whose calls are the losses, if the user does not hand them over.
+        optimizer: What updates the model.
+        wanted: Whether the current update is to be probed.
+        grad_scaler: The loss scaler, where one is used.
+
+    Attributes:
+        model: The model itself.
+        ranks: The processes that train it.
+        scene: The model and its criterion.
     """
 
     def __init__(
@@ -42,19 +48,23 @@ class Capture:
         wanted: Callable[[], bool],
         grad_scaler: "torch.amp.GradScaler | None" = None,
     ) -> None:
-        self.model = model
+        self.wrapper = model
+        self.model, self.ranks = inside(model)
         self.criterion = criterion
         self.optimizer = optimizer
-        self._scene = Scene(model, criterion)
+        self.scene = Scene(self.model, criterion, Shards.of(self.model, self.ranks))
         self._wanted = wanted
         self._grad_scaler = grad_scaler
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._terms: list[Term] = []
         self._handles: list[RemovableHandle] = []
-        self._layers = Layers(self._scene)
+        self._layers = Layers(self.scene)
         self._lazy: bool | None = None
         """Whether the forward pass that was last begun has to make parameters first; None before any."""
         self._seconds = 0.0
+        self._measuring = False
+        self._kept = False
+        """Whether the last backward pass has left gradients where they cannot be seen, for one that reduces them."""
 
     def attach(self) -> None:
         """Start to listen."""
@@ -64,6 +74,22 @@ class Capture:
                 self.model.register_forward_hook(Hook(self._after_model)),
                 self.criterion.register_forward_hook(Hook(self._after_criterion), with_kwargs=True),
             ]
+        if self.wrapper is not self.model:
+            self._handles += [
+                self.wrapper.register_forward_pre_hook(Hook(self._before_wrapper)),
+                # It may hand on copies of the outputs, and these are what the criterion gets.
+                self.wrapper.register_forward_hook(Hook(self._after_model)),
+            ]
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within the body, what was captured is evaluated again."""
+        self._measuring = True
+        try:
+            with replaying():
+                yield
+        finally:
+            self._measuring = False
 
     def detach(self) -> None:
         """Stop listening, and forget what has not been taken."""
@@ -74,19 +100,22 @@ class Capture:
         self.take()
 
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """The loss ``closure(model, *args, **kwargs)``, remembered as a term if it is to be probed."""
+        """The loss ``closure(model, *args, **kwargs)``, remembered as a term if it is to be probed.
+
+        The loop's own call goes through the wrapper, so that gradients are averaged.
+        """
         if not self._listening():
-            return closure(self.model, *args, **kwargs)
+            return closure(self.model if self._measuring else self.wrapper, *args, **kwargs)
         if self._is_lazy():
             with replaying():
-                loss = closure(self.model, *args, **kwargs)
-            self._await(Term(_refusal(_LAZY), self._state()), loss)
+                loss = closure(self.wrapper, *args, **kwargs)
+            self._await(Term(refusing(_LAZY), self._state()), loss)
             return loss
-        state, arguments = self._state(), _Leaves.of((args, kwargs))
-        versions = self._scene.frozen_versions()
+        state, arguments = self._state(), Leaves.of((args, kwargs))
+        versions = self.scene.frozen_versions()
         bases = self._layers.bases = []
         with replaying():
-            loss = closure(self.model, *args, **kwargs)
+            loss = closure(self.wrapper, *args, **kwargs)
         self._layers.bases = None
 
         def again(model: nn.Module) -> Tensor:
@@ -108,8 +137,27 @@ class Capture:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was found out about the model so far, by the names of its parameters."""
+        scene = self.scene
+        return {
+            "moving": [name for name, parameter in scene.named_parameters() if id(parameter) in scene.moving],
+            "draws": scene.draws,
+            "streamed": sorted(scene.streamed),
+            "shared": sorted(scene.shared),
+            "overwritten": sorted(self._layers.overwritten),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Know it from the first forward pass on, so that a ray is evaluated to the same bits."""
+        scene = self.scene
+        scene.moving = {id(p) for name, p in scene.named_parameters() if name in state["moving"]}
+        scene.draws = state["draws"]
+        scene.streamed, scene.shared = set(state["streamed"]), set(state["shared"])
+        self._layers.overwritten = set(state["overwritten"])
+
     def _is_lazy(self) -> bool:
-        self._lazy = self._lazy is not False and self._scene.is_lazy()
+        self._lazy = self._lazy is not False and self.scene.is_lazy()
         return self._lazy
 
     def _listening(self) -> bool:
@@ -118,44 +166,53 @@ class Capture:
     def _state(self) -> ForwardState:
         """The state before a forward pass; also where an update that never came is noticed and forgotten."""
         # A loss scaler skips the step when gradients overflow; then they are cleared, and their terms stay behind.
-        if all(parameter.grad is None for group in self.optimizer.param_groups for parameter in group["params"]):
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        if not self._kept and all(parameter.grad is None for parameter in parameters):
             self._terms = []
         started = time.perf_counter()
         self._layers.refresh()
-        state = ForwardState.capture(self._scene)
+        state = ForwardState.capture(self.scene)
         self._seconds += time.perf_counter() - started
         return state
 
+    def _before_wrapper(self, wrapper: nn.Module, args: Any) -> None:
+        if self._measuring:
+            raise UserError(
+                "An observed loss called the DistributedDataParallel model, whose collectives are those of training; "
+                "call the model that the closure is given: probe.observe(lambda model, x: ...)."
+            )
+
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self._listening() and not self._is_lazy():
-            self._call = _Call(self._state(), _Leaves.of((args, kwargs)), self._scene.frozen_versions())
+            self._call = Call(self._state(), Leaves.of((args, kwargs)), self.scene.frozen_versions())
             self._layers.bases = self._call.bases
 
     def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
         if self._call is not None and self._listening():
-            self._call.outputs = _Leaves.of(outputs)
+            self._call.outputs = Leaves.of(outputs)
             self._layers.bases = None
 
     def _after_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
-            call = self._call or _Call(self._state(), _Leaves.of(()), self._scene.frozen_versions())
-            closure = self._unless_moved(call.versions, _replay(call, criterion, (args, kwargs)))
+            call = self._call or Call(self._state(), Leaves.of(()), self.scene.frozen_versions())
+            closure = self._unless_moved(call.versions, replay(call, criterion, (args, kwargs)))
             if self._lazy:
-                closure = _refusal(_LAZY)
+                closure = refusing(_LAZY)
             self._await(Term(closure, call.state, bases=call.bases), loss)
 
     def _unless_moved(self, versions: dict[int, int], closure: Closure) -> Closure:
         """The closure, unless the forward pass wrote to a frozen parameter of which there is no copy from before."""
-        now = self._scene.frozen_versions()
-        moved = {key for key in now if now[key] != versions.get(key)} - self._scene.moving
-        self._scene.moving |= moved
+        now = self.scene.frozen_versions()
+        moved = {key for key in now if now[key] != versions.get(key)} - self.scene.moving
+        self.scene.moving |= moved
         error = NotYetError("The forward pass writes to frozen parameters; they are copied from the next update on.")
-        return _refusal(error) if moved else closure
+        return refusing(error) if moved else closure
 
     def _await(self, term: Term, loss: Tensor) -> None:
         """Make it a term once a backward pass goes through the loss; until then the loss alone holds it."""
 
         def weigh(gradient: Tensor) -> None:
+            self._kept = self.scene.shards is not None and not self.scene.shards.reduces()
             weight = gradient.detach()
             if self._grad_scaler is not None:
                 weight = weight / self._grad_scaler.scale(torch.ones_like(weight))
@@ -166,6 +223,19 @@ class Capture:
         if isinstance(loss, Tensor) and loss.requires_grad:
             term.value = loss.detach().clone()  # `loss /= n` is to come
             loss.register_hook(weigh)
+
+
+def after_first(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:
+    """The closure, and ``then`` after its first call."""
+    pending = [then]
+
+    def followed() -> Any:
+        result = closure()
+        while pending:
+            pending.pop()()
+        return result
+
+    return followed
 
 
 _replays: list[object] = []
@@ -180,91 +250,3 @@ def replaying() -> Iterator[None]:
         yield
     finally:
         _replays.pop()
-
-
-@dataclass
-class _Leaves:
-    """A nest of arguments, flattened, with the versions of its tensors, so that a later write in place is noticed."""
-
-    leaves: list[Any]
-    spec: TreeSpec
-    versions: list[int]
-
-    @classmethod
-    def of(cls, nest: Any) -> "_Leaves":
-        leaves, spec = tree_flatten(nest)
-        return cls(leaves, spec, [_version(leaf) for leaf in leaves])
-
-    def nest(self, what: str = "An input of the model or the criterion", outputs: Sequence[Any] = ()) -> Any:
-        """The arguments as they were, around the model's ``outputs``; an error if one has been written to since."""
-        self.check(what)
-        leaves = [outputs[leaf.index] if isinstance(leaf, _Output) else leaf for leaf in self.leaves]
-        return tree_unflatten(leaves, self.spec)
-
-    def check(self, what: str) -> None:
-        if self.versions != [_version(leaf) for leaf in self.leaves]:
-            raise UserError(f"{what} was changed in place after the probe saw it. {OBSERVE}.")
-
-
-def _version(leaf: Any) -> int:
-    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
-
-
-@dataclass
-class _Call:
-    """A call of the model in the user's loop: the state it ran in, what went in and what came out."""
-
-    state: ForwardState
-    arguments: _Leaves
-    versions: dict[int, int]
-    outputs: _Leaves | None = None
-    bases: list[Base] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Output:
-    """Stands for an output of the model among the arguments of the criterion."""
-
-    index: int
-
-
-def _replay(call: _Call, criterion: nn.Module, arguments: Any) -> Closure:
-    """The closure that evaluates ``criterion(model(inputs), targets)`` again, or one that says why it cannot be."""
-    try:
-        return _tied(call, criterion, _Leaves.of(arguments))
-    except UserError as error:
-        return _refusal(error)
-
-
-def _tied(call: _Call, criterion: nn.Module, arguments: _Leaves) -> Closure:
-    if call.outputs is None:
-        raise UserError(f"The criterion was called without a call of the model before it. {OBSERVE}.")
-    call.outputs.check("An output of the model")
-    # Numbers and texts may be the same objects as outputs without being outputs.
-    plain = int | float | str | None
-    places = {id(leaf): _Output(at) for at, leaf in enumerate(call.outputs.leaves) if not isinstance(leaf, plain)}
-    arguments.leaves = [places.get(id(leaf), leaf) for leaf in arguments.leaves]
-    arguments.versions = [_version(leaf) for leaf in arguments.leaves]
-    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in arguments.leaves):
-        raise UserError(
-            "The criterion was given a tensor that was computed from the model's outputs (or by another call of the "
-            f"model), so criterion(model(inputs), targets) is not the training loss. {OBSERVE}."
-        )
-    kinds = [autocast.device_type for autocast in call.state.autocast]
-    inputs, autocast = call.arguments, Autocast.capture(kinds)
-
-    def closure(model: nn.Module) -> Tensor:
-        args, kwargs = inputs.nest()
-        outputs = tree_flatten(model(*args, **kwargs))[0]
-        args, kwargs = arguments.nest(outputs=outputs)
-        with Autocast.restored(autocast):
-            return criterion(*args, **kwargs)
-
-    return closure
-
-
-def _refusal(error: UserError) -> Closure:
-    def closure(model: nn.Module) -> Tensor:
-        raise error
-
-    return closure

@@ -2,15 +2,17 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from landscape.capture import OBSERVE, NotYetError
+from landscape.calls import OBSERVE, NotYetError
 from landscape.errors import UserError
 from landscape.gradients import gradient as gradient_of
+from landscape.gradients import inner, norm
 from landscape.objective import Objective
 from landscape.ranks import ALONE, Ranks
 from landscape.state import Parameters
@@ -48,7 +50,7 @@ class FirstChecks:
         Raises:
             NotYetError: It does. What it wrote is put back, and from the next update on it writes to copies.
         """
-        if not self._guarded:
+        if not self._guarded or ray.objective.shards is not None:  # writes to gathered parameters are not kept
             return
         self._guarded -= 1
         walk, scene = Walk(ray), ray.objective.terms[0].state.scene
@@ -74,6 +76,14 @@ class FirstChecks:
             check.judge(self._observed, self._ranks.others())
         self._left = self._left - 1 if check is None else 0
         return {"loss_at_zero": asdict(at_zero), "gradient": None if check is None else asdict(check)}
+
+    def state_dict(self) -> dict[str, int]:
+        """How many updates are still to be looked at."""
+        return {"left": self._left, "guarded": self._guarded}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Look at so many more."""
+        self._left, self._guarded = state["left"], state["guarded"]
 
 
 @dataclass(frozen=True)
@@ -140,20 +150,22 @@ class GradientCheck:
     ) -> "GradientCheck | None":
         """Differentiate the objective at ``origin``; None if that cannot be done or is not finite."""
 
-        def differentiate() -> dict[int, Tensor]:
+        def differentiate() -> dict[str | None, Tensor]:
+            start = {name: origin[name] for name in gradient}
             try:
-                parts = gradient_of(objective, {name: origin[name] for name in gradient})
+                parts = gradient_of(objective, start)
             except RuntimeError:  # reentrant checkpointing, or a step of the loss that has no derivative this way
-                parts = [torch.full_like(origin[name], math.nan) for name in gradient]
+                parts = {name: torch.full_like(tensor, math.nan) for name, tensor in start.items()}
             weights = [1.0 if term.weight is None else term.weight.item() for term in objective.terms]
-            return dict(enumerate([parts[0].new_tensor(sum(weights)), *parts]))
+            return {None: next(iter(parts.values())).new_tensor(sum(weights)), **parts}
 
-        weight, *parts = ranks.mean(differentiate).values()
-        own = torch.cat([part.flatten() for part in parts])
-        got = torch.cat([tensor.flatten().to(own) for tensor in gradient.values()])
-        size = torch.dot(own, own)
-        scale = torch.dot(own, got) / size if size else size
-        rest = torch.linalg.vector_norm(got - scale * own) / torch.linalg.vector_norm(got)
+        shards = objective.shards
+        means = ranks.mean(differentiate, apart=() if shards is None else gradient)
+        own, weight = {name: means[name] for name in gradient}, means[None]
+        got = {name: tensor.to(own[name]) for name, tensor in gradient.items()}
+        size = inner(own, own, shards)
+        scale = inner(own, got, shards) / size if size else size
+        rest = norm({name: got[name] - scale * own[name] for name in got}, shards) / norm(got, shards)
         if not (scale.isfinite() and rest.isfinite()):
             return None
         tolerance = 5e-2 if objective.reduced_precision() else 1e-3

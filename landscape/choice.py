@@ -2,9 +2,10 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,30 @@ class EngineChoice:
         self._compared = True
         self._settle("loop", ray)
         return measured
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found out so far."""
+        return {
+            "asked": self.asked,
+            "compared": self._compared,
+            "chunks": {name: getattr(engine, "chunk", None) for name, engine in self._engines.items()},
+            "seconds": {name: list(seconds) for name, seconds in self._seconds.items()},
+            "refused": dict(self._refused),
+            "peaks": dict(self._peaks),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the engines that are left, unless another engine is asked for now."""
+        if state["asked"] != self.asked:
+            return
+        self._compared, self._peaks = state["compared"], dict(state["peaks"])
+        self._seconds, self._refused = {n: list(s) for n, s in state["seconds"].items()}, dict(state["refused"])
+        self._engines = {name: ENGINES[name]() for name in state["chunks"]}
+        for name, engine in self._engines.items():
+            if isinstance(engine, Stacked):
+                engine.chunk = state["chunks"][name]
+        if self._compared and len(self._engines) == 1:
+            self._tell()
 
     def _evaluate(self, ray: Ray) -> Tensor:
         """By the engine that was chosen; the model's code may have taken a turn that it does not follow."""
@@ -165,6 +190,11 @@ class EngineChoice:
             for term in ray.objective.terms:
                 term.state.scene.shared.clear()  # nobody needs to listen to these layers any more
         self._engines = {name: self._engines.get(name, loop)}
+        self._tell()
+
+    def _tell(self) -> None:
+        """Note which engine was chosen, and why."""
+        (name,) = self._engines
         seconds = {name: median(seconds) for name, seconds in self._seconds.items()}
         self._note(engine=name, engine_seconds=seconds, engine_refused=self._refused, peak_memory=self._peaks[name])
 

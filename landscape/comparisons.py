@@ -1,17 +1,14 @@
 """What figures 4 and 5 of the paper compare: the runs of each, and which of them are still to be trained."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from landscape.errors import UserError
-from landscape.facts import plain
 from landscape.measures import band_labels, summarize
 from landscape.recipes import RECIPES, Recipe
-from landscape.runs import holds_rows, read_facts, read_traces
-from landscape.stores import store_at
+from landscape.recorded import is_recorded
 
 
 def comparison(base: Recipe, groups: Sequence[int], seeds: Iterable[int] = (0,)) -> list[Recipe]:
@@ -36,23 +33,7 @@ def missing(runs: Sequence[Recipe], folder: Path) -> list[Recipe]:
     Raises:
         UserError: One was recorded with other settings.
     """
-    return [run for run in runs if not _ended(run.checked(), folder / run.run)]
-
-
-def _ended(run: Recipe, folder: Path) -> bool:
-    if not holds_rows(folder):
-        return False
-    known = read_facts(store_at(folder))
-    if "norm" not in known:
-        raise UserError(f"{folder} does not say what was recorded in it (run.json); give another --traces.")
-    for name, asked in plain(asdict(run)).items():
-        # The engine may be another than was asked for, and earlier versions had fewer options.
-        if name != "engine" and known.get(name, asked) != asked:
-            found = f"{name}={known[name]}, and asked for is {name}={asked}"
-            raise UserError(f"{folder} was recorded with {found}; give another --traces.")
-    if not all(any(folder.glob(f"{table}-*.parquet")) for table in ("updates", "epochs")):
-        return False
-    return run.epochs in set(read_traces(folder, table="epochs")["epoch"])
+    return [run for run in runs if not is_recorded(run, folder / run.run)]
 
 
 def roughness(frame: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:

@@ -105,7 +105,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, device: str | to
     Raises:
         UserError: If there is no such data set, or a file is damaged, or missing and not to be had.
     """
-    if name not in LOADERS:
+    if not isinstance(name, str) or name not in LOADERS:
         raise UserError(f"there is no data set {name!r}; choose one of: {', '.join(LOADERS)}")
     classes, load = LOADERS[name]
     folder = Path(pooch.os_cache("landscape") if data_dir is None else data_dir).expanduser()

@@ -30,6 +30,8 @@ SHARING = ("affine", "channels_last", "stacked")
 
 def evaluate(engine: Engine, ray: Ray) -> Tensor:
     """The K losses of a ray by an engine, with all random streams left as they were."""
+    if engine is not loop and ray.objective.shards is not None:
+        raise RuntimeError("its parameters are spread over processes")
     with torch.no_grad(), ray.objective.undisturbed():
         losses = engine(ray)
         # NaN is how a use of a parameter shows that no TorchFunctionMode sees; on a GPU a look would wait for it.

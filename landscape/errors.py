@@ -1,4 +1,4 @@
-"""The one exception that means: the caller can mend this."""
+"""The exceptions that are meant for the caller: a mistake that can be mended, and the end that was asked for."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message in one line and exits with code 2. Anything else that is raised is a bug.
     """
+
+
+class Stopped(Exception):
+    """Training was asked to stop, between two updates."""

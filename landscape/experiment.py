@@ -1,6 +1,6 @@
 """A recipe set up to be trained: data, model, optimizer, learning rate, and one update after the other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from inspect import signature
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
+from torch.utils._pytree import tree_map_only
 
 from landscape.augment import augmentation
 from landscape.data import Dataset, Samples, load_dataset
@@ -20,6 +21,7 @@ from landscape.models import MODELS
 from landscape.norms import make_norm
 from landscape.ranks import ALONE, Ranks
 from landscape.recipes import Recipe
+from landscape.state import HostStreams, RandomState
 
 
 class Experiment:
@@ -36,6 +38,7 @@ class Experiment:
         data: Its data set, split.
         model: The model, with its initial weights.
         updates: Updates in an epoch.
+        ranks: The processes that train it together.
 
     Raises:
         UserError: A recipe, device or data set that cannot be used.
@@ -55,7 +58,7 @@ class Experiment:
         self.updates = len(self.data.train) // recipe.batch_size
         model = initial_model(recipe, self.data)
         self.model = data_parallel(model) if ranks.size > 1 else model
-        self._ranks = ranks
+        self.ranks = ranks
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -67,16 +70,39 @@ class Experiment:
         self.schedule = learning_rate(recipe, self.optimizer, recipe.epochs * self.updates)
         self._augment = augmentation(recipe.augment, self.data.train.inputs.shape[-1])
         self._order = torch.Generator().manual_seed(recipe.seed)
+        self._order_before = self._order.get_state()
 
-    def epoch(self) -> Iterator[Tensor]:
+    def epoch(self, done: int = 0) -> Iterator[Tensor]:
         """Train on the training set once, in a new order, in batches of the full size.
+
+        Args:
+            done: How many updates of the epoch were made before its state was loaded; they are left out.
 
         Yields:
             The loss of each update; of several ranks that of the own part, whose mean over the ranks it is.
         """
+        self._order_before = self._order.get_state()
         shuffled = torch.randperm(len(self.data.train), generator=self._order).to(self.device)
-        for batch in shuffled.split(self.recipe.batch_size)[: self.updates]:
+        for batch in shuffled.split(self.recipe.batch_size)[done : self.updates]:
             yield self._update(self.data.train[batch])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the training depends on, between two updates of an epoch."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "order": self._order_before,
+            "streams": streams(self.device),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, with :meth:`epoch` told how many of its updates are done."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._order.set_state(state["order"])
+        restore_streams(state["streams"], self.device)
 
     def _update(self, batch: Samples) -> Tensor:
         inputs = self._in_layout(self._augment(batch.inputs))
@@ -86,15 +112,15 @@ class Experiment:
             with self._precision():
                 loss = self.criterion(self.model(own_inputs), targets)
             share = len(targets) / len(inputs)
-            (loss * share * self._ranks.size).backward()  # gradients of ranks are averaged, those of losses added
+            (loss * share * self.ranks.size).backward()  # gradients of ranks are averaged, those of losses added
             losses.append(loss.detach() * share)
         self.optimizer.step()
         self.schedule.step()
-        return torch.stack(losses).sum() * self._ranks.size
+        return torch.stack(losses).sum() * self.ranks.size
 
     def mean_loss(self, losses: Sequence[Tensor]) -> float:
         """The mean of what `epoch` has yielded, over all ranks."""
-        return self._ranks.mean(lambda: {"loss": torch.stack(list(losses)).mean()})["loss"].item()
+        return self.ranks.mean(lambda: {"loss": torch.stack(list(losses)).mean()})["loss"].item()
 
     def _parts(self, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The batch, or GhostNorm's groups of it that go through the model one by one in this process."""
@@ -102,7 +128,7 @@ class Experiment:
             return [(inputs, targets)]
         groups = self.recipe.groups or 1
         parts = list(zip(inputs.tensor_split(groups), targets.tensor_split(groups), strict=True))
-        return parts if self._ranks.size == 1 else [parts[self._ranks.rank]]
+        return parts if self.ranks.size == 1 else [parts[self.ranks.rank]]
 
     def facts(self) -> dict[str, int | str]:
         """What a trace should say besides the recipe."""
@@ -191,3 +217,17 @@ def learning_rate(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: int
     rise = LinearLR(optimizer, min(1.0, recipe.lr_start / recipe.lr), total_iters=rising)
     fall = CosineAnnealingLR(optimizer, max(1, updates - rising), recipe.lr_end)
     return SequentialLR(optimizer, [rise, fall], [rising])
+
+
+def streams(device: torch.device) -> dict[str, Any]:
+    """The global random streams (Python's, numpy's, torch's on the CPU and the device), in a form that can be saved."""
+    now = RandomState.capture([device] if device.type == "cuda" else [])
+    numpy = tree_map_only(np.ndarray, torch.from_numpy, now.host.numpy)
+    return {"python": now.host.python, "numpy": numpy, "cpu": now.cpu, "device": now.accelerators.get(device)}
+
+
+def restore_streams(state: Mapping[str, Any], device: torch.device) -> None:
+    """Make what ``streams`` gave the current state again."""
+    numpy = tree_map_only(Tensor, Tensor.numpy, state["numpy"])
+    on_device = {} if state["device"] is None else {device: state["device"]}
+    RandomState(HostStreams(state["python"], numpy), state["cpu"], on_device).restore()

@@ -1,6 +1,5 @@
 """Gradients along a ray: how far they are from the one at its origin."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from landscape.objective import Objective
 from landscape.ranks import ALONE, Ranks
+from landscape.sharded import Shards
 from landscape.state import Parameters
 from landscape.walk import Ray, Walk
 
@@ -39,19 +39,19 @@ def gradients_along(ray: Ray, ranks: Ranks = ALONE) -> RayGradients:
     """
     walk = Walk(ray)
     leaves = {name: tensor.requires_grad_() for name, tensor in walk.point.items()}
-    losses, distances = [], []
+    losses, distances, shards = [], [], ray.objective.shards
     with ray.objective.undisturbed():
         _, start = _differentiated(ray.objective, walk, leaves, 0.0, ranks)
         for eta in ray.step_sizes:
             loss, gradient = _differentiated(ray.objective, walk, leaves, eta, ranks)
-            distances.append(norm([there - here for there, here in zip(gradient, start, strict=True)]))
+            distances.append(norm({name: there - start[name] for name, there in gradient.items()}, shards))
             losses.append(loss)
-    slope = inner(start, [ray.direction[name] for name in leaves])
+    slope = inner(start, ray.direction, shards)
     return RayGradients(torch.stack(losses), torch.stack(distances), slope)
 
 
-def gradient(objective: Objective, parameters: Parameters) -> list[Tensor]:
-    """The gradient of the objective with respect to ``parameters`` where they are, in their order.
+def gradient(objective: Objective, parameters: Parameters) -> Parameters:
+    """The gradient of the objective with respect to ``parameters`` where they are.
 
     Raises:
         RuntimeError: The loss cannot be differentiated this way, or depends on none of them.
@@ -64,33 +64,38 @@ def gradient(objective: Objective, parameters: Parameters) -> list[Tensor]:
 
 def _differentiated(
     objective: Objective, walk: Walk, leaves: Parameters, eta: float, ranks: Ranks
-) -> tuple[Tensor, list[Tensor]]:
-    def own() -> dict[int, Tensor]:
+) -> tuple[Tensor, Parameters]:
+    def own() -> dict[str | None, Tensor]:
         with torch.no_grad():
             walk.move(eta)
         loss, gradient = _gradient(objective, leaves)
-        return dict(enumerate([loss, *gradient]))
+        return {None: loss, **gradient}
 
-    loss, *gradient = ranks.mean(own).values()
-    return loss, gradient
+    # Gradients of parameters that are spread are means already, of which every rank holds its own shards.
+    means = ranks.mean(own, apart=() if objective.shards is None else leaves)
+    return means.pop(None), {name: means[name] for name in leaves}
 
 
-def _gradient(objective: Objective, leaves: Parameters) -> tuple[Tensor, list[Tensor]]:
+def _gradient(objective: Objective, leaves: Parameters) -> tuple[Tensor, dict[str, Tensor]]:
     with torch.enable_grad():
         losses, gradients = zip(*(term.gradient(leaves) for term in objective.terms), strict=True)
     parts = zip(*gradients, strict=True)
-    return objective.total(losses), [torch.stack([_plain(part) for part in column]).sum(0) for column in parts]
+    sums = [torch.stack([_plain(part) for part in column]).sum(0) for column in parts]
+    return objective.total(losses), dict(zip(leaves, sums, strict=True))
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The l2 norm over all of the tensors."""
-    return torch.nn.utils.get_total_norm([_plain(tensor) for tensor in tensors]).detach()
+def norm(tensors: Parameters, shards: Shards | None = None) -> Tensor:
+    """The l2 norm over all of the tensors, or over those that these are ``shards`` of."""
+    plain = {name: _plain(tensor).detach() for name, tensor in tensors.items()}
+    if shards is None:
+        return torch.nn.utils.get_total_norm(list(plain.values()))
+    return shards.total({name: torch.linalg.vector_norm(tensor).double() ** 2 for name, tensor in plain.items()}).sqrt()
 
 
-def inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """The inner product over all of the tensors."""
-    pairs = zip(one, other, strict=True)
-    return torch.stack([torch.dot(_plain(a).flatten(), _plain(b).flatten()) for a, b in pairs]).sum()
+def inner(one: Parameters, other: Parameters, shards: Shards | None = None) -> Tensor:
+    """The inner product over all of the tensors of the ``one``, or over those that both are ``shards`` of."""
+    products = {name: torch.dot(_plain(a).flatten(), _plain(other[name]).flatten()) for name, a in one.items()}
+    return torch.stack(list(products.values())).sum() if shards is None else shards.total(products)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Layers:
         self._scene = scene
         self._handles: list[RemovableHandle] = []
         self._watched: set[str] = set()
-        self._overwritten: set[str] = set()
+        self.overwritten: set[str] = set()
         """Parameters of layers whose output an activation overwrites in place."""
         self.bases: list[Base] | None = None
         """What is kept of the forward pass that is under way."""
@@ -68,7 +68,7 @@ class Layers:
     def current(self, bases: Sequence[Base]) -> list[Base]:
         """Those that are still true; where an activation has overwritten one, the next is kept as a copy."""
         current = [base for base in bases if base.current()]
-        self._overwritten.update(*(base.parameters for base in bases if base not in current))
+        self.overwritten.update(*(base.parameters for base in bases if base not in current))
         return current
 
     def _after_linear(self, layer: nn.Module, args: tuple[Any, ...], outputs: Any, path: str, weight: Tensor) -> None:
@@ -81,5 +81,5 @@ class Layers:
             return
         if own.keys() <= {"weight", "bias"} and outputs.dtype in (torch.float32, torch.float64):
             parameters = {f"{path}.{name}".lstrip("."): own[name] for name in ("weight", "bias") if name in own}
-            outputs = outputs.detach().clone() if self._overwritten & parameters.keys() else outputs
+            outputs = outputs.detach().clone() if self.overwritten & parameters.keys() else outputs
             self.bases.append(Base.of(parameters, args[0], outputs))

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from landscape.errors import UserError
-from landscape.ghost import ghost_norm, seq_norm
+from landscape.ghost import Layout, ghost_norm, seq_norm
 from landscape.norm_layers import (
     BatchGroupNorm,
     BatchNorm,
@@ -46,6 +46,34 @@ def _group(num_features: int, channel_groups: int | None = None, **options: Any)
 
 def _instance(num_features: int, **options: Any) -> GroupNorm:
     return GroupNorm(num_features, num_features, **options)
+
+
+_WHOLE = "a whole number from 1 on"
+_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "groups": (_WHOLE, lambda value: _is_whole(value)),
+    "group_size": (_WHOLE, lambda value: _is_whole(value)),
+    "channel_groups": (_WHOLE, lambda value: _is_whole(value)),
+    "eps": ("a number from 0 to 1", lambda value: _is_share(value)),
+    "momentum": ("a number from 0 to 1", lambda value: _is_share(value)),
+    "affine": ("True or False", lambda value: isinstance(value, bool)),
+    "track_running_stats": ("True or False", lambda value: isinstance(value, bool)),
+    "layout": (" or ".join(get_args(Layout)), lambda value: value in get_args(Layout)),
+}
+"""What each option may be."""
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _made(make: Callable[..., nn.Module], options: dict[str, Any], num_features: int) -> nn.Module:
+    if not _is_whole(num_features):
+        raise UserError(f"num_features={num_features!r:.100}: give the number of channels, {_WHOLE}.")
+    return make(num_features, **options)
 
 
 _PLAIN = ("eps", "affine")
@@ -87,7 +115,7 @@ def make_norm(name: str, **options: Any) -> Callable[[int], nn.Module]:
         forbids the norm.
 
     Raises:
-        UserError: The name is unknown, or the norm does not take an option that is not None.
+        UserError: The name is unknown, or the norm does not take an option that is not None, or not this value of it.
     """
     check_norm(name)
     make, allowed = MAKERS[name]
@@ -97,7 +125,11 @@ def make_norm(name: str, **options: Any) -> Callable[[int], nn.Module]:
             f"The norm {name!r} does not take {', '.join(unknown)}: it takes {', '.join(allowed) or 'no options'}. "
             "Leave out the others."
         )
-    return partial(make, **given)
+    for option, value in given.items():
+        words, fits = _OPTIONS[option]
+        if not fits(value):
+            raise UserError(f"{option}={value!r:.100}: give {words}.")
+    return partial(_made, make, given)
 
 
 _SETTINGS = ("eps", "momentum", "affine", "track_running_stats")

@@ -1,7 +1,7 @@
 """The training loss of one update as a pure function of the parameters."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from landscape.errors import UserError
+from landscape.sharded import Shards
 from landscape.state import Closure, ForwardState, Parameters, RandomState, Scene
 
 
@@ -79,7 +80,7 @@ class Term:
 
     def losses(self, parameters: Parameters, moves: Sequence[Callable[[], object]]) -> list[Tensor]:
         """The unweighted loss after each of ``moves``, which write to ``parameters``; scalar tensors."""
-        return self.state.each(self.scalar, parameters, moves)
+        return self.state.each(self._loss, parameters, moves)
 
     def gradient(self, leaves: Parameters) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The unweighted loss at ``leaves``, and the gradient of the weighted one in their order; they require it.
@@ -90,8 +91,11 @@ class Term:
 
         def differentiate(model: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
             # In here, so that what is computed again (checkpoints) finds the same tensors.
-            loss = self.scalar(model)
-            gradient = torch.autograd.grad(self.weighted(loss), list(leaves.values()), allow_unused=True)
+            loss, shards = self._loss(model), self.state.scene.shards
+            if shards is None:
+                gradient = torch.autograd.grad(self.weighted(loss), list(leaves.values()), allow_unused=True)
+            else:
+                gradient = shards.gradient(self.weighted(loss), leaves)
             if all(part is None for part in gradient):
                 raise RuntimeError("The loss depends on no parameter that autograd knows of.")
             return loss.detach(), tuple(
@@ -103,6 +107,10 @@ class Term:
     def weighted(self, loss: Tensor) -> Tensor:
         """A loss, or several, times the weight."""
         return loss if self.weight is None else self.weight * loss
+
+    def _loss(self, model: nn.Module) -> Tensor:
+        shards = self.state.scene.shards
+        return self.scalar(model) if shards is None else shards.loss(self.scalar)
 
     def scalar(self, model: nn.Module) -> Tensor:
         """``closure(model)``; a UserError unless it is a tensor with one element."""
@@ -156,6 +164,11 @@ class Objective:
         pairs = zip(self.terms, losses, strict=True)
         return torch.stack([term.weighted(loss) for term, loss in pairs]).sum(0)
 
+    @property
+    def shards(self) -> Shards | None:
+        """What this process holds of the parameters, where they are spread over several."""
+        return self.terms[0].state.scene.shards if self.terms else None
+
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Put the random streams back after the body, which calls terms."""
@@ -163,7 +176,8 @@ class Objective:
         # Compiled code is specialized on live parameters: swapping them would compile anew at every point.
         with torch.compiler.set_stance("force_eager"):
             try:
-                yield
+                with nullcontext() if self.shards is None else self.shards.together():
+                    yield
             finally:
                 before.restore()
 

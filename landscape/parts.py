@@ -54,12 +54,13 @@ def to_pandas(part: pa.Table) -> pd.DataFrame:
     return part.to_pandas(types_mapper=lambda kind: pd.ArrowDtype(kind) if pa.types.is_list(kind) else None)
 
 
-def to_parquet(part: pa.Table, run: str | None = None) -> bytes:
+def to_parquet(part: pa.Table, name: str, run: str | None = None) -> bytes:
     """An Arrow table as Parquet that pandas, polars and DuckDB read by themselves.
 
-    With the rows go checksums and the ``run`` that they belong to, where it has an identity.
+    With the rows go checksums, the part's name, and the ``run`` that they belong to, where it has an identity.
     """
-    about = {"landscape_checksum": checksum(part)} | ({} if run is None else {"landscape_run": run})
+    about = {"landscape_checksum": checksum(part), "landscape_part": name}
+    about |= {} if run is None else {"landscape_run": run}
     buffer = pa.BufferOutputStream()
     table = part.replace_schema_metadata({**(part.schema.metadata or {}), **about})
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
@@ -89,6 +90,17 @@ def rows_in(store: Store, name: str) -> int:
         return file.metadata.num_rows
 
 
+def run_in(store: Store, name: str) -> str | None:
+    """Identity of the run that a part says to belong to, by its footer alone.
+
+    Raises:
+        UserError: It is no Parquet file.
+    """
+    with _opened(store, name) as file:
+        run = (file.schema_arrow.metadata or {}).get(b"landscape_run")
+    return None if run is None else run.decode(errors="replace")
+
+
 def read_part(store: Store, name: str, table: str, run: str | None = None) -> pa.Table:
     """Read one part of a table; columns that came with a later format than the part's are missing values.
 
@@ -99,8 +111,8 @@ def read_part(store: Store, name: str, table: str, run: str | None = None) -> pa
         run: Identity of the run that it should belong to, where that is known.
 
     Raises:
-        UserError: The file is no Parquet file or damaged, or no part of this table, or of another run, or is in a newer
-            format.
+        UserError: The file is no Parquet file or damaged, or no part of this table, or of another run, or has another
+            part's name, or is in a newer format.
     """
     path = store.inside(name)
     with _opened(store, name) as file:
@@ -108,6 +120,9 @@ def read_part(store: Store, name: str, table: str, run: str | None = None) -> pa
     about, known = part.schema.metadata or {}, _known_columns(part, table, path)
     if run and about.get(b"landscape_run", run.encode()) != run.encode():
         raise UserError(f"{path} belongs to another run than the run.json beside it; move one of them out.")
+    written_as = about.get(b"landscape_part", name.encode()).decode(errors="replace")
+    if name.startswith(f"{table}-") and written_as != name:
+        raise UserError(f"{path} was written as {written_as}, which says where its rows belong; name it so again.")
     names = column_names(table)
     try:
         columns = [part[name] if name in known else pa.nulls(part.num_rows) for name in names]
@@ -152,7 +167,7 @@ def check_version(version: bytes | int, path: object) -> int:
     """
     try:
         number = int(version)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} has no trace format but {version!r}; it was not written by landscape.") from error
     if number > VERSION:
         raise UserError(f"{path} has trace format {number}, and only {VERSION} is known here; upgrade landscape.")

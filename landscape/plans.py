@@ -7,6 +7,9 @@ from landscape.errors import UserError
 from landscape.recipes import Recipe
 from landscape.strategies import STRATEGIES, Configuration, Strategy, follow
 
+MOST_RUNS = 1000
+"""Seeds of a configuration: more than anyone trains, and few enough to be listed before the first is trained."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -53,8 +56,8 @@ class Tuning:
             raise UserError(f"Unknown strategy {self.strategy!r}; choose one of {', '.join(STRATEGIES)}.")
         if not 0 <= self.tolerance < 1:
             raise UserError(f"tolerance={self.tolerance} is out of range; give a difference of accuracies like 0.005.")
-        if self.runs < 1:
-            raise UserError(f"runs={self.runs} is out of range; give a whole number from 1 on.")
+        if not 1 <= self.runs <= MOST_RUNS:
+            raise UserError(f"runs={self.runs} is out of range; give a whole number from 1 to {MOST_RUNS}.")
         if not self.recipe.validation:
             raise UserError(
                 f"The recipe {self.recipe.recipe!r} holds nothing out to choose by; take one whose name begins with "

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from landscape.arguments import check_arguments, described
-from landscape.capture import OBSERVE, Capture, NotYetError, replaying
+from landscape.arguments import check_arguments, described, tell_of_threads
+from landscape.calls import OBSERVE, NotYetError
+from landscape.capture import Capture, after_first
 from landscape.checks import FirstChecks
 from landscape.choice import EngineChoice
 from landscape.errors import UserError
-from landscape.gradients import inner, norm
-from landscape.layers import Hook
-from landscape.ranks import inside
+from landscape.notrace import NoTrace
+from landscape.ranks import LostRankError
 from landscape.ray import checked_step_sizes
 from landscape.schedule import Schedule
 from landscape.state import Parameters
-from landscape.trace import NoTrace, TraceWriter
+from landscape.trace import TraceWriter
 from landscape.update import Update, fetch
 from landscape.walk import Ray
 
@@ -40,8 +40,8 @@ class LandscapeProbe:
     optimizer state and random streams are left bit for bit as they would be without the probe.
 
     Where several processes train the model by ``DistributedDataParallel``, every one of them makes a probe of what that
-    returns. Measured is then the mean over the processes of their losses, whose gradient it is that they average; the
-    first process writes the trace. ::
+    returns, or of what ``torch.distributed.fsdp.fully_shard`` has spread over them. Measured is then the mean over the
+    processes of their losses, whose gradient it is that they average; the first process writes the trace. ::
 
         with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1, 0.2, 0.4], trace="traces/run") as probe:
             ...  # the training loop
@@ -60,6 +60,8 @@ class LandscapeProbe:
         trace: Folder of the trace; without it rows are kept in memory, for :meth:`frame`, in every process.
         facts: What else is known about the run (norm, seed, batch size, ...), for ``run.json`` and as columns.
         overwrite: Whether a trace that is already in the folder is replaced.
+        resume: Whether a trace that is already in the folder goes on: from where :meth:`load_state_dict` says, or from
+            the beginning where nothing is loaded before the first update.
         steps_per_epoch: Updates in an epoch; gives the ``epoch`` column.
         grad_scaler: The loss scaler, where one is used: recorded losses are without its scale.
         engine: How rays are evaluated; see :func:`landscape.ray_losses`. ``"auto"`` times the engines on the first
@@ -72,7 +74,7 @@ class LandscapeProbe:
 
     Raises:
         UserError: An argument out of range. At the first probed step, also: no loss could be captured, or the one
-            captured is not what was differentiated; the message says how to hand it over.
+            captured is not what was differentiated; the message says how to hand it over. Later: a process has died.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class LandscapeProbe:
         trace: str | Path | None = None,
         facts: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        resume: bool = False,
         steps_per_epoch: int | None = None,
         grad_scaler: "torch.amp.GradScaler | None" = None,
         engine: str = "auto",
@@ -96,26 +99,31 @@ class LandscapeProbe:
         overhead: float | None = None,
     ) -> None:
         options = {"every": every, "direction": direction, "steps_per_epoch": steps_per_epoch, "overhead": overhead}
-        options |= {"grad_scaler": grad_scaler, "engine": engine, "max_memory": max_memory, "gradients": gradients}
+        options |= {"grad_scaler": grad_scaler, "engine": engine, "max_memory": max_memory}
+        options |= {"gradients": gradients, "relative": relative}
         check_arguments(model, optimizer, criterion, options)
-        step_sizes = step_sizes if callable(step_sizes) else checked_step_sizes(step_sizes)
+        options["step_sizes"] = step_sizes = step_sizes if callable(step_sizes) else checked_step_sizes(step_sizes)
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
-        self._inner, self._ranks = inside(model)
         self.step_sizes, self.relative, self.every, self.direction = step_sizes, relative, every, direction
         self.steps_per_epoch, self.gradients = steps_per_epoch, gradients
         self.overhead, self.max_memory = overhead, max_memory
         self.step = 0
-        self._capture = Capture(self._inner, criterion, optimizer, self._due, grad_scaler)
-        self._measuring, self._seconds = False, 0.0
-        known, here = self._facts() | dict(facts or {}), self._ranks.is_writer or trace is None
+        self._capture = Capture(model, criterion, optimizer, self._due, grad_scaler)
+        self._inner, self._ranks = self._capture.model, self._capture.ranks
+        self._seconds = 0.0
+        known = described(self._inner, optimizer, criterion, options) | {"ranks": self._ranks.size, **(facts or {})}
+        here, earlier = self._ranks.is_writer or trace is None, {"overwrite": overwrite, "resume": resume}
         self.trace = self._ranks.agree(
-            lambda: TraceWriter(trace, known, overwrite=overwrite, resolve=fetch) if here else NoTrace(),
+            lambda: TraceWriter(trace, known, **earlier, resolve=fetch) if here else NoTrace(),
             alike=lambda _: (every, direction, gradients, overhead),
         )
+        self._starts_anew = resume
         self._pending: Update | None = None
         self._checks = FirstChecks(criterion is None, self._ranks)
         self._choice = EngineChoice(engine, max_memory, self.trace.note)
         self._schedule = Schedule(every, overhead, _device(model), self._ranks.decide)
+        parts = {"capture": self._capture, "checks": self._checks, "choice": self._choice, "schedule": self._schedule}
+        self._parts = parts
         self._last: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -127,12 +135,6 @@ class LandscapeProbe:
                 self.optimizer.register_step_pre_hook(self._before_step),
                 self.optimizer.register_step_post_hook(self._after_step),
             ]
-            if self._inner is not self.model:
-                self._handles += [
-                    self.model.register_forward_pre_hook(Hook(self._before_wrapper)),
-                    # It may hand on copies of the outputs, and these are what the criterion gets.
-                    self.model.register_forward_hook(Hook(self._capture._after_model)),
-                ]
             self._schedule.start()
         return self
 
@@ -151,7 +153,38 @@ class LandscapeProbe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.detach()
+        try:
+            self.detach()
+        except UserError as missing:
+            if error is None:
+                raise
+            warnings.warn(str(missing), stacklevel=2)  # the error that ended the run is worth more
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the probe is, for a checkpoint beside the model's and the optimizer's; writes the rows so far.
+
+        Take it between two updates. ``torch.load(..., weights_only=True)`` reads it. Under data parallelism each
+        process has its own; that of the first serves all where engines are named.
+        """
+        self.trace.flush()
+        own = {name: part.state_dict() for name, part in self._parts.items()}
+        written, threads = dict(self.trace.written), torch.get_num_threads()
+        return {"step": self.step, "written": written, "last": self.last(), "threads": threads, **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint: forget the rows recorded after it, and know what was found out before it.
+
+        With the model, the optimizer and the random streams as they were then, the rows to come are on a CPU bit for
+        bit those of a run that never stopped, as long as the number of threads and the engine are the same too.
+
+        Raises:
+            UserError: The trace (``trace=``, with ``resume=True``) has fewer rows than were written then.
+        """
+        tell_of_threads(state["threads"])
+        self._rewind(state["written"])
+        self.step, self._last = state["step"], dict(state["last"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
 
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Compute a loss that is not ``criterion(model(inputs), targets)``, and let the probe know of it.
@@ -170,12 +203,7 @@ class LandscapeProbe:
         Returns:
             What the closure gives, to be differentiated.
         """
-
-        def through(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-            # The loop's own call goes through DistributedDataParallel, so that gradients are averaged.
-            return closure(model if self._measuring else self.model, *args, **kwargs)
-
-        return self._capture.observe(through, *args, **kwargs)
+        return self._capture.observe(closure, *args, **kwargs)
 
     def last(self) -> dict[str, Any]:
         """The row of the last probed update, with plain numbers; waits for the device. Empty before the first."""
@@ -188,6 +216,10 @@ class LandscapeProbe:
         """
         return self.trace.frame()
 
+    def _rewind(self, written: Mapping[str, int]) -> None:
+        self._ranks.agree(lambda: self.trace.rewind(written))
+        self._starts_anew = False
+
     def _due(self) -> bool:
         return bool(self._handles) and self._schedule.due
 
@@ -197,20 +229,15 @@ class LandscapeProbe:
             self._before_update()
             return None
         # step(closure) computes the gradient itself, maybe several times: the first is that of this update.
-        pending = [self._before_update]
-
-        def measured() -> Any:
-            loss = closure()
-            while pending:
-                pending.pop()()
-            return loss
-
-        return (args[0], measured), {name: value for name, value in kwargs.items() if name != "closure"}
+        rest = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (args[0], after_first(closure, self._before_update)), rest
 
     def _before_update(self) -> None:
+        if self._starts_anew:
+            self._rewind({})
         if self._due():
             with self._schedule.probing():
-                update = Update.of(self._inner, self.optimizer, self._capture.take())
+                update = Update.of(self._capture.scene, self.optimizer, self._capture.take())
                 if self.direction == "gradient":
                     self._measure(update, update.gradient)
                 else:
@@ -220,79 +247,49 @@ class LandscapeProbe:
         if self._pending is not None:
             update, self._pending = self._pending, None
             with self._schedule.probing():
-                self._measure(update, update.made(self._inner))
+                self._measure(update, update.made(self._capture.scene))
         self._capture.take()  # what a step(closure) has computed after the first time
         self._schedule.advance(self._capture.take_seconds())
         self.step += 1
 
     def _measure(self, update: Update, direction: Parameters) -> None:
-        self._measuring = True
         try:
             row = self._ranks.mean(lambda: self._row(update, direction))
         except Exception as error:  # a training run that has begun well shall not end because of its probe
-            if not self._last and not isinstance(error, NotYetError):
+            begun = self._last and not isinstance(error, LostRankError)
+            if not begun and not isinstance(error, NotYetError):
                 raise
             warnings.warn(f"Step {self.step} is not in the trace: {error}", stacklevel=2)
             return
-        finally:
-            self._measuring = False
         self._last = row | {"seconds": self._seconds}
         self.trace.append(self._last)
 
     def _row(self, update: Update, direction: Parameters) -> dict[str, Any]:
         """The row of the update by this process's own losses."""
         started = time.perf_counter()
-        step_sizes = self._step_sizes(update.lr)
-        if not update.objective.terms:
-            raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
-        with replaying():
-            ray = update.ray(direction, step_sizes)
+        ray = self._ranks.agree(lambda: self._ray(update, direction), alike=Ray.together)
+        with self._capture.measuring():
             self._checks.look_for_writes(ray)
             if facts := self._checks.check(update.objective, update.origin, update.gradient):
                 self.trace.note(mode="training" if self.model.training else "evaluation", checks=facts)
                 started = time.perf_counter()
-            measured = self._evaluate(ray, update)
+            measured = update.measures(direction) | self._along(ray)
         self._seconds = time.perf_counter() - started
         epoch = self.step / self.steps_per_epoch if self.steps_per_epoch else math.nan
-        return {"step": self.step, "epoch": epoch, "lr": update.lr, "step_sizes": step_sizes} | measured
+        return {"step": self.step, "epoch": epoch, "lr": update.lr, "step_sizes": ray.step_sizes} | measured
 
-    def _evaluate(self, ray: Ray, update: Update) -> dict[str, Tensor]:
-        """The columns that are computed on the device, still there."""
-        size = norm(list(update.gradient.values()))
-        measured = {"loss": update.objective.recorded(), "grad_norm": size, "direction_norm": size, "slope": size**2}
-        if ray.direction is not update.gradient:
-            direction = list(ray.direction.values())
-            slope = inner([update.gradient[name] for name in ray.direction], direction)
-            measured |= {"direction_norm": norm(direction), "slope": slope}
-        if self.gradients:
-            there = self._choice.gradients(ray, self._ranks)
-            return measured | {"losses": there.losses, "slope": there.slope, "gradient_distances": there.distances}
-        return measured | {"losses": self._choice.losses(ray)}
+    def _along(self, ray: Ray) -> dict[str, Tensor]:
+        if not self.gradients:
+            return {"losses": self._choice.losses(ray)}
+        there = self._choice.gradients(ray, self._ranks)
+        return {"losses": there.losses, "slope": there.slope, "gradient_distances": there.distances}
 
-    def _step_sizes(self, lr: float) -> list[float]:
+    def _ray(self, update: Update, direction: Parameters) -> Ray:
         step_sizes = self.step_sizes(self.step) if callable(self.step_sizes) else self.step_sizes
-        return [eta * lr if self.relative else eta for eta in checked_step_sizes(step_sizes)]
-
-    def _before_wrapper(self, model: nn.Module, args: Any) -> None:
-        if self._measuring:
-            raise UserError(
-                "An observed loss called the DistributedDataParallel model, whose collectives are those of training; "
-                "call the model that the closure is given: probe.observe(lambda model, x: ...)."
-            )
-
-    def _facts(self) -> dict[str, Any]:
-        return described(self._inner, self.optimizer, self.criterion) | {
-            "ranks": self._ranks.size,
-            "direction": self.direction,
-            "probe_lrs": "a function of the step" if callable(self.step_sizes) else list(self.step_sizes),
-            "relative": self.relative,
-            "every": self.every,
-            "overhead": self.overhead,
-            "gradients": self.gradients,
-            "max_memory": self.max_memory,
-            "steps_per_epoch": self.steps_per_epoch,
-            "threads": torch.get_num_threads(),
-        }
+        etas = [eta * update.lr if self.relative else eta for eta in checked_step_sizes(step_sizes)]
+        if not update.objective.terms:
+            raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
+        return update.ray(direction, etas)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,16 +1,11 @@
-"""Processes that train one model together: how they start, what they average, and that they give up as one."""
+"""Processes that train one model together: what they average, and that they give up as one."""
 
-import logging
-import os
 import sys
-import tempfile
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,14 +14,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from landscape.errors import UserError
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
 T = TypeVar("T")
 K = TypeVar("K")
 
-MISTAKE = 2
-"""Exit code of a process that has told the user what to do."""
+
+class LostRankError(UserError):
+    """Another process of the group no longer answers; who goes on without it lets the rest of them wait."""
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Say it in plain words if a process of the group dies while the body waits for it.
+
+    Raises:
+        LostRankError: Instead of what torch's collectives raise.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # torch has a type for what NCCL and its store say; what gloo says is known by its words.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LostRankError(
+            "Another of the processes that train the model no longer answers: it has failed, or was killed."
+        ) from error
 
 
 class Ranks:
@@ -80,8 +91,11 @@ class Ranks:
         self._abandoned &= self._depth > 0
         self._depth += 1
         try:
-            result = compute()
+            with answering():
+                result = compute()
             mark = zlib.crc32(repr(alike(result)).encode())
+        except LostRankError:  # nobody is left to be told
+            raise
         except Exception as error:
             if not self._abandoned:
                 self._exchange(0, error)
@@ -92,27 +106,36 @@ class Ranks:
         finally:
             self._depth -= 1
 
-    def mean(self, compute: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
+    def mean(self, compute: Callable[[], Mapping[K, Any]], apart: Container[K] = ()) -> dict[K, Any]:
         """The means of ``compute()`` over the ranks: of its tensors; everything else has to be the same on all.
 
-        Tensors of less than single precision are averaged, and given back, in single precision.
+        Tensors of less than single precision are averaged, and given back, in single precision. What is ``apart`` is
+        each rank's own, and stays as it is.
 
         Raises:
             UserError: The ranks do not compute the same things.
             Exception: As for :meth:`agree`.
         """
-        own = dict(self.agree(compute, _outline))
-        tensors = {key: value.detach() for key, value in own.items() if isinstance(value, Tensor)}
+        own = dict(self.agree(compute, lambda own: _outline({key: own[key] for key in own if key not in apart})))
+        tensors = {key: value.detach() for key, value in own.items() if isinstance(value, Tensor) and key not in apart}
         if self._group is None or not tensors:
             return own
         kind = reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values()], torch.float32)
         device = next(iter(tensors.values())).device
-        flat = torch.cat([tensor.reshape(-1).to(device, kind) for tensor in tensors.values()])
-        dist.all_reduce(flat, group=self._hosts if device.type == "cpu" else self._group)
-        parts = flat.div_(self.size).split([tensor.numel() for tensor in tensors.values()])
+        flat = self.average(torch.cat([tensor.reshape(-1).to(device, kind) for tensor in tensors.values()]))
+        parts = flat.split([tensor.numel() for tensor in tensors.values()])
         pairs = zip(tensors.items(), parts, strict=True)
         return own | {key: part.view(tensor.shape).to(tensor.device) for (key, tensor), part in pairs}
 
+    @answering()
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks, all of which have one like it; it is written to."""
+        if self._group is not None:
+            dist.all_reduce(tensor, group=self._hosts if tensor.device.type == "cpu" else self._group)
+            tensor /= self.size
+        return tensor
+
+    @answering()
     def decide(self, value: bool) -> bool:
         """The writer's ``value``, on all ranks."""
         if self._group is None:
@@ -121,10 +144,24 @@ class Ranks:
         dist.broadcast(told, src=dist.get_global_rank(self._group, 0), group=self._hosts)
         return bool(told)
 
+    @answering()
+    def share(self, own: bytes) -> list[bytes]:
+        """What every rank has to say, in their order, on all of them."""
+        if self._group is None:
+            return [own]
+        sizes = [torch.tensor(0) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor(len(own)), self._hosts)
+        # One byte more, because nothing may be nothing at all.
+        padded = torch.frombuffer(bytearray(own.ljust(int(max(sizes)) + 1)), dtype=torch.uint8)
+        shared = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(shared, padded, self._hosts)
+        return [bytes(part[:size].numpy()) for part, size in zip(shared, sizes, strict=True)]
+
     def others(self) -> bool:
         """Whether torch knows of processes beside these."""
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > self.size
 
+    @answering()
     def _exchange(self, mark: int, error: Exception | None) -> None:
         """Tell all ranks of an error, or of what has to be alike; raise on all of them if something is not right."""
         assert self._group is not None
@@ -160,10 +197,13 @@ ALONE = Ranks()
 
 
 def inside(model: nn.Module) -> tuple[nn.Module, Ranks]:
-    """The model that DistributedDataParallel trains and the ranks that train it; any other model is trained alone.
+    """The model inside of what the user's loop calls, and the ranks that train it.
+
+    They are those of DistributedDataParallel, or those that fully_shard has spread the model over; any other model is
+    trained by this process alone.
 
     Raises:
-        UserError: There is a DistributedDataParallel further in.
+        UserError: There is a DistributedDataParallel further in, or a FullyShardedDataParallel.
     """
     outermost = isinstance(model, DistributedDataParallel)
     inner = model.module if outermost else model
@@ -172,86 +212,34 @@ def inside(model: nn.Module) -> tuple[nn.Module, Ranks]:
             "There is a DistributedDataParallel inside of the model. Wrap the model as a whole, outermost (also around "
             "torch.compile), and give the probe what DistributedDataParallel(model) returns."
         )
+    if parts := sharded_parts(inner):
+        return inner, Ranks(_spread_over(parts))
     return inner, Ranks(model.process_group) if outermost else ALONE
 
 
-def launched() -> int | None:
-    """How many processes torchrun has started, of which this is one; None if it has not."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
-
-
-def own_device(kind: str) -> torch.device:
-    """The device of this process among those that torchrun has started: the CPU, or a GPU for each of them."""
-    return torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
-
-
-@contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun has started; they part after the body.
-
-    Args:
-        device: Where this process trains: gloo connects CPUs, NCCL GPUs (and gloo their hosts).
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
-
-
-def torchrun(arguments: Sequence[str], processes: int) -> int:
-    """Run ``python -m landscape_cli`` with these arguments in several processes of this machine, by torchrun.
-
-    What the first of them prints is seen; of the others only what one leaves behind that fails.
-
-    Returns:
-        The exit code: 0, or that of the process that failed first.
+def sharded_parts(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` was applied to.
 
     Raises:
-        UserError: What the processes say that the user should do.
-        KeyboardInterrupt: The user stopped it; so are the processes.
+        UserError: A part is wrapped in the older FullyShardedDataParallel.
     """
-    # torchrun as a function, because as a command it adds two tracebacks of its own to an error.
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
-    with tempfile.TemporaryDirectory(prefix="landscape-") as folder:
-        silent = {rank: Std.ALL if rank else Std.NONE for rank in range(processes)}
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            max_restarts=0,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            logs_specs=DefaultLogsSpecs(folder, redirects=silent),
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # importing it takes half a second
+    if fsdp is None:
+        return []
+    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise UserError(
+            "The model is wrapped in FullyShardedDataParallel, whose parameters cannot be told apart; shard it with "
+            "torch.distributed.fsdp.fully_shard(model) instead."
         )
-        logging.disable(logging.ERROR)
-        try:
-            elastic_launch(config, sys.executable)("-m", "landscape_cli", *arguments)
-        except ChildFailedError as error:
-            return _failed(error.get_first_failure()[1], Path(folder))
-        except SignalException as error:
-            raise KeyboardInterrupt from error
-        finally:
-            logging.disable(logging.NOTSET)
-    return 0
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
-def _failed(failure: "ProcessFailure", folder: Path) -> int:
-    """The exit code of a process that failed, after what it has printed; a UserError if it says that it is one."""
-    if failure.exitcode == MISTAKE:
-        raise UserError(failure.message)
-    for printed in folder.rglob(f"{failure.local_rank}/stderr.log"):
-        sys.stderr.write(printed.read_text(errors="replace"))
-    code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    print(f"Process {failure.local_rank} failed with exit code {code}.", file=sys.stderr)
-    return code
+def _spread_over(parts: Sequence[Any]) -> Any:
+    """The group of all processes that the parts are spread over: the largest, if there are several."""
+    meshes = [p.device_mesh for part in parts for p in part.parameters() if hasattr(p, "device_mesh")]
+    ranks = max((mesh.mesh.flatten().tolist() for mesh in meshes), key=len)
+    everyone = len(ranks) == dist.get_world_size()
+    return dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
 
 
 def _is_ours(kind: type) -> bool:

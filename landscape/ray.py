@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from landscape.engines import ENGINES, evaluate, loop, refusal
 from landscape.errors import UserError
 from landscape.objective import Objective
+from landscape.ranks import sharded_parts
 from landscape.state import Closure, Parameters
 from landscape.walk import Ray
 
@@ -42,6 +43,8 @@ def ray_losses(
         raise UserError(
             "Give a model (nn.Module), a closure, and a direction: a dict of tensors named like parameters."
         )
+    if sharded_parts(model):
+        raise UserError("fully_shard has spread the parameters over processes; use LandscapeProbe, which gathers them.")
     origin = {name: parameter.detach() for name, parameter in model.named_parameters()}
     ray = Ray(Objective.of(model, closure, direction), origin, direction, checked_step_sizes(step_sizes))
     # Affine evaluation takes two products, so it pays from three points on.
@@ -60,16 +63,19 @@ def ray_losses(
 
 def check_engine(engine: str) -> None:
     """Raise a UserError unless there is an engine of that name."""
-    if engine != "auto" and (not isinstance(engine, str) or engine not in ENGINES):
+    if not isinstance(engine, str) or (engine != "auto" and engine not in ENGINES):
         raise UserError(f"Unknown engine {engine!r}; choose one of auto, {', '.join(ENGINES)}.")
 
 
 def checked_step_sizes(step_sizes: Iterable[float]) -> list[float]:
     """The step sizes as numbers; a UserError unless there is at least one and all are finite."""
     try:
-        numbers = [float(eta) for eta in step_sizes]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"step_sizes={step_sizes!r}: give a list of numbers.") from error
+        given = list(step_sizes)
+        numbers = [float(eta) for eta in given if not isinstance(eta, bool | str | bytes)]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.") from error
+    if len(numbers) < len(given) or isinstance(step_sizes, bytes | Mapping):  # a text is one of texts
+        raise UserError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.")
     if not numbers or not all(map(math.isfinite, numbers)):
-        raise UserError(f"step_sizes={numbers}: give one finite number or more.")
+        raise UserError(f"step_sizes={step_sizes!r:.100}: give one finite number or more.")
     return numbers

@@ -1,7 +1,8 @@
 """What an experiment is: frozen recipes, by name."""
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
 
 from landscape.errors import UserError
 from landscape.vocabulary import options_of
@@ -92,8 +93,10 @@ class Recipe:
         """The recipe as it is trained: without options that its norm does not take, with its own learning rate.
 
         Raises:
-            UserError: A value is out of range.
+            UserError: A value is of another type than it should be, or out of range.
         """
+        _check_types(self)
+        _check_name(self.recipe)
         options = options_of(self.norm)
         _check_counts(self, ("batch_size", "epochs", "every", *options))
         _check_choices(self)
@@ -107,15 +110,42 @@ class Recipe:
         return replace(self, **unused, lr=lr, lr_without_norm=None)
 
 
+def _check_types(recipe: Recipe) -> None:
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        if not _fits(value, field.type):
+            kind = getattr(field.type, "__name__", field.type)
+            raise UserError(f"{field.name}={value!r:.100} is a {type(value).__name__}; give {kind}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type as fields declare it; whole numbers are numbers, and lists as good as tuples."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, each) for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(each, get_args(kind)[0]) for each in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, float | int if kind is float else kind)
+
+
+def _check_name(name: str) -> None:
+    """The name becomes that of a folder, and is written under figures."""
+    if not 1 <= len(name) <= 100 or not name.isprintable() or name.startswith(".") or "/" in name or "\\" in name:
+        raise UserError(
+            f"recipe={name!r:.100} cannot be the name of a folder; give 1 to 100 printable characters without slashes "
+            "that do not begin with a dot."
+        )
+
+
 def _check_counts(recipe: Recipe, names: tuple[str, ...]) -> None:
     for name in (*names, *(["train_samples"] if recipe.train_samples is not None else [])):
         value = getattr(recipe, name)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}={value} is out of range; give a whole number from 1 on.")
-    if not isinstance(recipe.validation, int) or recipe.validation < 0:
-        raise UserError(f"validation={recipe.validation} is out of range; give a number of samples from 0 on.")
-    if not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:
-        raise UserError(f"seed={recipe.seed} is out of range; give a whole number from 0 to 2**63 - 1.")
+        if value is None or not 1 <= value < 2**63:
+            raise UserError(f"{name}={value} is out of range; give a whole number from 1 to 2**63 - 1.")
+    for name in ("validation", "seed"):
+        if not 0 <= getattr(recipe, name) < 2**63:
+            raise UserError(f"{name}={getattr(recipe, name)} is out of range; give a whole number from 0 to 2**63 - 1.")
 
 
 def _check_choices(recipe: Recipe) -> None:
@@ -130,11 +160,12 @@ def _check_choices(recipe: Recipe) -> None:
 def _check_numbers(recipe: Recipe) -> None:
     for name in ("lr", "lr_without_norm", "lr_start"):
         value = getattr(recipe, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name}={value} is out of range; give a finite learning rate above 0.")
+        if value is not None and not 1e-38 <= value <= 1e38:
+            raise UserError(f"{name}={value} is out of range; give a learning rate that float32 holds, 1e-38 to 1e38.")
     for name in ("lr_end", "momentum", "weight_decay"):
-        if not 0 <= getattr(recipe, name) < float("inf"):
-            raise UserError(f"{name}={getattr(recipe, name)} is out of range; give a finite number from 0 on.")
+        value = getattr(recipe, name)
+        if not 0 <= value <= 1e38:
+            raise UserError(f"{name}={value} is out of range; give a number that float32 holds, 0 to 1e38.")
     if recipe.nesterov and not recipe.momentum:
         raise UserError(
             "nesterov=True with momentum=0.0: Nesterov's momentum needs some; give it, or leave nesterov out."
@@ -142,7 +173,7 @@ def _check_numbers(recipe: Recipe) -> None:
     most = 0.5 if recipe.schedule == "triangle" else 1  # a triangle falls as long as it rises
     if not 0 < recipe.rise < most:
         raise UserError(f"rise={recipe.rise} is out of range; give a share of the updates between 0 and {most}.")
-    if recipe.overhead is not None and not 0 < recipe.overhead < float("inf"):
+    if recipe.overhead is not None and not 0 < recipe.overhead < 1e38:
         raise UserError(f"overhead={recipe.overhead} is out of range; give a share of the training time above 0.")
 
 

@@ -1,10 +1,12 @@
 """The runs in a place: found, listed, and read into one frame, whatever of them can be read."""
 
 import json
+import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import pyarrow as pa
 from landscape.columns import TABLES, VERSION
 from landscape.errors import UserError
 from landscape.locks import writer_of
-from landscape.parts import check_version, column_names, read_part, rows_in, to_pandas
+from landscape.parts import check_version, column_names, read_part, rows_in, run_in, to_pandas
+from landscape.printing import printable
 from landscape.stores import Place, Store, is_url, reason, store_at
 
 FACTS = "run.json"
@@ -95,7 +98,7 @@ def list_runs(paths: Place | Iterable[Place]) -> pd.DataFrame:
 
 
 def _listed(run: Run, left_out: list[str]) -> dict[str, Any]:
-    own = {"run": run.name, "updates": _count(run, left_out), "writer": writer_of(run.store)}
+    own = {"run": printable(run.name), "updates": _count(run, left_out), "writer": writer_of(run.store)}
     facts = _scalars(_facts_of(run, left_out))
     ended = None if CHECKPOINT in run.store.names() else facts.pop("ended", None)
     return own | {name: fact for name, fact in facts.items() if name not in own} | {"ended": ended}
@@ -162,7 +165,7 @@ def _find_runs(paths: Place | Iterable[Place], table: str, left_out: list[str]) 
 
 def _locate(path: Place, table: str, left_out: list[str]) -> Iterator[Run]:
     """The runs at or under one path."""
-    place = str(path) if is_url(path) else Path(path).resolve()
+    place = str(path) if is_url(path) else Path(os.path.realpath(path))  # which takes links that lead in a circle
     store = store_at(place)
     try:
         kind = store.kind()
@@ -190,10 +193,14 @@ def _last(place: Place) -> str:
 def _read(run: Run, table: str, left_out: list[str]) -> tuple[pa.Table | None, dict[str, Any]]:
     """The rows of a run, if any can be read, and its facts."""
     facts = _facts_of(run, left_out)
+    identities = {facts["id"]} if isinstance(facts.get("id"), str) else _identities(run)
+    if len(identities) > 1:
+        left_out.append(f"{run.store} has parts of several runs, and no run.json that says which belong there")
+        return None, facts
     parts, following, told = [], 0, False
     for name in run.parts:
         try:
-            part = read_part(run.store, name, table, facts.get("id"))
+            part = read_part(run.store, name, table, next(iter(identities), None))
         except UserError as error:
             left_out.append(str(error).rstrip("."))
             told = True
@@ -210,6 +217,15 @@ def _read(run: Run, table: str, left_out: list[str]) -> tuple[pa.Table | None, d
     if run.whole and parts and not told and (lacking := _recorded(facts, table) - following) > 0:
         left_out.append(f"{run.store} lacks the last {lacking} of its {table}")
     return (pa.concat_tables(parts) if parts else None), facts
+
+
+def _identities(run: Run) -> set[str]:
+    """The runs that parts say to belong to, as far as they do."""
+    found: set[str | None] = set()
+    for name in run.parts:
+        with suppress(UserError):  # which reading it will tell
+            found.add(run_in(run.store, name))
+    return {identity for identity in found if identity is not None}
 
 
 def _recorded(facts: Mapping[str, Any], table: str) -> int:
@@ -243,7 +259,15 @@ def _abridged(sentences: list[str], most: int = 5) -> str:
 
 
 def _scalars(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: fact for name, fact in facts.items() if name not in _SILENT and not isinstance(fact, dict | list)}
+    """The facts that become columns, in values that a column holds and a figure shows."""
+    scalars = {name: fact for name, fact in facts.items() if name not in _SILENT and not isinstance(fact, dict | list)}
+    return {printable(name): _shown(fact) for name, fact in scalars.items()}
+
+
+def _shown(fact: Any) -> Any:
+    if isinstance(fact, int) and abs(fact) >= 2**63:
+        return str(fact)
+    return printable(fact) if isinstance(fact, str) else fact
 
 
 def _fact_columns(facts: list[dict[str, Any]]) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,14 @@ class Budget:
     def affords(self) -> bool:
         """Whether another probe can be paid for."""
         return self.probing + self._last <= self.share * self.training
+
+    def state_dict(self) -> dict[str, float]:
+        """The accounts."""
+        return {"training": self.training, "probing": self.probing, "last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over the accounts; the share stays as it is asked for now."""
+        self.training, self.probing, self._last = state["training"], state["probing"], state["last"]
 
 
 class Stopwatch:
@@ -126,6 +134,18 @@ class Schedule:
         self.due = self._updates % self._every == 0 and self._decide(
             not self._watch.pending() and self._budget.affords()
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What another process needs to go on; a piece that a GPU has not finished yet is not accounted for."""
+        budget = None if self._budget is None else self._budget.state_dict()
+        return {"due": self.due, "updates": self._updates, "probes": self._probes, "budget": budget}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.due, self._updates, self._probes = state["due"], state["updates"], state["probes"]
+        if self._budget is not None and state["budget"] is not None:
+            self._budget.load_state_dict(state["budget"])
+        self.start()
 
     def facts(self) -> dict[str, Any]:
         """What was asked and what came out, where there is a budget."""

@@ -17,6 +17,9 @@ from landscape.errors import UserError
 TIMEOUT = (3, 15)
 """Seconds to wait for a connection (to each address of a mirror), and for the next bytes."""
 
+LARGEST = 1 << 30
+"""Bytes of a file that is read into memory to be checked."""
+
 Labelled = tuple[np.ndarray, np.ndarray]
 """Images (N, C, H, W) and their labels (N,), both uint8."""
 
@@ -71,12 +74,16 @@ def _members(archive: bytes, names: Sequence[str], source: Source) -> list[bytes
     wanted, contents = {f"{source.inside}/{name}": name for name in names}, {}
     with tarfile.open(fileobj=BytesIO(archive), mode="r|gz") as file:
         for member in file:
-            if member.name in wanted and (content := file.extractfile(member)) is not None:
+            if member.name in wanted and member.isreg() and (content := file.extractfile(member)) is not None:
                 contents[wanted[member.name]] = content.read()
+    if missing := [path for path, name in wanted.items() if name not in contents]:
+        raise UserError(f"The archive {source.archive} has no file {', '.join(missing)}; replace it.")
     return [contents[name] for name in names]
 
 
 def _checked(path: Path, source: Source) -> bytes:
+    if (size := path.stat().st_size) > LARGEST:
+        raise UserError(f"{path} is damaged: it has {size} bytes, no file of {source.name} has more than {LARGEST}.")
     content = path.read_bytes()
     expected, found = source.sha256[path.name], hashlib.sha256(content).hexdigest()
     if found != expected:

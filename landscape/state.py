@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
+
+from landscape.sharded import Shards, local
 
 T = TypeVar("T")
 Closure = Callable[[nn.Module], Tensor]
@@ -29,14 +31,16 @@ class Scene(nn.Module):
     The scene only holds them; it is never trained, moved or switched to another mode itself.
     """
 
-    def __init__(self, model: nn.Module, criterion: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, criterion: nn.Module | None = None, shards: Shards | None = None) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
+        self.shards = shards
+        """What this process holds of the model, where it is spread over several."""
         self.moving: set[int] = set()
         """Parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
-        self.draws = False
-        """Whether forward passes are known to draw from Python's or numpy's random streams."""
+        self.draws = shards is not None
+        """Whether forward passes are known to draw from Python's or numpy's random streams, or may on another rank."""
         self.streamed: set[str] = set()
         """Weights of the model that are known to be built in blocks."""
         self.shares_nothing = False
@@ -55,7 +59,9 @@ class Scene(nn.Module):
         return places
 
     def frozen_versions(self) -> dict[int, int]:
-        """How often each frozen parameter (by id) was written to."""
+        """How often each frozen parameter (by id) was written to; not known where forward passes gather them."""
+        if self.shards is not None:
+            return {}
         return {id(p): p._version for p in self.parameters() if not p.requires_grad and not p.is_inference()}
 
     @contextmanager
@@ -86,8 +92,23 @@ class Scene(nn.Module):
         return any(map(is_lazy, tensors))
 
     def devices(self) -> set[torch.device]:
-        """Every device that a parameter or a buffer lives on."""
-        return {tensor.device for tensors in (self.parameters(), self.buffers()) for tensor in tensors}
+        """Every device that a parameter or a buffer lives on, or is gathered on."""
+        gathered = set() if self.shards is None else {self.shards.device}
+        return gathered | {tensor.device for tensors in (self.parameters(), self.buffers()) for tensor in tensors}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters of the model by name, as an optimizer holds them."""
+        return dict(self.model.named_parameters()) if self.shards is None else self.shards.parameters()
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """A parameter or its gradient, detached; where it is spread, what this process holds of it."""
+        return tensor.detach() if self.shards is None else local(tensor)
+
+    @contextmanager
+    def at(self, point: Parameters) -> Iterator[None]:
+        """For the body, which is a forward pass, put ``point`` where parameters are spread; elsewhere it is swapped."""
+        with nullcontext() if self.shards is None else self.shards.at(point):
+            yield
 
 
 @dataclass(frozen=True)
@@ -209,10 +230,12 @@ class ForwardState:
             for move in moves:
                 self._enter()
                 move()
-                results.append(function(model))
+                with self.scene.at(parameters):
+                    results.append(function(model))
             return results
 
-        tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
+        swapped = parameters if self.scene.shards is None else {}
+        tensors = {f"model.{name}": tensor for name, tensor in swapped.items()}
         with self._undone(), Autocast.restored(self.autocast):
             before = HostStreams.capture()
             # One swap for all points: it takes as long as the forward pass of a small model.

@@ -96,8 +96,11 @@ class Folder(Store):
         return dict(sorted(("" if name == "." else name, names) for name, names in folders.items()))
 
     def open(self, name: str) -> pa.NativeFile:
-        """A file of the folder."""
-        return pa.OSFile(str(self.path / name))
+        """A file of the folder; a pipe or a device, which may keep a reader waiting for ever, is refused."""
+        path = self.path / name
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return pa.OSFile(str(path))
 
     def write(self, name: str, content: bytes) -> None:
         """Write beside the place and move into it."""

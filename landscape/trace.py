@@ -18,7 +18,7 @@ from landscape.facts import environment, plain
 from landscape.files import finished_name
 from landscape.outbox import Outbox
 from landscape.parts import Row, column_names, read_part, rows_in, schema, to_arrow, to_parquet
-from landscape.runs import FACTS, first_row, joined, parts_of, read_facts
+from landscape.runs import CHECKPOINT, FACTS, first_row, joined, parts_of, read_facts
 from landscape.stores import Memory, Place, reason, store_at
 
 
@@ -95,7 +95,7 @@ class TraceWriter:
             if resume and recorded:
                 self._go_on(recorded)
             else:
-                self._remove([FACTS, *recorded])
+                self._remove([CHECKPOINT, *reversed(recorded), FACTS])
             # What killed processes have left half done; any other file is let alone.
             self._remove([name for name in names if name.startswith(".") and _is_own(finished_name(name))])
             self._store.write(FACTS, self._json())
@@ -112,7 +112,8 @@ class TraceWriter:
         resumed = [*known.pop("resumed", []), self._facts["started"]]
         kept = {name: known.get(name) for name in ("id", "started")} if known else {"id": None}
         self._facts = known | self._facts | kept | {"resumed": resumed}
-        self._facts.pop("ended", None)
+        for name in ("ended", "rows"):
+            self._facts.pop(name, None)
         for table in TABLES:
             if parts := parts_of(recorded, table):
                 self._rows[table] = (first_row(parts[-1]) or 0) + rows_in(self._store, parts[-1])
@@ -163,7 +164,7 @@ class TraceWriter:
             if rows:
                 part = to_arrow(self._resolve(rows) if self._resolve else rows, table)
                 name = f"{table}-{self._rows[table]:09d}.parquet"
-                self._outbox.put(name, to_parquet(part, self._facts.get("id")))
+                self._outbox.put(name, to_parquet(part, name, self._facts.get("id")))
                 self._parts[name] = part.num_rows
                 self._rows[table] += part.num_rows
                 self._pending[table] = []  # only now: rows that could not be resolved are still here
@@ -185,7 +186,7 @@ class TraceWriter:
                 )
             parts = parts_of(self._store.names(), table)
             later = [name for name in parts if (first_row(name) or 0) >= rows]
-            self._remove(later)
+            self._remove(later[::-1])  # from the end on, so that a process that is killed now leaves no gap
             if last := parts[: len(parts) - len(later)][-1:]:
                 self._shorten(last[0], table, rows - (first_row(last[0]) or 0))
             self._rows[table] = rows
@@ -194,7 +195,7 @@ class TraceWriter:
         """Keep the first rows of a part."""
         if rows_in(self._store, name) > rows:
             part = read_part(self._store, name, table).slice(0, rows)
-            self._store.write(name, to_parquet(part, self._facts.get("id")))
+            self._store.write(name, to_parquet(part, name, self._facts.get("id")))
 
     def _remove(self, names: list[str]) -> None:
         for name in names:
@@ -237,7 +238,8 @@ class TraceWriter:
             UserError: Rows are missing in the place. Those that wait in memory are tried again by another ``close``.
         """
         self.flush()
-        self.note(ended=_now(), rows=self._rows)
+        if self.place is not None:
+            self.note(ended=_now(), rows=self._rows)
         if missing := self._outbox.finish():
             told = [f"{self._amount(names)} {why}" for why, names in missing.items()]
             raise UserError(f"Not all that was recorded is in {self._store}: {'; '.join(told)}.")

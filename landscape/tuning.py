@@ -3,6 +3,7 @@
 import contextlib
 import math
 import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,9 @@ from landscape.storages import open_storage
 from landscape.strategies import Configuration, follow
 from landscape.studies import OnTrained, finish
 from landscape.training import classify
+
+JOBS_PER_CORE = 8
+"""Processes for each CPU core: more of them would only take its memory."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,9 @@ def tune(plan: Plan, place: Place, *, jobs: int = 1, on_trained: OnTrained = lam
     Raises:
         UserError: The storage cannot be used, or ``jobs`` is out of range.
     """
-    if jobs < 1:
-        raise UserError(f"jobs={jobs} is out of range; give a whole number from 1 on.")
+    most = JOBS_PER_CORE * (os.cpu_count() or 1)
+    if not 1 <= jobs <= most:
+        raise UserError(f"jobs={jobs} is out of range; give a whole number of processes from 1 to {most} here.")
     open_storage(place.storage).engine.dispose()  # a mistake in the address is told before any process is started
     if jobs > 1:
         _run_jobs(jobs, plan, place, on_trained)
@@ -127,8 +132,9 @@ def _run_jobs(jobs: int, plan: Plan, place: Place, on_trained: OnTrained) -> Non
     processes = []
     try:
         for _ in range(jobs):
-            processes.append(spawn.Process(target=_job, args=(threads, plan, place, on_trained), daemon=True))
-            processes[-1].start()
+            process = spawn.Process(target=_job, args=(threads, plan, place, on_trained), daemon=True)
+            process.start()
+            processes.append(process)
         for process in processes:
             process.join()
     finally:

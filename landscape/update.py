@@ -6,10 +6,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from landscape.gradients import inner, norm
 from landscape.objective import Objective, Term
-from landscape.state import Parameters
+from landscape.state import Parameters, Scene
 from landscape.walk import Ray
 
 
@@ -23,28 +24,38 @@ class Update:
     lr: float
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[Term]) -> "Update":
+    def of(cls, scene: Scene, optimizer: torch.optim.Optimizer, terms: Sequence[Term]) -> "Update":
         """The update that ``optimizer`` is about to make; only the parameters it holds belong to it."""
         # A fused optimizer divides gradients by the loss scale inside its kernel; GradScaler hands it over this way.
         scale = getattr(optimizer, "grad_scale", None)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        parameters = dict(model.named_parameters())
+        parameters = scene.trained()
         gradient = {
-            name: _plain(parameter.grad, scale)
+            name: _plain(scene.own(parameter.grad), scale)
             for name, parameter in parameters.items()
             if parameter.grad is not None and id(parameter) in held
         }
-        origin = {name: parameter.detach() for name, parameter in parameters.items()}
+        origin = {name: scene.own(parameter) for name, parameter in parameters.items()}
         return cls(Objective(terms), origin, gradient, float(optimizer.param_groups[0]["lr"]))
 
     def snapshot(self) -> "Update":
         """The same, safe from the step that is about to overwrite the parameters."""
         return replace(self, origin={name: tensor.clone() for name, tensor in self.origin.items()})
 
-    def made(self, model: nn.Module) -> Parameters:
+    def made(self, scene: Scene) -> Parameters:
         """What the optimizer did since the snapshot, as a direction whose step size is the learning rate."""
-        now = dict(model.named_parameters())
-        return {name: (self.origin[name] - now[name].detach()) / (self.lr or 1.0) for name in self.gradient}
+        now = scene.trained()
+        return {name: (self.origin[name] - scene.own(now[name])) / (self.lr or 1.0) for name in self.gradient}
+
+    def measures(self, direction: Parameters) -> dict[str, Tensor]:
+        """The columns of its row that are known without going along the direction, still on the device."""
+        shards = self.objective.shards
+        size = norm(self.gradient, shards)
+        known = {"loss": self.objective.recorded(), "grad_norm": size, "direction_norm": size, "slope": size**2}
+        if direction is not self.gradient:
+            slope = inner(direction, self.gradient, shards)
+            known |= {"direction_norm": norm(direction, shards), "slope": slope}
+        return known
 
     def ray(self, direction: Parameters, step_sizes: Sequence[float]) -> Ray:
         """The ray that leads from where the update starts along ``direction``."""

@@ -44,7 +44,7 @@ TITLES = {
 
 def check_norm(name: str) -> None:
     """Raise a UserError unless there is a norm of that name."""
-    if name not in NORMS:
+    if not isinstance(name, str) or name not in NORMS:
         raise UserError(f"Unknown norm {name!r}; choose one of {', '.join(NORMS)}.")
 
 
@@ -109,5 +109,5 @@ MEASURES = {
 
 def check_measure(name: str) -> None:
     """Raise a UserError unless there is a measure of that name."""
-    if name not in MEASURES:
+    if not isinstance(name, str) or name not in MEASURES:
         raise UserError(f"Unknown measure {name!r}; choose one of {', '.join(MEASURES)}.")

@@ -46,8 +46,17 @@ class Ray:
             if tensor.shape != origin.shape:
                 shapes = f"{tuple(tensor.shape)}, the parameter {tuple(origin.shape)}"
                 raise UserError(f"The direction of {name!r} has shape {shapes}; the two must be equal.")
+            if tensor.is_complex() or tensor.layout is not torch.strided or tensor.device != origin.device:
+                raise UserError(
+                    f"The direction of {name!r} is {tensor.layout} of {tensor.dtype} on {tensor.device}; give a dense "
+                    f"tensor of real numbers on {origin.device}."
+                )
             if farthest > torch.finfo(origin.dtype).max:
                 raise UserError(f"The step size {farthest} is more than {origin.dtype} holds; give smaller ones.")
+
+    def together(self) -> tuple[object, ...] | None:
+        """What decides on the forward passes, which all ranks have to make alike where these gather parameters."""
+        return None if self.objective.shards is None else (self.step_sizes, len(self.objective.terms))
 
 
 class Walk:

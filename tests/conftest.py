@@ -1,6 +1,14 @@
 import pytest
+from nonsense import TRIED
 
 from landscape import products, walk
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how much nonsense was tried."""
+    if TRIED:
+        each = ", ".join(f"{count:,} {name}" for name, count in TRIED.items())
+        terminalreporter.write_line(f"Cases of nonsense: {sum(TRIED.values()):,} ({each})")
 
 
 @pytest.fixture(autouse=True)

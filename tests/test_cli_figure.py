@@ -9,6 +9,7 @@ from test_data import REAL_DATA
 
 from landscape.comparisons import COMPARISONS, comparison
 from landscape.recipes import RECIPES
+from landscape.training import train
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,26 @@ def test_figure_4_trains_what_is_missing_and_takes_what_is_there(monkeypatch):
     assert again.stdout == first.stdout[first.stdout.index("mean range     No") :].replace("figures/fig", "again/fig")
     assert again.stdout.splitlines()[-1] == "Figure: again/figure4-digits.svg"
     assert Path("again/figure4-digits.png").read_bytes() == Path("figures/figure4-digits.png").read_bytes()
+
+
+def test_figure_4_goes_on_with_a_run_that_was_stopped(monkeypatch):
+    runs = comparison(replace(RECIPES["digits"], epochs=1), (8,))
+    monkeypatch.setitem(COMPARISONS, ("4", "small"), runs)
+
+    def stop(probe):
+        if probe.step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(runs[1], "figures/traces/digits", device="cpu", on_update=stop)
+    result = run("4", "--scale", "small", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    resumed = [sorted(Path("figures/traces/digits", recipe.run).glob("updates-*")) for recipe in runs]
+    assert [[path.name for path in parts] for parts in resumed] == [
+        ["updates-000000000.parquet"],
+        ["updates-000000000.parquet", "updates-000000007.parquet"],
+        ["updates-000000000.parquet"],
+    ]
 
 
 def test_figure_4_has_recipes_of_its_own():

@@ -1,13 +1,16 @@
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
 from landscape_cli import main
+from landscape_cli.interruptions import SIGNALS, Interruptions
 
 from landscape import RECIPES, read_traces
+from landscape.errors import Stopped
 from landscape.recipes import GHOST_BY
 from landscape.vocabulary import NORMS
 
@@ -48,10 +51,53 @@ def test_a_recorded_run_stops_before_any_training(tmp_path, monkeypatch):
     again = run("--norm", "none", *first, cwd=tmp_path, monkeypatch=monkeypatch)
     assert again.exit_code == 2
     assert again.output.splitlines() == [
-        "Error: Recorded already: traces/digits-batch-seed0. Give another --out, or --overwrite to replace."
+        "Error: Recorded already: traces/digits-batch-seed0. Give another --out, --resume to go on with what came to "
+        "no end, or --overwrite to replace."
     ]
     assert not (tmp_path / "traces/digits-none-seed0").exists()
     assert run(*first, "--overwrite", cwd=tmp_path, monkeypatch=monkeypatch).exit_code == 0
+
+
+def test_resuming_trains_what_is_left(tmp_path, monkeypatch):
+    common = ["--norm", "batch", "--epochs", "1", "--resume"]
+    first = run(*common, cwd=tmp_path, monkeypatch=monkeypatch)
+    assert first.exit_code == 0, first.output
+    before = (tmp_path / "traces/digits-batch-seed0/run.json").read_bytes()
+    again = run("--norm", "none", *common, cwd=tmp_path, monkeypatch=monkeypatch)
+    assert again.exit_code == 0, again.output
+    lines = again.output.splitlines()
+    assert lines[0] == f"{first.output.splitlines()[0]} (recorded before)"
+    assert lines[1].startswith("traces/digits-none-seed0: mean range ")
+    assert (tmp_path / "traces/digits-batch-seed0/run.json").read_bytes() == before
+    other = run(*common, "--lr", "0.1", cwd=tmp_path, monkeypatch=monkeypatch)
+    assert other.exit_code == 2
+    assert "was recorded with lr=0.4, and asked for is lr=0.1; give another folder" in other.output
+
+
+def test_a_signal_waits_for_the_update_and_a_second_one_does_not():
+    came = []
+    before = [signal.signal(number, lambda *told: came.append(told[0])) for number in SIGNALS]
+    try:
+        with Interruptions() as interruptions:
+            signal.raise_signal(signal.SIGTERM)
+            interruptions.between_updates(1)
+            signal.raise_signal(signal.SIGINT)
+            assert came == [signal.SIGTERM]
+            signal.raise_signal(signal.SIGTERM)
+            assert came == [signal.SIGTERM, signal.SIGTERM]
+            with pytest.raises(Stopped, match="SIGINT"):
+                interruptions.between_updates(2)
+            assert (interruptions.signal, interruptions.step) == (signal.SIGINT, 2)
+        with Interruptions() as interruptions:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            interruptions.between_updates(1)
+            signal.raise_signal(signal.SIGINT)
+            interruptions.between_updates(2)
+        signal.raise_signal(signal.SIGTERM)
+        assert came == [signal.SIGTERM] * 3
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +121,9 @@ def test_a_recorded_run_stops_before_any_training(tmp_path, monkeypatch):
         ("--device abacus", "device 'abacus' cannot be used"),
         ("--recipe mnist --data-dir nowhere/mnist.txt", "mnist"),
         ("--out file.txt", "file.txt"),
+        ("--resume --overwrite", "resume goes on with a run, and overwrite starts it anew: choose one of them"),
+        ("--checkpoint-seconds -1", "checkpoint_seconds=-1.0 is out of range; give seconds from 0 on"),
+        ("--checkpoint-seconds nan", "checkpoint_seconds=nan is out of range"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments, message):

@@ -54,7 +54,7 @@ def test_a_run_that_came_to_no_end_is_missing(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [({"epochs": 3}, "epochs=2, and asked"), ({"lr": 0.1}, "lr=0.4, and")])
 def test_a_run_with_other_settings_is_not_taken(folder, change, message):
-    with pytest.raises(UserError, match=f"digits-none-seed0 was recorded with {message}.*another --traces"):
+    with pytest.raises(UserError, match=f"digits-none-seed0 was recorded with {message}.*another folder"):
         missing([replace(run, **change) for run in RUNS], folder)
 
 

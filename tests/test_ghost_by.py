@@ -4,6 +4,7 @@ Equal are gradients, recorded losses, and losses and gradients along the ray. Wh
 """
 
 import pytest
+import rank_ghost
 import rank_worker
 import torch
 
@@ -17,9 +18,9 @@ def runs(request, tmp_path_factory):
     groups = request.param
     ranks = rank_worker.launch("ghost", groups, tmp_path_factory.mktemp("ghost"))
     return {
-        case: {by: rank_worker.trained(case[0], by, groups, case[1], **options) for by in ("layer", "accumulation")}
+        case: {by: rank_ghost.trained(case[0], by, groups, case[1], **options) for by in ("layer", "accumulation")}
         | {"ranks": [rank["ghost"][case] for rank in ranks]}
-        for case, options in rank_worker.ghost_cases(groups).items()
+        for case, options in rank_ghost.ghost_cases(groups).items()
     }
 
 

@@ -4,13 +4,16 @@ import logging
 import os
 import platform
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
+from landscape_cli import main
 from torch import nn
 from traces import rows
 
-from landscape import LandscapeProbe, plot_landscape
+from landscape import RECIPES, LandscapeProbe, plot_landscape, train
 from landscape.errors import UserError
 from landscape.runs import list_runs, read_traces
 from landscape.stores import store_at
@@ -181,3 +184,29 @@ def test_a_store_does_what_a_folder_does(bucket, tmp_path):
         answers.append((store.kind(), store.names(), store.tree(print), store.read("a"), inner.read("b")))
         assert (store.inside("none").kind(), store.inside("none").names()) == (None, [])
     assert answers[0] == answers[1]
+
+
+def test_the_command_goes_on_with_a_run_in_a_bucket(bucket):
+    recipe = replace(RECIPES["digits"], epochs=1)
+
+    def stop(probe):
+        if probe.step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, TRACES, device="cpu", on_update=stop)
+    assert f"traces/{recipe.run}/checkpoint.pt" in names(bucket)
+    command = ["probe", "--norm", "batch", "--epochs", "1", "--device", "cpu", "--resume", "--out", TRACES]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"{TRACES}/{recipe.run}: mean range ")
+    assert names(bucket) == [
+        f"traces/{recipe.run}/{name}"
+        for name in (
+            "epochs-000000000.parquet",
+            "run.json",
+            "updates-000000000.parquet",
+            "updates-000000007.parquet",
+        )
+    ]
+    assert list(read_traces(TRACES).step) == list(range(11))

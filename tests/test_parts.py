@@ -12,7 +12,7 @@ from landscape.stores import Folder
 
 
 def write(path, rows, run=None):
-    path.write_bytes(to_parquet(to_arrow(rows, "updates"), run))
+    path.write_bytes(to_parquet(to_arrow(rows, "updates"), path.name, run))
 
 
 def read(path, table="updates", run=None):
@@ -116,7 +116,7 @@ def test_a_part_knows_its_run(tmp_path):
 def test_no_flipped_bit_is_read_as_a_number(tmp_path):
     """Every part with one bit flipped is refused, or read as it was."""
     part = to_arrow(rows(steps=20), "updates")
-    content, random = bytearray(to_parquet(part, "a")), np.random.default_rng(0)
+    content, random = bytearray(to_parquet(part, "part", "a")), np.random.default_rng(0)
     refused = 0
     for bit in random.choice(8 * len(content), 400, replace=False):
         content[bit // 8] ^= 1 << bit % 8

@@ -1,14 +1,12 @@
-"""The probe in two real processes that train one model; what they do is in ``rank_worker``."""
+"""The probe in two real processes that train one model; what they do is in ``rank_probe``."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import rank_worker
 import torch
 
-from landscape.ranks import ALONE, inside, launched, own_device
+from landscape.ranks import ALONE, inside
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(both, cause, message):
 
 def test_one_rank_writes(both):
     folder, (first, second) = both
-    assert sorted(path.name for path in (folder / "run").iterdir()) == [
+    assert sorted(path.name for path in (folder / "run").glob("[!.]*")) == [
         "epochs-000000000.parquet",
         "run.json",
         "updates-000000000.parquet",
@@ -110,49 +108,19 @@ def test_the_clock_of_the_first_rank_decides(both):
     assert len(first) > 1
 
 
+def test_ranks_share_what_each_has_to_say(both):
+    for rank in both[1]:
+        assert rank["sharing"] == ([b"", b"word "], [b"", b""])
+
+
 def test_a_process_alone_sends_nothing():
     tensor = torch.ones(3)
     assert ALONE.mean(lambda: {"a": tensor})["a"] is tensor
     assert ALONE.agree(lambda: 5) == 5
+    assert ALONE.share(b"word") == [b"word"]
     assert [ALONE.decide(True), ALONE.decide(False)] == [True, False]
     assert (ALONE.rank, ALONE.size, ALONE.is_writer, ALONE.others()) == (0, 1, True, False)
     with pytest.raises(KeyError):
         ALONE.mean(lambda: {}["missing"])
     model = torch.nn.Linear(1, 1)
     assert inside(model) == (model, ALONE)
-
-
-def test_what_torchrun_says(monkeypatch):
-    assert launched() is None
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert launched() == 4
-    assert own_device("cpu") == torch.device("cpu")
-    assert own_device("cuda") == torch.device("cuda", 1)
-
-
-def torchrun(*arguments):
-    """In a process of its own, whose signal handlers torchrun replaces."""
-    code = f"""
-import sys
-from landscape.errors import UserError
-from landscape.ranks import torchrun
-try:
-    sys.exit(torchrun({arguments!r}, 2))
-except UserError as mistake:
-    sys.exit(f"Error: {{mistake}}")
-"""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-
-
-def test_a_command_in_several_processes_is_seen_once():
-    answer = torchrun("--version")
-    assert (answer.returncode, answer.stderr) == (0, "")
-    assert answer.stdout.count("version") == 1
-
-
-def test_a_mistake_in_several_processes_is_told_once():
-    answer = torchrun("probe", "--recipe", "cats")
-    assert answer.stderr.startswith("Error: Unknown recipe 'cats'; choose one of ")
-    assert answer.stderr.count("\n") == 1

@@ -150,9 +150,18 @@ def test_one_damaged_part_does_not_hide_the_rest(tmp_path, spoil, reason):
 
 def test_rows_that_are_there_twice_are_read_once(tmp_path):
     record(tmp_path, flush_rows=4)
-    (tmp_path / part(2)).write_bytes((tmp_path / part(0)).read_bytes())
+    pd.read_parquet(tmp_path / part(0)).to_parquet(tmp_path / part(2))  # by a tool that does not know of names
     with pytest.warns(UserWarning, match="updates-000000002.parquet repeats rows"):
         assert list(read_traces(tmp_path).step) == list(range(10))
+
+
+def test_a_part_under_the_name_of_another_is_refused(tmp_path):
+    record(tmp_path, flush_rows=4)
+    (tmp_path / part(0)).write_bytes((tmp_path / part(4)).read_bytes())
+    with pytest.warns(UserWarning, match="was written as updates-000000004.parquet"):
+        assert list(read_traces(tmp_path).step) == list(range(4, 10))
+    (tmp_path / part(0)).rename(tmp_path / "copy")
+    assert list(read_traces(tmp_path / "copy").step) == list(range(4, 8))
 
 
 def test_rows_that_are_missing_at_the_end_are_named(tmp_path):

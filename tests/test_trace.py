@@ -272,6 +272,25 @@ def test_later_rows_are_forgotten(tmp_path, kept):
     np.testing.assert_array_equal(frame.loss, [row["loss"] for row in expected])
 
 
+def test_a_run_that_goes_on_has_not_ended(tmp_path):
+    """Not even with the rows that it had when it was closed before."""
+    record(tmp_path, flush_rows=4)
+    trace = TraceWriter(tmp_path, resume=True)
+    trace.rewind({"updates": 4})
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert not {"ended", "rows"} & set(facts)
+    assert list(read_traces(tmp_path).step) == list(range(4))
+    trace.close()
+
+
+def test_what_is_replaced_is_not_gone_on_with(tmp_path):
+    with TraceWriter(tmp_path) as trace:
+        trace.append(rows()[0])
+        trace.keep("checkpoint.pt", b"of the earlier run")
+    TraceWriter(tmp_path, overwrite=True).close()
+    assert files(tmp_path) == ["run.json"]
+
+
 def test_rows_in_memory_are_forgotten_too():
     trace = TraceWriter(None)
     for row in rows(steps=5):

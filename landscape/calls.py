@@ -1,0 +1,110 @@
+"""A call of the model and one of the criterion in the user's loop, kept in a form that can be made again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from landscape.errors import UserError
+from landscape.objective import Base
+from landscape.state import Autocast, Closure, ForwardState
+
+OBSERVE = "Hand the loss to the probe: `loss = probe.observe(lambda model: ...)`, once for each backward pass"
+
+
+class NotYetError(UserError):
+    """This update cannot be probed, but later ones can."""
+
+
+@dataclass
+class Leaves:
+    """A nest of arguments, flattened, with the versions of its tensors, so that a later write in place is noticed."""
+
+    leaves: list[Any]
+    spec: TreeSpec
+    versions: list[int]
+
+    @classmethod
+    def of(cls, nest: Any) -> "Leaves":
+        """The tensors of the nest as they are now."""
+        leaves, spec = tree_flatten(nest)
+        return cls(leaves, spec, [_version(leaf) for leaf in leaves])
+
+    def nest(self, what: str = "An input of the model or the criterion", outputs: Sequence[Any] = ()) -> Any:
+        """The arguments as they were, around the model's ``outputs``; an error if one has been written to since."""
+        self.check(what)
+        leaves = [outputs[leaf.index] if isinstance(leaf, Output) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.spec)
+
+    def check(self, what: str) -> None:
+        """Raise a UserError if one of them has been written to since."""
+        if self.versions != [_version(leaf) for leaf in self.leaves]:
+            raise UserError(f"{what} was changed in place after the probe saw it. {OBSERVE}.")
+
+
+def _version(leaf: Any) -> int:
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
+
+
+@dataclass
+class Call:
+    """A call of the model in the user's loop: the state it ran in, what went in and what came out."""
+
+    state: ForwardState
+    arguments: Leaves
+    versions: dict[int, int]
+    outputs: Leaves | None = None
+    bases: list[Base] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Stands for an output of the model among the arguments of the criterion."""
+
+    index: int
+
+
+def replay(call: Call, criterion: nn.Module, arguments: Any) -> Closure:
+    """The closure that evaluates ``criterion(model(inputs), targets)`` again, or one that says why it cannot be."""
+    try:
+        return _tied(call, criterion, Leaves.of(arguments))
+    except UserError as error:
+        return refusing(error)
+
+
+def _tied(call: Call, criterion: nn.Module, arguments: Leaves) -> Closure:
+    if call.outputs is None:
+        raise UserError(f"The criterion was called without a call of the model before it. {OBSERVE}.")
+    call.outputs.check("An output of the model")
+    # Numbers and texts may be the same objects as outputs without being outputs.
+    plain = int | float | str | None
+    places = {id(leaf): Output(at) for at, leaf in enumerate(call.outputs.leaves) if not isinstance(leaf, plain)}
+    arguments.leaves = [places.get(id(leaf), leaf) for leaf in arguments.leaves]
+    arguments.versions = [_version(leaf) for leaf in arguments.leaves]
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in arguments.leaves):
+        raise UserError(
+            "The criterion was given a tensor that was computed from the model's outputs (or by another call of the "
+            f"model), so criterion(model(inputs), targets) is not the training loss. {OBSERVE}."
+        )
+    kinds = [autocast.device_type for autocast in call.state.autocast]
+    inputs, autocast = call.arguments, Autocast.capture(kinds)
+
+    def closure(model: nn.Module) -> Tensor:
+        args, kwargs = inputs.nest()
+        outputs = tree_flatten(model(*args, **kwargs))[0]
+        args, kwargs = arguments.nest(outputs=outputs)
+        with Autocast.restored(autocast):
+            return criterion(*args, **kwargs)
+
+    return closure
+
+
+def refusing(error: UserError) -> Closure:
+    """A closure that raises the error, once the loss is asked for."""
+
+    def closure(model: nn.Module) -> Tensor:
+        raise error
+
+    return closure

@@ -1,0 +1,235 @@
+"""A run that was killed and resumed has, bit for bit, the trace of one that never was."""
+
+import io
+import os
+import random
+import signal
+import sys
+import time
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from resuming import check_same, command, ended, kill_tree, process, survived, wait_for_checkpoint
+from torch import nn
+
+from landscape import RECIPES, LandscapeProbe, UserError, read_traces, train
+
+LONG = bool(os.environ.get("LANDSCAPE_LONG"))
+KILLS = 100 if LONG else 10
+SHORT = replace(RECIPES["digits"], train_samples=640, epochs=2)
+UPDATES = 10
+STEPS = 12
+SOAKED = [
+    replace(SHORT, epochs=60, norm="ghost", schedule="cosine", momentum=0.9),
+    replace(SHORT, epochs=60, norm="batch", every=2, weight_decay=1e-3),
+    replace(SHORT, epochs=15, norm="seq", gradients=True),
+    replace(SHORT, epochs=60, norm="none", engine="loop", schedule="triangle"),
+]
+
+
+class Stop(Exception):
+    """What ends a training between two updates."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def stopped(recipe, out, *steps):
+    """Train up to each of the steps, by as many calls, and then to the end."""
+    for last in steps:
+
+        def on_update(probe, last=last):
+            if probe.step == last:
+                raise Stop
+
+        with pytest.raises(Stop):
+            train(recipe, out, device="cpu", resume=True, on_update=on_update)
+        assert (out / recipe.run / "checkpoint.pt").exists()
+    return train(recipe, out, device="cpu", resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "none", "engine": "loop"},
+        {"norm": "ghost", "gradients": True},
+        {"norm": "seq", "every": 3},
+        {"norm": "ghost", "groups": 4, "ghost_by": "accumulation"},
+        {"schedule": "cosine", "momentum": 0.9, "nesterov": True},
+        {"schedule": "triangle", "momentum": 0.9, "weight_decay": 1e-3},
+        {"precision": "bfloat16", "validation": 300},
+        {"engine": "stacked"},
+        {"model": "resnet20", "engine": "channels_last", "channels_last": True, "batch_size": 64, "train_samples": 320},
+        pytest.param({"augment": ("crop", "flip", "cutout")}, id="augmented"),
+    ],
+    ids=str,
+)
+def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, changes):
+    """Stopped after the first update, in the middle of an epoch, at its very end, right behind it, and at the end."""
+    if "augment" in changes:
+        pytest.importorskip("kornia", reason="the extra landscape[augment]")
+    recipe = replace(SHORT, **changes)
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    parts = stopped(recipe, tmp_path / "parts", 1, 3, UPDATES // 2, UPDATES // 2 + 1, UPDATES)
+    check_same(parts, whole)
+
+
+def test_processes_killed_at_random_moments(tmp_path):
+    chance, killed = random.Random(0), 0
+    for number in range(KILLS):
+        recipe = replace(SOAKED[number % len(SOAKED)], seed=number)
+        began = time.monotonic()
+        whole = process(recipe, tmp_path / "whole")
+        whole.join()
+        longest = (time.monotonic() - began) / 2
+        assert whole.exitcode == 0
+        killed += survived(recipe, tmp_path / "parts", tmp_path / "whole", longest, KILLS - killed, chance)
+        if killed == KILLS:
+            return
+    pytest.fail(f"only {killed} processes could be killed")
+
+
+def test_signals_finish_the_update_and_say_how_to_go_on(tmp_path):
+    """SIGTERM, then Ctrl-C, then to the end; the same command goes on with the runs that were not begun."""
+    options = ["--norm", "batch", "--norm", "none", "--epochs", "20", "--every", "2", "--checkpoint-seconds", "0.1"]
+    run = tmp_path / "traces/digits-batch-seed0"
+    told = []
+    for number, resume in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"])):
+        started = command(*options, *resume, out=run.parent)
+        wait_for_checkpoint(run, started)
+        started.send_signal(number)
+        code, output, errors = ended(started)
+        assert (code, output) == (128 + number, "")
+        told.append(errors.splitlines()[-1])
+    for number, line in zip((signal.SIGTERM, signal.SIGINT), told, strict=True):
+        begins, _, ends = line.partition(" after ")
+        assert begins == f"Stopped by {number.name}"
+        lacks = " with --resume" if number == signal.SIGTERM else ""
+        assert ends.endswith(f" updates of {run}; the same command{lacks} goes on.")
+    updates = [int(line.split()[4]) for line in told]
+    assert 0 < updates[0] < updates[1]
+    code, output, errors = ended(command(*options, "--resume", out=run.parent))
+    assert code == 0, errors
+    assert ended(command(*options, "--resume", out=run.parent))[:2] == (
+        0,
+        "".join(f"{line} (recorded before)\n" for line in output.splitlines()[:2]) + output.splitlines()[2] + "\n",
+    )
+    for name in ("batch", "none"):
+        whole = replace(RECIPES["digits"], norm=name, epochs=20, every=2)
+        reference = process(whole, tmp_path / "whole")
+        reference.join()
+        check_same(run.parent / whole.run, tmp_path / "whole" / whole.run)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes to kill in /proc")
+def test_ranks_that_are_killed_or_told_to_stop(tmp_path):
+    options = ["--norm", "ghost", "--groups", "2", "--ghost-by", "ranks", "--device", "cpu", "--resume"]
+    options += ["--epochs", "20", "--checkpoint-seconds", "0"]
+    run = tmp_path / "parts/digits-ghost2-ranks-seed0"
+    started = command(*options, out=run.parent)
+    wait_for_checkpoint(run, started)
+    kill_tree(started.pid)
+    started.communicate()
+    assert (run / "checkpoint.pt").exists()
+    started = command(*options, out=run.parent)
+    wait_for_checkpoint(run, started)
+    started.send_signal(signal.SIGTERM)
+    code, _, errors = ended(started)
+    assert code == 128 + signal.SIGTERM, errors
+    assert errors.splitlines()[-1].startswith("Stopped by SIGTERM after ")
+    assert "Traceback" not in errors
+    assert ended(command(*options, out=run.parent))[0] == 0
+    assert ended(command(*options, out=tmp_path / "whole"))[0] == 0
+    check_same(run, tmp_path / "whole" / run.name)
+
+
+# On the first step it is found out what the forward pass writes to.
+step_0_is_missing = pytest.mark.filterwarnings("ignore:Step 0 is not in the trace")
+
+
+class Eventful(nn.Module):
+    """Drops out, overwrites what a layer gave, moves a frozen copy of a layer, and draws from Python's stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(12, 300), nn.Linear(300, 300), nn.BatchNorm1d(300)
+        self.copy = deepcopy(self.first).requires_grad_(False)
+
+    def forward(self, inputs):
+        if self.training:
+            with torch.no_grad():
+                self.copy.weight.mul_(0.9).add_(0.1 * self.first.weight)
+        hidden = F.relu(self.first(inputs), inplace=True) + self.copy(inputs)
+        return self.norm(F.dropout(self.second(hidden), 0.3, self.training)) * (1 + random.random())
+
+
+def own_loop(folder, steps, checkpoint=None, **options):
+    """A loop of the user's own, from its checkpoint or from the beginning: its checkpoint after so many steps."""
+    torch.manual_seed(0)
+    random.seed(0)
+    model, criterion = Eventful(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    data = [(torch.randn(24, 12), torch.randint(16, (24,))) for _ in range(STEPS)]
+    probe = LandscapeProbe(model, optimizer, criterion, step_sizes=[0.01, 0.1], trace=folder, resume=True, **options)
+    with probe:
+        if checkpoint:
+            state = torch.load(io.BytesIO(checkpoint), weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            probe.load_state_dict(state["probe"])
+            torch.set_rng_state(state["torch"])
+            random.setstate(state["python"])
+        for inputs, targets in data[probe.step : steps + 2]:  # the rows of two steps more are to be forgotten
+            optimizer.zero_grad()
+            criterion(model(inputs), targets).backward()
+            optimizer.step()
+            if probe.step == steps:
+                file = io.BytesIO()
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "probe": probe.state_dict()}
+                torch.save(state | {"torch": torch.get_rng_state(), "python": random.getstate()}, file)
+    return file.getvalue()
+
+
+@step_0_is_missing
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"engine": "loop"},
+        {"engine": "affine"},
+        {"engine": "affine", "direction": "update", "every": 2},
+        {"engine": "affine", "gradients": True},
+    ],
+    ids=str,
+)
+def test_a_loop_of_the_users_own_goes_on(tmp_path, options):
+    own_loop(tmp_path / "whole/run", STEPS, **options)
+    checkpoint = None
+    for steps in (1, 2, 3, 4, 8, STEPS):
+        checkpoint = own_loop(tmp_path / "parts/run", steps, checkpoint, **options)
+    check_same(tmp_path / "parts/run", tmp_path / "whole/run")
+    every = options.get("every", 1)
+    assert list(read_traces(tmp_path / "parts/run").step) == [*range(every, STEPS, every)]
+
+
+@step_0_is_missing
+def test_another_number_of_threads_is_told(tmp_path):
+    checkpoint = own_loop(tmp_path / "run", 2, engine="loop")
+    torch.set_num_threads(2)
+    with pytest.warns(UserWarning, match="recorded with 1 threads and goes on with 2: rows will differ by roundings"):
+        own_loop(tmp_path / "run", 4, checkpoint, engine="loop")
+
+
+@step_0_is_missing
+def test_rows_that_a_checkpoint_counts_on_are_missed(tmp_path):
+    checkpoint = own_loop(tmp_path / "run", 4, engine="loop")
+    with pytest.raises(UserError, match="has 0 rows of updates, and should go on after"):
+        own_loop(tmp_path / "elsewhere", 6, checkpoint, engine="loop")
