@@ -170,7 +170,7 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
     facts = facts.where(facts.notna(), None).to_dict("records")
     labels = [_label(band, differing) for band in facts]
     # Names of any length may differ where they are cut.
-    labels = [label if label == short(label) else f"{short(label)} [{index}]" for index, label in enumerate(labels)]
+    labels = [label if label == short(label) else f"[{index}] {short(label)}" for index, label in enumerate(labels)]
     order = [labels[index] for index in sorted(range(len(facts)), key=lambda index: _position(facts[index]))]
     categories = list(dict.fromkeys(order))
     codes = np.array([categories.index(label) for label in labels], int)

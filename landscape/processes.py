@@ -117,9 +117,10 @@ def _failed(failures: "Collection[ProcessFailure]", folder: Path, afterwards: st
 
 
 def _consequence(failure: "ProcessFailure") -> tuple[int, int]:
-    """Rather than the cause: torchrun ends all by SIGTERM where one has died, and they miss it before that."""
+    """Rather than the cause: where one was killed the others miss it, and torchrun ends them all by SIGTERM."""
     kinds = (MISTAKE, 128 + signal.SIGTERM, -signal.SIGTERM)
-    return kinds.index(failure.exitcode) if failure.exitcode in kinds else -1, failure.timestamp
+    by_itself = -2 if failure.exitcode < 0 else -1
+    return kinds.index(failure.exitcode) if failure.exitcode in kinds else by_itself, failure.timestamp
 
 
 def _end(code: int) -> str:
