@@ -35,8 +35,10 @@ class Interruptions:
         self._put_back()
 
     def _note(self, number: int, frame: Any) -> None:
+        if self.signal:
+            self._put_back()
+            signal.raise_signal(number)
         self.signal = signal.Signals(number)
-        self._put_back()
 
     def _put_back(self) -> None:
         for number, before in self._before.items():

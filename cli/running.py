@@ -113,9 +113,21 @@ def record(run: Recipe, places: Places, options: Mapping[str, Any]) -> None:
     if number:
         if not rank():
             when = f"after {interruptions.step} updates" if interruptions.step else "before any update"
-            again = f"the same command{places.resuming} goes on"
+            again = f"the same command{places.resuming} {_what_resuming_does(folder)}"
             click.echo(f"Stopped by {number.name} {when} of {folder}; {again}.", err=True)
         raise SystemExit(128 + number)
+
+
+def _what_resuming_does(folder: str | Path) -> str:
+    """What is there to go on from: a place that could not be written to may hold no checkpoint."""
+    from landscape.runs import CHECKPOINT
+    from landscape.stores import store_at
+
+    try:
+        there = CHECKPOINT in store_at(folder).names()
+    except OSError:
+        there = False
+    return "goes on" if there else "starts it anew, as no checkpoint could be written"
 
 
 def _train(run: Recipe, places: Places, interruptions: Interruptions) -> None:

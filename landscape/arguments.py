@@ -1,7 +1,7 @@
 """What may be handed to the probe, and what is said of anything else."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +66,29 @@ def described(
     }
 
 
-def tell_of_threads(before: int) -> None:
-    """Warn if a run goes on with another number of threads than ``before``."""
-    if before != (now := torch.get_num_threads()):
+def state_of(probe: Any, model: nn.Module) -> dict[str, Any]:
+    """What has to be the same where a probe goes on with the state of an earlier one, but for the threads."""
+    options = {name: getattr(probe, name) for name in ("relative", "every", "direction", "gradients")}
+    etas = None if callable(probe.step_sizes) else list(probe.step_sizes)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    return {"step_sizes": etas, **options, "parameters": shapes, "threads": torch.get_num_threads()}
+
+
+def check_state(state: Any, own: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """Raise a UserError unless it is the state of a probe like this one; warn of another number of threads."""
+    names = ("step", "written", "last", "about", *parts)
+    if not isinstance(state, Mapping) or not all(name in state for name in names):
+        raise UserError("This is not what probe.state_dict() gave; hand over that, from the checkpoint that holds it.")
+    if other := [name for name in own if name != "threads" and state["about"].get(name) != own[name]]:
+        raise UserError(
+            f"The state is that of a probe with other {', '.join(other).replace('_', ' ')}; give this probe the same, "
+            "or start a trace of its own."
+        )
+    if (before := state["about"].get("threads")) != (now := own["threads"]):
         warnings.warn(
             f"The run was recorded with {before} threads and goes on with {now}: rows will differ by roundings from "
             "those of a run that never stopped; see torch.set_num_threads and OMP_NUM_THREADS.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

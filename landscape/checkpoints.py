@@ -78,7 +78,7 @@ class Checkpoints:
         Raises:
             UserError: The file is damaged, or of another run.
         """
-        content = self._ranks.share(self._ranks.agree(lambda: self._trace.kept(CHECKPOINT)) or b"")[0]
+        content = self._ranks.share(self._ranks.agree(self._newest))[0]
         if not content:
             return False
         try:
@@ -90,6 +90,12 @@ class Checkpoints:
                 f"{self._path} cannot be gone on from ({reason(error)}); remove it, and the run starts anew."
             ) from error
         return True
+
+    def _newest(self) -> bytes:
+        content = self._trace.kept(CHECKPOINT)
+        if content == b"":
+            raise UserError(f"{self._path} is empty; remove it, and the run starts anew.")
+        return content or b""
 
     def _own_state(self, content: bytes) -> Mapping[str, Any]:
         with zipfile.ZipFile(BytesIO(content)) as file:

@@ -49,11 +49,23 @@ class Lock:
         Raises:
             OSError: The place cannot be written to, or another process has taken over.
         """
-        if self._file is None:
-            owner = _owner(self._store)
-            if owner and owner.get("token") != self._me["token"]:
-                raise OSError(errno.EBUSY, f"taken over by {_named(owner)}")
+        owner = _owner(self._store)
+        if owner and owner.get("token") != self._me["token"]:
+            raise OSError(errno.EBUSY, f"taken over by {_named(owner)}")
+        if self._file is not None and not owner:
+            self._take_anew(self._file)
+        if self._file is None or not owner:
             self._renew()
+
+    def _take_anew(self, file: FileLock) -> None:
+        """The note is gone, and so may be the folder in which the lock was: what is there now is not held yet."""
+        file.release()
+        if self._store.kind() != "folder":  # which the lock would make
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        try:
+            file.acquire()
+        except Timeout as error:
+            raise OSError(errno.EBUSY, f"taken over by {_named(_owner(self._store))}") from error
 
     def release(self) -> None:
         """Let others write; a place that is gone by now is let go, too."""

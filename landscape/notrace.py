@@ -38,7 +38,10 @@ class NoTrace:
     def discard(self, name: str) -> None:
         """There is no file."""
 
-    def close(self) -> None:
+    def close(self, ended: bool = True) -> None:
+        """Write nothing."""
+
+    def __exit__(self, *error: object) -> None:
         """Write nothing."""
 
     def frame(self, table: str = "updates") -> pd.DataFrame:

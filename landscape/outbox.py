@@ -88,7 +88,10 @@ class Outbox:
             gone = self._sent.difference(self._store.names())
         except OSError:
             gone = set()
-        waiting = f"could not be written ({self.trouble}): make room and close the trace once more"
+        waiting = (
+            f"could not be written ({self.trouble}); they are in memory as long as this process runs, and closing the "
+            "trace once more tries again"
+        )
         missing = {
             waiting: list(self.waiting),
             "were more than memory may hold while nothing could be written": self.lost,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from landscape.arguments import check_arguments, described, tell_of_threads
+from landscape.arguments import check_arguments, check_state, described, state_of
 from landscape.calls import OBSERVE, NotYetError
 from landscape.capture import Capture, after_first
 from landscape.checks import FirstChecks
@@ -140,12 +140,15 @@ class LandscapeProbe:
 
     def detach(self) -> None:
         """Stop listening and write what is pending; what was recorded stays available."""
+        self._stop()
+        self.trace.close()
+
+    def _stop(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._capture.detach()
         self.trace.note(**self._schedule.facts())
-        self.trace.close()
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -153,12 +156,8 @@ class LandscapeProbe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self.detach()
-        except UserError as missing:
-            if error is None:
-                raise
-            warnings.warn(str(missing), stacklevel=2)  # the error that ended the run is worth more
+        self._stop()
+        self.trace.__exit__(kind, error, traceback)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the probe is, for a checkpoint beside the model's and the optimizer's; writes the rows so far.
@@ -168,8 +167,8 @@ class LandscapeProbe:
         """
         self.trace.flush()
         own = {name: part.state_dict() for name, part in self._parts.items()}
-        written, threads = dict(self.trace.written), torch.get_num_threads()
-        return {"step": self.step, "written": written, "last": self.last(), "threads": threads, **own}
+        written, about = dict(self.trace.written), state_of(self, self._inner)
+        return {"step": self.step, "written": written, "last": self.last(), "about": about, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: forget the rows recorded after it, and know what was found out before it.
@@ -178,9 +177,12 @@ class LandscapeProbe:
         bit those of a run that never stopped, as long as the number of threads and the engine are the same too.
 
         Raises:
-            UserError: The trace (``trace=``, with ``resume=True``) has fewer rows than were written then.
+            UserError: It is not the state of such a probe, there were updates already, or the trace (``trace=``, with
+                ``resume=True``) has fewer rows than were written then.
         """
-        tell_of_threads(state["threads"])
+        check_state(state, state_of(self, self._inner), list(self._parts))
+        if self.step:
+            raise UserError(f"{self.step} updates were made already; load the probe's state before the first one.")
         self._rewind(state["written"])
         self.step, self._last = state["step"], dict(state["last"])
         for name, part in self._parts.items():
@@ -217,6 +219,8 @@ class LandscapeProbe:
         return self.trace.frame()
 
     def _rewind(self, written: Mapping[str, int]) -> None:
+        if not written and (rows := self.trace.written["updates"]):
+            warnings.warn(f"There is no state to go on from: {rows} recorded updates are replaced.", stacklevel=2)
         self._ranks.agree(lambda: self.trace.rewind(written))
         self._starts_anew = False
 

@@ -1,5 +1,6 @@
 """Whether a recipe's run is recorded, and is that run and no other."""
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -29,10 +30,13 @@ def is_recorded(recipe: Recipe, place: Place) -> bool:
     names = store.names()
     if CHECKPOINT in names or not all(parts_of(names, table) for table in TABLES):
         return False
-    epochs = read_traces(place, table="epochs")
-    if left_out := epochs.attrs["left_out"]:  # a damaged run is not to be taken for an unfinished one, and replaced
-        raise UserError(f"{place} is damaged: {'; '.join(left_out)}. Mend it, or move it out.")
-    return recipe.epochs in set(epochs["epoch"])
+    with warnings.catch_warnings(action="ignore"):  # it is an error here
+        frames = {table: read_traces(place, table) for table in TABLES}
+    # A damaged run is not to be taken for an unfinished one, and replaced, nor for a whole one.
+    if left_out := [sentence for frame in frames.values() for sentence in frame.attrs["left_out"]]:
+        told = "; ".join(dict.fromkeys(left_out))
+        raise UserError(f"{place} is damaged: {told}. Mend it, move it out, or start it anew (--overwrite).")
+    return recipe.epochs in set(frames["epochs"]["epoch"])
 
 
 def check_same(recipe: Recipe, known: Mapping[str, Any], place: Place, but: Collection[str] = ()) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -90,9 +91,13 @@ class Folder(Store):
         return "folder" if self.path.is_dir() else "file" if self.path.exists() else None
 
     def tree(self, refused: Callable[[OSError], object]) -> dict[str, list[str]]:
-        """All files, without following links to folders, which may lead round in a circle."""
-        walked = os.walk(self.path, onerror=refused)
-        folders = {Path(root).relative_to(self.path).as_posix(): sorted(names) for root, _, names in walked}
+        """All files; links to folders are followed, each folder once, as they may lead round in a circle."""
+        folders, seen = {}, {os.path.realpath(self.path)}
+        for root, inner, names in os.walk(self.path, onerror=refused, followlinks=True):
+            folders[Path(root).relative_to(self.path).as_posix()] = sorted(names)
+            targets = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(inner)}
+            inner[:] = [name for name, target in targets.items() if target not in seen]
+            seen.update(targets.values())
         return dict(sorted(("" if name == "." else name, names) for name, names in folders.items()))
 
     def open(self, name: str) -> pa.NativeFile:
@@ -232,6 +237,8 @@ def store_at(place: Place) -> Store:
     if not is_url(place):
         return Folder(place)
     url = str(place)
+    if url.startswith("file://"):
+        return Folder(unquote(urlsplit(url).path))
     try:
         system, path = _s3(url) if url.startswith("s3://") else fs.FileSystem.from_uri(url)
     except (ImportError, ValueError, OSError, NotImplementedError) as error:
@@ -262,7 +269,9 @@ def is_url(place: Place) -> bool:
 
 
 def inside(place: Place, name: str) -> Place:
-    """The path or URL of ``name`` within a place."""
+    """The path or URL of ``name`` within a place; a UserError for a URL that names no bucket."""
+    if is_url(place) and not str(place).partition("://")[2].strip("/"):
+        raise UserError(f"{place} names no bucket; give one, and a folder in it: s3://bucket/traces.")
     return f"{str(place).rstrip('/')}/{name}" if is_url(place) else Path(place) / name
 
 

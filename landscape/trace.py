@@ -64,6 +64,8 @@ class TraceWriter:
         resume: bool = False,
         resolve: Callable[[list[Row]], list[Row]] | None = None,
     ) -> None:
+        if overwrite and resume:
+            raise UserError("overwrite=True starts a run anew, and resume=True goes on with it: choose one of them.")
         self._store = Memory() if place is None else store_at(place)
         self.place = None if place is None else str(self._store)
         self._flush_rows, self._flush_seconds, self._resolve = flush_rows, flush_seconds, resolve
@@ -174,28 +176,42 @@ class TraceWriter:
         """Forget all rows but the first, as many of each table as ``written`` was at an earlier time.
 
         Raises:
-            UserError: There are fewer, so that the trace would have a gap.
+            UserError: It was never that, some of these rows are not there any more, or the place is out of reach.
         """
+        if set(written) - set(TABLES) or not all(isinstance(rows, int) and rows >= 0 for rows in written.values()):
+            raise UserError(f"written={dict(written)!r}: give what TraceWriter.written was, rows by table.")
         self.flush()
-        for table in TABLES:
-            rows = written.get(table, 0)
-            if self._rows[table] < rows and self.place is not None:
-                raise UserError(
-                    f"{self._store} has {self._rows[table]} rows of {table}, and should go on after {rows}: some were "
-                    "lost since. Put them back, or start the run anew with overwrite=True."
-                )
-            parts = parts_of(self._store.names(), table)
-            later = [name for name in parts if (first_row(name) or 0) >= rows]
-            self._remove(later[::-1])  # from the end on, so that a process that is killed now leaves no gap
-            if last := parts[: len(parts) - len(later)][-1:]:
-                self._shorten(last[0], table, rows - (first_row(last[0]) or 0))
-            self._rows[table] = rows
+        try:
+            parts = {table: parts_of(self._store.names(), table) for table in TABLES}
+            if self.place is not None:  # before any row is removed
+                for table in TABLES:
+                    self._check_rows(parts[table], table, written.get(table, 0))
+            for table in TABLES:
+                self._cut(parts[table], table, written.get(table, 0))
+        except OSError as error:
+            raise UserError(f"{self._store} cannot be gone on with now: {reason(error)}.") from error
 
-    def _shorten(self, name: str, table: str, rows: int) -> None:
-        """Keep the first rows of a part."""
-        if rows_in(self._store, name) > rows:
-            part = read_part(self._store, name, table).slice(0, rows)
-            self._store.write(name, to_parquet(part, name, self._facts.get("id")))
+    def _check_rows(self, parts: list[str], table: str, rows: int) -> None:
+        following = 0
+        for name in parts:
+            if following >= rows or (first_row(name) or 0) != following:
+                break
+            following += rows_in(self._store, name)
+        if following < rows:
+            raise UserError(
+                f"{self._store} has {following} rows of {table}, and should go on after {rows}: some were lost since. "
+                "Put them back, or start the run anew (--overwrite, overwrite=True)."
+            )
+
+    def _cut(self, parts: list[str], table: str, rows: int) -> None:
+        later = [name for name in parts if (first_row(name) or 0) >= rows]
+        self._remove(later[::-1])  # from the end on, so that a process that is killed now leaves no gap
+        if last := parts[: len(parts) - len(later)][-1:]:
+            keep = rows - (first_row(last[0]) or 0)
+            if rows_in(self._store, last[0]) > keep:
+                part = read_part(self._store, last[0], table).slice(0, keep)
+                self._store.write(last[0], to_parquet(part, last[0], self._facts.get("id")))
+        self._rows[table] = rows
 
     def _remove(self, names: list[str]) -> None:
         for name in names:
@@ -231,15 +247,18 @@ class TraceWriter:
         """Remove a file beside the run, if it is there."""
         self._store.remove(name)
 
-    def close(self) -> None:
+    def close(self, ended: bool = True) -> None:
         """Write what is pending, note when the run ended, and, if all is written, let others write to its place.
+
+        Args:
+            ended: Whether the run has come to its end, or was only stopped.
 
         Raises:
             UserError: Rows are missing in the place. Those that wait in memory are tried again by another ``close``.
         """
         self.flush()
         if self.place is not None:
-            self.note(ended=_now(), rows=self._rows)
+            self.note(rows=self._rows, **({"ended": _now()} if ended else {}))
         if missing := self._outbox.finish():
             told = [f"{self._amount(names)} {why}" for why, names in missing.items()]
             raise UserError(f"Not all that was recorded is in {self._store}: {'; '.join(told)}.")
@@ -263,7 +282,7 @@ class TraceWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.close()
+            self.close(ended=error is None)
         except UserError as missing:
             if error is None:
                 raise

@@ -11,7 +11,7 @@ import pytest
 import torch
 from resuming import check_same
 
-from landscape import RECIPES, UserError, checkpoints, read_traces, train
+from landscape import RECIPES, UserError, checkpoints, list_runs, read_traces, train
 from landscape.checkpoints import Checkpoints
 from landscape.experiment import Experiment
 from landscape.ranks import ALONE
@@ -77,9 +77,23 @@ def test_an_ended_run_stays_as_it_is(begun):
 def test_without_a_checkpoint_a_run_starts_anew(begun, tmp_path):
     (begun / SHORT.run / "checkpoint.pt").unlink()
     steps = []
-    parts = resume(begun, on_update=lambda probe: steps.append(probe.step))
+    with pytest.warns(UserWarning, match="There is no state to go on from: 7 recorded updates are replaced"):
+        parts = resume(begun, on_update=lambda probe: steps.append(probe.step))
     assert steps == list(range(1, 11))
     check_same(parts, train(SHORT, tmp_path / "whole", device="cpu"))
+
+
+def test_an_empty_checkpoint_is_a_damaged_one(begun):
+    (begun / SHORT.run / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint\.pt is empty; remove it, and the run starts anew"):
+        resume(begun)
+    assert len(read_traces(begun)) == 7
+
+
+def test_a_run_that_was_stopped_has_not_ended(begun):
+    assert list_runs(begun).ended.isna().all()
+    (begun / SHORT.run / "checkpoint.pt").unlink()
+    assert list_runs(begun).ended.isna().all()
 
 
 def test_a_run_that_was_not_begun_begins(tmp_path):
@@ -97,7 +111,7 @@ def test_a_run_that_is_being_written_is_let_alone(begun):
 def test_a_damaged_run_is_not_taken_for_an_unfinished_one(begun):
     run = resume(begun)
     (run / "epochs-000000001.parquet").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"is damaged: .*epochs-000000001\.parquet .*Mend it, or move it out"):
+    with pytest.raises(UserError, match=r"is damaged: .*epochs-000000001\.parquet .*Mend it, move it out"):
         resume(begun)
     assert len(read_traces(run)) == 10
 

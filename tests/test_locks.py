@@ -1,6 +1,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -110,6 +111,23 @@ def test_without_locks_a_run_that_was_taken_over_is_left_alone():
         lock.refresh()
     lock.release()
     assert store.names() == [".owner.json"]
+
+
+def test_a_folder_that_was_made_anew_belongs_to_who_has_it_now(tmp_path, recwarn):
+    first = TraceWriter(tmp_path / "run", {"norm": "first"}, flush_rows=1)
+    shutil.rmtree(tmp_path / "run")
+    second = TraceWriter(tmp_path / "run", {"norm": "second"}, flush_rows=1)
+    for row in rows(steps=3):
+        first.append(row)
+    assert "taken over by process" in str(recwarn.pop().message)
+    for row in rows(steps=2):
+        second.append(row)
+    second.close()
+    assert list(read_traces(tmp_path).norm) == ["second", "second"]
+    (tmp_path / "run").rename(tmp_path / "away")
+    (tmp_path / "run").mkdir()
+    first.close()  # nobody has it any more
+    assert list(read_traces(tmp_path / "run").norm) == ["first"] * 3
 
 
 def test_a_lock_of_a_folder_outlives_its_note(tmp_path):

@@ -11,6 +11,7 @@ from traces import rows
 from landscape.columns import UPDATES, VERSION
 from landscape.errors import UserError
 from landscape.runs import list_runs, read_traces
+from landscape.stores import inside
 from landscape.trace import TraceWriter
 
 
@@ -220,6 +221,26 @@ def test_runs_are_listed_without_their_rows(tmp_path):
     trace.keep("checkpoint.pt", b"")
     trace.close()  # what goes on from a checkpoint has not ended
     assert list(list_runs(tmp_path).ended.isna()) == [False, False, True]
+
+
+def test_links_to_runs_are_followed_and_none_for_ever(tmp_path):
+    record(tmp_path / "elsewhere" / "run", steps=3)
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "linked").symlink_to(tmp_path / "elsewhere" / "run")
+    (tmp_path / "traces" / "round").symlink_to(tmp_path / "traces")
+    assert list(list_runs(tmp_path / "traces").run) == ["linked"]
+    assert len(read_traces(tmp_path / "traces")) == 3
+
+
+def test_a_url_of_a_file_is_its_path(tmp_path):
+    record((tmp_path / "a run").as_uri(), steps=3)
+    assert len(read_traces(tmp_path / "a run")) == len(read_traces((tmp_path / "a run").as_uri())) == 3
+
+
+def test_a_run_has_no_place_in_no_bucket():
+    assert inside("s3://bucket/", "run") == "s3://bucket/run"
+    with pytest.raises(UserError, match="s3:// names no bucket"):
+        inside("s3://", "run")
 
 
 def test_a_run_whose_last_part_is_damaged_is_listed(tmp_path):

@@ -283,6 +283,35 @@ def test_a_run_that_goes_on_has_not_ended(tmp_path):
     trace.close()
 
 
+@pytest.mark.parametrize("written", [{"updates": -1}, {"update": 3}, {"updates": "3"}])
+def test_a_trace_is_not_cut_by_mistake(tmp_path, written):
+    record(tmp_path)
+    with (
+        TraceWriter(tmp_path, resume=True) as trace,
+        pytest.raises(UserError, match="give what TraceWriter"),
+    ):
+        trace.rewind(written)
+    assert len(read_traces(tmp_path)) == 10
+
+
+def test_a_trace_with_a_gap_does_not_go_on(tmp_path):
+    record(tmp_path, flush_rows=4)
+    (tmp_path / "updates-000000000.parquet").unlink()
+    with TraceWriter(tmp_path, resume=True) as trace, pytest.raises(UserError, match="has 0 rows of updates"):
+        trace.rewind({"updates": 9})
+
+
+def test_a_run_that_an_error_stopped_has_not_ended(tmp_path):
+    with pytest.raises(ZeroDivisionError), TraceWriter(tmp_path):
+        raise ZeroDivisionError
+    assert "ended" not in json.loads((tmp_path / "run.json").read_text())
+
+
+def test_going_on_and_starting_anew_are_not_one_thing(tmp_path):
+    with pytest.raises(UserError, match="choose one of them"):
+        TraceWriter(tmp_path, overwrite=True, resume=True)
+
+
 def test_what_is_replaced_is_not_gone_on_with(tmp_path):
     with TraceWriter(tmp_path) as trace:
         trace.append(rows()[0])
