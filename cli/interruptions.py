@@ -38,6 +38,7 @@ class Interruptions:
         if self.signal:
             self._put_back()
             signal.raise_signal(number)
+            return
         self.signal = signal.Signals(number)
 
     def _put_back(self) -> None:

@@ -8,7 +8,7 @@ from landscape.locks import Lock
 from landscape.stores import Store, reason
 
 WAITING_BYTES = 256 << 20
-"""Most bytes of files that wait: as Parquet some three million updates with eight losses each."""
+"""Most bytes of files that wait: as Parquet over a million updates with eight losses each."""
 REST = 20
 """A server that does not answer costs training a twentieth of its time at most."""
 
