@@ -6,14 +6,12 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from landscape.errors import UserError
 from landscape.facts import plain
-from landscape.files import temporary_name
 from landscape.notrace import NoTrace
 from landscape.ranks import Ranks
 from landscape.recipes import Recipe
@@ -110,10 +108,9 @@ class Checkpoints:
         return saved["ranks"][self._ranks.rank]
 
     def discard(self) -> None:
-        """Remove what is there of an earlier or ended run, and of a process that was killed while it wrote."""
+        """Remove the one of a run that has ended."""
         try:
-            for name in (CHECKPOINT, temporary_name(Path(CHECKPOINT)).name):
-                self._trace.discard(name)
+            self._trace.discard(CHECKPOINT)
         except OSError as error:
             self._tell(f"{self._path} cannot be removed ({reason(error)}); with it the run counts as unfinished.")
 

@@ -96,7 +96,7 @@ class TraceWriter:
                 )
             if resume and recorded:
                 self._go_on(recorded)
-            else:
+            elif not resume:
                 self._remove([CHECKPOINT, *reversed(recorded), FACTS])
             # What killed processes have left half done; any other file is let alone.
             self._remove([name for name in names if name.startswith(".") and _is_own(finished_name(name))])
@@ -290,7 +290,7 @@ class TraceWriter:
 
 
 def _is_own(name: str) -> bool:
-    return name == FACTS or first_row(name) is not None
+    return name in (FACTS, CHECKPOINT) or first_row(name) is not None
 
 
 def _now() -> str:

@@ -138,9 +138,8 @@ class _Training:
         """Train, from where an earlier process has come to."""
         recipe = self.experiment.recipe
         with self.probe:
-            if not self.begin.resume:
-                self.checkpoints.discard()
-            elif not self.checkpoints.restore(self.load_state_dict) and is_recorded(recipe, self.begin.place):
+            restored = self.begin.resume and self.checkpoints.restore(self.load_state_dict)
+            if self.begin.resume and not restored and is_recorded(recipe, self.begin.place):
                 return  # another process has just ended it
             while self.epoch <= recipe.epochs:
                 for loss in self.experiment.epoch(len(self.losses)):

@@ -249,6 +249,15 @@ def test_a_run_goes_on_behind_its_rows(tmp_path):
     assert len(json.loads((tmp_path / "run.json").read_text())["resumed"]) == 2
 
 
+def test_a_checkpoint_counts_also_where_no_row_was_recorded(tmp_path):
+    with TraceWriter(tmp_path) as trace:
+        trace.keep("checkpoint.pt", b"state")
+    (tmp_path / ".checkpoint.pt.tmp").write_bytes(b"half a file")
+    with TraceWriter(tmp_path, resume=True) as trace:
+        assert trace.kept("checkpoint.pt") == b"state"
+        assert trace.kept(".checkpoint.pt.tmp") is None
+
+
 def test_resuming_what_was_never_begun_begins_it(tmp_path):
     trace = record(tmp_path / "run", resume=True)
     assert "resumed" not in json.loads((tmp_path / "run" / "run.json").read_text())
