@@ -14,10 +14,6 @@ from landscape.state import Autocast, Closure, ForwardState
 OBSERVE = "Hand the loss to the probe: `loss = probe.observe(lambda model: ...)`, once for each backward pass"
 
 
-class NotYetError(UserError):
-    """This update cannot be probed, but later ones can."""
-
-
 @dataclass
 class Leaves:
     """A nest of arguments, flattened, with the versions of its tensors, so that a later write in place is noticed."""

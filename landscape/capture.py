@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from landscape.calls import Call, Leaves, NotYetError, refusing, replay
-from landscape.errors import UserError
+from landscape.calls import Call, Leaves, refusing, replay
+from landscape.errors import NotYetError, UserError
 from landscape.layers import Hook, Layers
 from landscape.objective import Term
 from landscape.ranks import inside

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landscape.calls import OBSERVE, NotYetError
-from landscape.errors import UserError
+from landscape.calls import OBSERVE
+from landscape.errors import NotYetError, UserError
 from landscape.gradients import gradient as gradient_of
 from landscape.gradients import inner, norm
 from landscape.objective import Objective

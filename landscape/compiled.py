@@ -23,7 +23,11 @@ class Compiled:
     def __call__(self, ray: Ray) -> Tensor:
         """The K losses; a RuntimeError where the model cannot be compiled."""
         terms = [
-            replace(term, closure=lambda model, term=term: term.closure(self._of(model)))
+            replace(
+                term,
+                closure=lambda model, term=term: term.closure(self._of(model)),
+                state=replace(term.state, watched=False),
+            )
             for term in ray.objective.terms
         ]
         with torch.compiler.set_stance("default"):

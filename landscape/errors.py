@@ -8,5 +8,9 @@ class UserError(ValueError):
     """
 
 
+class NotYetError(UserError):
+    """This update cannot be probed, but later ones can."""
+
+
 class Stopped(Exception):
     """Training was asked to stop, between two updates."""

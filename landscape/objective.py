@@ -132,8 +132,8 @@ def _stay() -> None:
 class Objective:
     """The loss of one update, ``sum of weight * loss`` over its backward passes, as a function of the parameters.
 
-    Calling it changes nothing in the live model: parameters and buffers are swapped for the call
-    (:func:`torch.func.functional_call`), attributes of modules and random streams are put back.
+    Calling it changes nothing in the live model: parameters and buffers are swapped for the call, attributes of modules
+    and random streams are put back.
     """
 
     terms: Sequence[Term]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from landscape.arguments import check_arguments, check_state, described, state_of
-from landscape.calls import OBSERVE, NotYetError
+from landscape.calls import OBSERVE
 from landscape.capture import Capture, after_first
 from landscape.checks import FirstChecks
 from landscape.choice import EngineChoice
-from landscape.errors import UserError
+from landscape.errors import NotYetError, UserError
 from landscape.notrace import NoTrace
 from landscape.ranks import LostRankError
 from landscape.ray import checked_step_sizes

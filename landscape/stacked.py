@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingModuleSource]
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -54,9 +54,10 @@ def _term_losses(term: Term, ray: Ray, points: "_Points") -> Tensor:
     etas = torch.tensor(ray.step_sizes, dtype=torch.float64, device=next(iter(points.stand_ins.values())).device)
 
     def losses(model: nn.Module) -> Tensor:
-        def loss(eta: Tensor, written: dict[str, Tensor]) -> Tensor:
+        def loss(eta: Tensor, written: list[Tensor]) -> Tensor:
+            term.state.enter_written(written)
             with points.at(eta, term.bases):
-                return functional_call(term.state.scene, written, (term.scalar,))
+                return term.scalar(model)
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)

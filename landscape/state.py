@@ -1,6 +1,8 @@
 """All that a forward pass reads besides its parameters and arguments: remembered, entered again, and put back."""
 
 import random
+import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,9 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
+from landscape.errors import NotYetError
 from landscape.sharded import Shards, local
 
 T = TypeVar("T")
@@ -28,13 +31,15 @@ GUARDED = 1 << 30
 class Scene(nn.Module):
     """A model and its criterion as one module, so that the tensors of both are known and can be swapped.
 
-    The scene only holds them; it is never trained, moved or switched to another mode itself.
+    The scene only holds them; it is never called, trained, moved or switched to another mode itself.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module | None = None, shards: Shards | None = None) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
+        self.others = nn.ModuleList()
+        """Modules that belong to neither, but are called by the loss: a discriminator, a teacher."""
         self.shards = shards
         """What this process holds of the model, where it is spread over several."""
         self.moving: set[int] = set()
@@ -82,9 +87,27 @@ class Scene(nn.Module):
                     data.copy_(values)
                     self.moving.add(id(parameter))
 
-    def forward(self, closure: Closure) -> Tensor:
-        """``closure(model)``; a forward pass, so that ``functional_call`` can swap tensors around it."""
-        return closure(self.model)
+    @contextmanager
+    def holding(self, tensors: Parameters) -> Iterator[None]:
+        """For the body, put ``tensors`` where the model's parameters of these names are, in every module that has them.
+
+        A parameter is known by identity: it, or the module that holds it, may have several names.
+        """
+        named = self.model.named_parameters()
+        stand_ins = {id(parameter): tensors[name] for name, parameter in named if name in tensors}
+        places = [
+            (module._parameters, name, parameter)
+            for module in self.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in stand_ins
+        ]
+        try:
+            for owner, name, parameter in places:
+                owner[name] = stand_ins[id(parameter)]
+            yield
+        finally:
+            for owner, name, parameter in places:
+                owner[name] = parameter
 
     def is_lazy(self) -> bool:
         """Whether a module does not know its shapes before its first forward pass."""
@@ -204,6 +227,8 @@ class ForwardState:
     tensors: Sequence[Place]
     random: RandomState
     autocast: tuple[Autocast, ...]
+    watched: bool = True
+    """Whether to look for modules outside of the scene; code that is to be compiled does not bear it."""
 
     @classmethod
     def capture(cls, scene: Scene) -> "ForwardState":
@@ -223,38 +248,44 @@ class ForwardState:
         """``function(model)`` after each of ``moves``, always from this state; the live model stays as it is.
 
         The moves write to ``parameters``, which stand for the model's own of these names meanwhile.
+
+        Raises:
+            NotYetError: A module that belongs neither to the model nor to its criterion was called, and has changed. It
+                is put back, and belongs to the states that are captured from now on.
         """
 
-        def run(model: nn.Module) -> Any:
+        def run() -> list[T]:
             results = []
-            for move in moves:
+            for point, move in enumerate(moves):
                 self._enter()
                 move()
-                with self.scene.at(parameters):
-                    results.append(function(model))
+                looking = nullcontext() if point else self._strangers()
+                with self.scene.at(parameters), looking:
+                    results.append(function(self.scene.model))
             return results
 
         swapped = parameters if self.scene.shards is None else {}
-        tensors = {f"model.{name}": tensor for name, tensor in swapped.items()}
-        with self._undone(), Autocast.restored(self.autocast):
+        # One swap for all points: it takes as long as the forward pass of a small model.
+        with self._undone(), Autocast.restored(self.autocast), self.scene.holding(swapped):
             before = HostStreams.capture()
-            # One swap for all points: it takes as long as the forward pass of a small model.
-            results = functional_call(self.scene, tensors, (run,))
+            results = run()
             if not self.scene.draws and before.moved():
                 self.scene.draws = True
-                results = functional_call(self.scene, tensors, (run,))
+                results = run()
             return results
 
-    def written_copies(self, points: int) -> dict[str, Tensor]:
-        """What a forward pass may write to, once for each of ``points`` (the first dimension), by the scene's names."""
-        places = {
-            (id(module._buffers), id(module._parameters)): prefix for prefix, module in self.scene.named_modules()
-        }
-        copies = {}
-        for owner, name, tensor in self.tensors:
-            prefix = next(prefix for owners, prefix in places.items() if id(owner) in owners)
-            copies[f"{prefix}.{name}".lstrip(".")] = tensor.expand(points, *tensor.shape).clone()
-        return copies
+    def written_copies(self, points: int) -> list[Tensor]:
+        """What a forward pass may write to, in the order of ``tensors``, once for each of ``points`` (the first dim)."""
+        copies: dict[int, Tensor] = {}
+        for _, _, tensor in self.tensors:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.expand(points, *tensor.shape).clone()
+        return [copies[id(tensor)] for _, _, tensor in self.tensors]
+
+    def enter_written(self, tensors: Sequence[Tensor]) -> None:
+        """Put ``tensors``, in the order of this state's own, where the modules hold what forward passes write to."""
+        for (owner, name, _), tensor in zip(self.tensors, tensors, strict=True):
+            owner[name] = tensor
 
     def _enter(self) -> None:
         """Make this the current state, with tensors that may be written to."""
@@ -267,16 +298,125 @@ class ForwardState:
     @contextmanager
     def _undone(self) -> Iterator[None]:
         """After the body, put back what the modules held before it."""
-        attributes = [(module, dict(vars(module))) for module, _ in self.attributes]
-        tensors = [(owner, name, owner[name]) for owner, name, _ in self.tensors]
+        modules = [module for module, _ in self.attributes]
+        attributes = [(module, dict(vars(module))) for module in modules]
+        held = Held(modules)
         try:
             yield
         finally:
             for module, before in attributes:
                 vars(module).clear()
                 vars(module).update(before)
-            for owner, name, tensor in tensors:
-                owner[name] = tensor
+            held.put_back()
+
+    @contextmanager
+    def _strangers(self) -> Iterator[None]:
+        """Look for modules that the body calls although they are not in this state, and put back what it does to them.
+
+        Raises:
+            NotYetError: One of them has changed.
+        """
+        # An error on one of several ranks that gather parameters would leave the others waiting.
+        if not self.watched or self.scene.shards is not None:
+            yield
+            return
+        known = {id(module) for module, _ in self.attributes}
+        met: dict[int, Stranger] = {}
+
+        def meet(module: nn.Module, args: Any) -> None:
+            if id(module) not in known and not torch.compiler.is_compiling():
+                for part in module.modules():
+                    if id(part) not in known and id(part) not in met:
+                        met[id(part)] = Stranger(part)
+
+        hook = register_module_forward_pre_hook(meet)
+        try:
+            with self._quietly():
+                yield
+        finally:
+            hook.remove()
+            changed = {number for number, stranger in met.items() if stranger.put_back(self.scene)}
+            ids = {id(part) for part in self.scene.modules()}
+            # One that was made during the pass, such as nn.MSELoss() inside of the loss, is gone when it is let go.
+            kept = [(number, weakref.ref(stranger.module)) for number, stranger in met.items() if stranger.has_state]
+            met.clear()
+            alive = {number: module for number, ref in kept if (module := ref()) is not None}
+            for number, module in alive.items():
+                if number not in ids:
+                    self.scene.others.append(module)
+                    ids |= {id(part) for part in module.modules()}
+        if names := sorted({type(alive[number]).__name__ for number in changed & alive.keys()}):
+            raise NotYetError(
+                f"The loss calls modules outside of the model that it changes ({', '.join(names)}); they are put back, "
+                "and from the next update on they are measured in the state of the training step, too."
+            )
+
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Keep compiled modules, which run as they are within the body, from warning of the hook that is there."""
+        if not any(hasattr(module, "_orig_mod") for module, _ in self.attributes):
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*global hooks on modules", UserWarning)
+            yield
+
+
+class Held:
+    """What modules hold by name: parameters, buffers and other modules, compared and put back by identity."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._held = [
+            (owner, dict(owner))
+            for module in modules
+            for owner in (module._parameters, module._buffers, module._modules)
+            if owner
+        ]
+
+    def put_back(self) -> list[str]:
+        """Put back what is not the same object any more; the names that this has changed."""
+        names = []
+        for owner, before in self._held:
+            if len(owner) == len(before) and all(map(_same, owner.items(), before.items())):
+                continue
+            names += [name for name in owner | before if owner.get(name) is not before.get(name)]
+            owner.clear()
+            owner.update(before)
+        return names
+
+
+def _same(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
+    return one[1] is other[1] and one[0] == other[0]
+
+
+class Stranger:
+    """A module outside of a scene, as it is before a pass calls it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._attributes = dict(vars(module))
+        self._held = Held([module])
+        owners = (module._buffers, module._parameters)
+        tensors = [tensor for owner in owners for tensor in owner.values() if tensor is not None]
+        self.has_state = bool(tensors)
+        values = tensors if sum(tensor.nbytes for tensor in tensors) <= GUARDED else []
+        self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in values]
+
+    def put_back(self, scene: Scene) -> bool:
+        """Make the module what it was; whether it was anything else. Parameters that were written to count as moving."""
+        vars(self.module).clear()
+        vars(self.module).update(self._attributes)
+        changed = bool(self._held.put_back())
+        for tensor, data, values in self._values:
+            if tensor.data_ptr() != data.data_ptr() or not torch.equal(tensor, values):
+                with torch.no_grad():
+                    tensor.data = data
+                    data.copy_(values)
+                changed = True
+                if isinstance(tensor, nn.Parameter):
+                    scene.moving.add(id(tensor))
+        return changed
 
 
 def _copies(tensors: Iterable[Place]) -> list[Place]:
