@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from landscape.errors import UserError
-from landscape.ray import check_engine
+from landscape.ray import check_engine, check_model
+from landscape.update import rate_of
 
 DIRECTIONS = ("gradient", "update")
 FACTS = ("direction", "relative", "every", "overhead", "gradients", "max_memory", "steps_per_epoch")
@@ -23,6 +24,22 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, options: Mapping
     """
     if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError("Give a model (nn.Module) and its optimizer (torch.optim.Optimizer), in this order.")
+    if not _takes_hooks(optimizer):
+        raise UserError(
+            f"The {type(optimizer).__name__} does not call torch.optim.Optimizer.__init__, so its steps cannot be seen. Give "
+            "the optimizer inside of it."
+        )
+    check_model(model)
+    if any(parameter.is_complex() for group in optimizer.param_groups for parameter in group["params"]):
+        raise UserError(
+            "The optimizer holds complex parameters, along which no ray is measured. Hold their torch.view_as_real, and "
+            "use torch.view_as_complex in the forward pass."
+        )
+    if options["relative"] is True and "lr" not in optimizer.param_groups[0]:
+        raise UserError(
+            f"relative=True: the {type(optimizer).__name__} has no learning rate that step sizes could be multiples of. Give "
+            "step sizes of their own."
+        )
     if criterion is not None and not isinstance(criterion, nn.Module):
         raise UserError(
             f"criterion={criterion!r} is no nn.Module, so its calls cannot be seen; use the module (such as "
@@ -45,6 +62,17 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, options: Mapping
     _tell_of_others(model, optimizer)
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that makes the steps, inside of what a trainer has put around it without being one itself."""
+    while not _takes_hooks(optimizer) and isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _takes_hooks(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
+
+
 def described(
     model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -59,7 +87,7 @@ def described(
         "criterion": None if criterion is None else repr(criterion),
         "optimizer": type(optimizer).__name__,
         "optimizer_options": defaults,
-        "base_lr": float(optimizer.param_groups[0]["lr"]),
+        "base_lr": rate_of(optimizer),
         **{name: options[name] for name in FACTS},
         "probe_lrs": "a function of the step" if callable(step_sizes) else list(step_sizes),
         "threads": torch.get_num_threads(),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from landscape.errors import UserError
 from landscape.objective import Base
@@ -28,16 +28,27 @@ class Leaves:
         leaves, spec = tree_flatten(nest)
         return cls(leaves, spec, [_version(leaf) for leaf in leaves])
 
-    def nest(self, what: str = "An input of the model or the criterion", outputs: Sequence[Any] = ()) -> Any:
-        """The arguments as they were, around the model's ``outputs``; an error if one has been written to since."""
+    def nest(self, what: str = "the model", outputs: Sequence[Any] = ()) -> Any:
+        """The arguments of ``what``, around the model's ``outputs``; an error if one has been written to since."""
         self.check(what)
         leaves = [outputs[leaf.index] if isinstance(leaf, Output) else leaf for leaf in self.leaves]
         return tree_unflatten(leaves, self.spec)
 
     def check(self, what: str) -> None:
-        """Raise a UserError if one of them has been written to since."""
-        if self.versions != [_version(leaf) for leaf in self.leaves]:
-            raise UserError(f"{what} was changed in place after the probe saw it. {OBSERVE}.")
+        """Raise a UserError if one of these, arguments of ``what``, has been written to since."""
+        for place, (leaf, version) in enumerate(zip(self.leaves, self.versions, strict=True)):
+            if version != _version(leaf):
+                paths = tree_flatten_with_path(tree_unflatten(self.leaves, self.spec))[0]
+                raise UserError(
+                    f"The tensor {tuple(leaf.shape)} among the arguments of {what} ({keystr(paths[place][0])}) was overwritten "
+                    "before the optimizer's step, so that the loss cannot be computed again. Pass a copy of it: "
+                    "tensor.clone()."
+                )
+
+
+    def unwritten(self) -> bool:
+        """Whether none of them has been written to."""
+        return self.versions == [_version(leaf) for leaf in self.leaves]
 
 
 def _version(leaf: Any) -> int:
@@ -73,7 +84,8 @@ def replay(call: Call, criterion: nn.Module, arguments: Any) -> Closure:
 def _tied(call: Call, criterion: nn.Module, arguments: Leaves) -> Closure:
     if call.outputs is None:
         raise UserError(f"The criterion was called without a call of the model before it. {OBSERVE}.")
-    call.outputs.check("An output of the model")
+    if not call.outputs.unwritten():
+        raise UserError(f"An output of the model was changed in place after the probe saw it. {OBSERVE}.")
     # Numbers and texts may be the same objects as outputs without being outputs.
     plain = int | float | str | None
     places = {id(leaf): Output(at) for at, leaf in enumerate(call.outputs.leaves) if not isinstance(leaf, plain)}
@@ -90,7 +102,7 @@ def _tied(call: Call, criterion: nn.Module, arguments: Leaves) -> Closure:
     def closure(model: nn.Module) -> Tensor:
         args, kwargs = inputs.nest()
         outputs = tree_flatten(model(*args, **kwargs))[0]
-        args, kwargs = arguments.nest(outputs=outputs)
+        args, kwargs = arguments.nest("the criterion", outputs)
         with Autocast.restored(autocast):
             return criterion(*args, **kwargs)
 

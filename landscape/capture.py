@@ -13,10 +13,15 @@ from landscape.calls import Call, Leaves, refusing, replay
 from landscape.errors import NotYetError, UserError
 from landscape.layers import Hook, Layers
 from landscape.objective import Term
+from landscape.passes import Captured, Passes, unwatch, watch
 from landscape.ranks import inside
 from landscape.sharded import Shards
 from landscape.state import Closure, ForwardState, Scene
 
+MOVED = (
+    "Parameters were written to between the forward pass and the optimizer's step, so that the gradient is not that of where "
+    "the update starts (as in sharpness-aware minimization). The probe cannot measure such an update."
+)
 _LAZY = NotYetError("The forward pass has made the parameters; the next update is probed.")
 
 
@@ -33,6 +38,7 @@ class Capture:
         optimizer: What updates the model.
         wanted: Whether the current update is to be probed.
         grad_scaler: The loss scaler, where one is used.
+        prepare: What to do before a forward pass that is captured.
 
     Attributes:
         model: The model itself.
@@ -47,38 +53,51 @@ class Capture:
         optimizer: torch.optim.Optimizer,
         wanted: Callable[[], bool],
         grad_scaler: "torch.amp.GradScaler | None" = None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.wrapper = model
         self.model, self.ranks = inside(model)
         self.criterion = criterion
         self.optimizer = optimizer
         self.scene = Scene(self.model, criterion, Shards.of(self.model, self.ranks))
-        self._wanted = wanted
-        self._grad_scaler = grad_scaler
+        self._wanted, self._prepare = wanted, prepare
         self._call: Call | None = None
-        self._terms: list[Term] = []
+        shards = self.scene.shards
+        self.passes = Passes(
+            self._parameters,
+            self._name_of,
+            wanted=lambda: not _replays and wanted(),
+            is_held_back=lambda: shards is not None and not shards.reduces(),
+            scale=(lambda ones: ones) if grad_scaler is None else grad_scaler.scale,
+        )
         self._handles: list[RemovableHandle] = []
         self._layers = Layers(self.scene)
         self._lazy: bool | None = None
         """Whether the forward pass that was last begun has to make parameters first; None before any."""
         self._seconds = 0.0
-        self._measuring = False
-        self._kept = False
-        """Whether the last backward pass has left gradients where they cannot be seen, for one that reduces them."""
+        self._measuring = self._observing = False
+        self.transformed = False
+        """Whether the model was called within a transform of torch.func."""
 
     def attach(self) -> None:
         """Start to listen."""
+        watch(self.passes)
+        # torch.compile, which may take in the user's code, leaves a hook out that is disabled for it.
+        before_model, after_model, after_criterion, before_wrapper = (
+            Hook(torch.compiler.disable(hook))
+            for hook in (self._before_model, self._after_model, self._after_criterion, self._before_wrapper)
+        )
         if self.criterion is not None:
             self._handles = [
-                self.model.register_forward_pre_hook(Hook(self._before_model), prepend=True, with_kwargs=True),
-                self.model.register_forward_hook(Hook(self._after_model)),
-                self.criterion.register_forward_hook(Hook(self._after_criterion), with_kwargs=True),
+                self.model.register_forward_pre_hook(before_model, prepend=True, with_kwargs=True),
+                self.model.register_forward_hook(after_model),
+                self.criterion.register_forward_hook(after_criterion, with_kwargs=True),
             ]
         if self.wrapper is not self.model:
             self._handles += [
-                self.wrapper.register_forward_pre_hook(Hook(self._before_wrapper)),
+                self.wrapper.register_forward_pre_hook(before_wrapper),
                 # It may hand on copies of the outputs, and these are what the criterion gets.
-                self.wrapper.register_forward_hook(Hook(self._after_model)),
+                self.wrapper.register_forward_hook(after_model),
             ]
 
     @contextmanager
@@ -97,6 +116,7 @@ class Capture:
             handle.remove()
         self._handles = []
         self._layers.detach()
+        unwatch(self.passes)
         self.take()
 
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -107,30 +127,63 @@ class Capture:
         if not self._listening():
             return closure(self.model if self._measuring else self.wrapper, *args, **kwargs)
         if self._is_lazy():
-            with replaying():
+            with self._observed():
                 loss = closure(self.wrapper, *args, **kwargs)
-            self._await(Term(refusing(_LAZY), self._state()), loss)
+            self._await(Term(refusing(_LAZY), self._state(), observed=True), loss)
             return loss
         state, arguments = self._state(), Leaves.of((args, kwargs))
         versions = self.scene.frozen_versions()
         bases = self._layers.bases = []
-        with replaying():
+        with self._observed():
             loss = closure(self.wrapper, *args, **kwargs)
         self._layers.bases = None
 
         def again(model: nn.Module) -> Tensor:
-            args, kwargs = arguments.nest("An argument of the observed loss")
+            args, kwargs = arguments.nest("the observed loss")
             return closure(model, *args, **kwargs)
 
-        self._await(Term(self._unless_moved(versions, again), state, bases=bases), loss)
+        self._await(Term(self._unless_moved(versions, again), state, bases=bases, observed=True), loss)
         return loss
 
-    def take(self) -> list[Term]:
-        """The terms that were differentiated since the last call; captures start anew."""
-        terms, self._terms, self._call, self._layers.bases = self._terms, [], None, None
-        for term in terms:
+    @contextmanager
+    def _observed(self) -> Iterator[None]:
+        """Within the body, what the user hands over is computed; calls in it are no losses of their own."""
+        self._observing = True
+        try:
+            yield
+        finally:
+            self._observing = False
+
+    def take(self, versions: list[int] | None = None) -> Captured:
+        """The losses whose gradient the optimizer gets; captures start anew.
+
+        The parameters must not have been written to since the last forward pass, nor since they had the ``versions``.
+        """
+        captured, now = self.passes.take(), self.versions()
+        # A forward pass may write to parameters itself, so the last one of several counts.
+        moved = all(term.versions != now for term in captured.terms) or versions not in (None, now)
+        if captured.terms and captured.problem is None and moved:
+            captured = captured._replace(problem=MOVED)
+        self._call, self._layers.bases = None, None
+        for term in captured.terms:
             term.bases = self._layers.current(term.bases)
-        return terms
+        return captured
+
+    def step_made(self) -> None:
+        """The update has been made; what its step has computed after the first time, if it was given a closure, goes."""
+        self.take()
+        self.passes.step_made()
+
+    def versions(self) -> list[int]:
+        """How often each of the optimizer's parameters was written to; not known where forward passes gather them."""
+        return [] if self.scene.shards is not None else [parameter._version for parameter in self._parameters()]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _name_of(self, parameter: Tensor) -> str:
+        names = (name for name, other in self.model.named_parameters() if other is parameter)
+        return next(names, "a parameter that is not the model's")
 
     def take_seconds(self) -> float:
         """Time that remembering states has taken since the last call."""
@@ -161,15 +214,17 @@ class Capture:
         return self._lazy
 
     def _listening(self) -> bool:
-        return not _replays and torch.is_grad_enabled() and self._wanted()
+        if _replays or self._observing or not torch.is_grad_enabled() or not self._wanted():
+            return False
+        # Within torch.func, derivatives are not those of autograd outside of it.
+        within = torch._C._functorch.peek_interpreter_stack() is not None
+        self.transformed |= within
+        return not within
 
     def _state(self) -> ForwardState:
-        """The state before a forward pass; also where an update that never came is noticed and forgotten."""
-        # A loss scaler skips the step when gradients overflow; then they are cleared, and their terms stay behind.
-        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-        if not self._kept and all(parameter.grad is None for parameter in parameters):
-            self._terms = []
+        """The state before a forward pass."""
         started = time.perf_counter()
+        self._prepare()
         self._layers.refresh()
         state = ForwardState.capture(self.scene)
         self._seconds += time.perf_counter() - started
@@ -208,21 +263,12 @@ class Capture:
         error = NotYetError("The forward pass writes to frozen parameters; they are copied from the next update on.")
         return refusing(error) if moved else closure
 
-    def _await(self, term: Term, loss: Tensor) -> None:
-        """Make it a term once a backward pass goes through the loss; until then the loss alone holds it."""
-
-        def weigh(gradient: Tensor) -> None:
-            self._kept = self.scene.shards is not None and not self.scene.shards.reduces()
-            weight = gradient.detach()
-            if self._grad_scaler is not None:
-                weight = weight / self._grad_scaler.scale(torch.ones_like(weight))
-            if term.weight is None:
-                self._terms.append(term)
-            term.weight = weight if term.weight is None else term.weight + weight
-
+    def _await(self, term: Term, loss: Any) -> None:
+        """Make it a term once a backward pass has gone through the loss; until then the loss alone holds it."""
         if isinstance(loss, Tensor) and loss.requires_grad:
             term.value = loss.detach().clone()  # `loss /= n` is to come
-            loss.register_hook(weigh)
+            term.versions = self.versions()
+            self.passes.await_(term, loss)
 
 
 def after_first(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:

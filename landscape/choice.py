@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from landscape.engines import ENGINES, OPT_IN, SHARING, Engine, evaluate, loop, refusal
-from landscape.errors import UserError
+from landscape.errors import NotYetError, UserError
 from landscape.gradients import RayGradients, gradients_along
 from landscape.meter import Meter
 from landscape.ranks import ALONE, Ranks
@@ -102,6 +102,8 @@ class EngineChoice:
         (name,) = self._engines
         try:
             return evaluate(self._engines[name], ray)
+        except NotYetError:
+            raise
         except Exception as error:
             if name == "loop":
                 raise

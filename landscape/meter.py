@@ -32,6 +32,10 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return result
 
+    def held(self) -> int:
+        """Bytes of tensors made within it that are still there."""
+        return sum(size for reference, size in self._held.values() if not reference.expired())
+
     def _hold(self, values: Any, counted: bool) -> None:
         """Know the memory of these tensors; what is first seen as an argument was there before."""
         for value in tree_leaves(values):

@@ -70,7 +70,12 @@ class Term:
     value: Tensor | None = None
     """What the forward pass gave, detached."""
     weight: Tensor | None = None
-    """Derivative of what was differentiated by this loss (1/n under accumulation over n batches); None is 1."""
+    """Derivative of what was differentiated by this loss (1/n under accumulation over n batches); None is 1. One for each
+    element of a loss that is not reduced."""
+    versions: Sequence[int] = ()
+    """How often the optimizer's parameters had been written to when it was computed."""
+    observed: bool = False
+    """Whether the user has handed it over."""
     bases: Sequence[Base] = ()
     """Linear layers that need not be evaluated at step size 0 again."""
 
@@ -80,7 +85,22 @@ class Term:
 
     def losses(self, parameters: Parameters, moves: Sequence[Callable[[], object]]) -> list[Tensor]:
         """The unweighted loss after each of ``moves``, which write to ``parameters``; scalar tensors."""
-        return self.state.each(self._loss, parameters, moves)
+        scene = self.state.scene
+        if not scene.differentiates:
+            try:
+                return self.state.each(self._loss, parameters, moves)
+            except RuntimeError as error:
+                # Autograd has no type for it: a loss with derivatives in it, such as a gradient penalty.
+                if torch.is_grad_enabled() or "require" not in str(error) or "grad" not in str(error):
+                    raise
+        points = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
+        losses = self.state.each(self._differentiating, points, moves)
+        scene.differentiates = True
+        return losses
+
+    def _differentiating(self, model: nn.Module) -> Tensor:
+        with torch.enable_grad():
+            return self._loss(model).detach()
 
     def gradient(self, leaves: Parameters) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The unweighted loss at ``leaves``, and the gradient of the weighted one in their order; they require it.
@@ -104,17 +124,27 @@ class Term:
 
         return self.state.each(differentiate, leaves, [_stay])[0]
 
+    @property
+    def recorded(self) -> Tensor | None:
+        """What the forward pass gave, as :meth:`scalar` gives it."""
+        return None if self.value is None else self._reduced(self.value)
+
     def weighted(self, loss: Tensor) -> Tensor:
         """A loss, or several, times the weight."""
-        return loss if self.weight is None else self.weight * loss
+        return loss if self.weight is None or self.weight.numel() > 1 else self.weight * loss
+
+    def _reduced(self, loss: Tensor) -> Tensor:
+        weighs = self.weight is not None and self.weight.numel() == loss.numel() > 1
+        return (self.weight.reshape(loss.shape) * loss).sum() if weighs else loss  # pyright: ignore
 
     def _loss(self, model: nn.Module) -> Tensor:
         shards = self.state.scene.shards
         return self.scalar(model) if shards is None else shards.loss(self.scalar)
 
     def scalar(self, model: nn.Module) -> Tensor:
-        """``closure(model)``; a UserError unless it is a tensor with one element."""
+        """``closure(model)``, of a loss that is not reduced the weighted sum; a UserError unless it has one element."""
         loss = self.closure(model)
+        loss = self._reduced(loss) if isinstance(loss, Tensor) else loss
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(
@@ -157,7 +187,7 @@ class Objective:
 
     def recorded(self) -> Tensor:
         """The loss that the forward passes of the update gave, a scalar tensor."""
-        return self.total([term.value for term in self.terms if term.value is not None])
+        return self.total([value.reshape(()) for term in self.terms if (value := term.recorded) is not None])
 
     def total(self, losses: Sequence[Tensor]) -> Tensor:
         """Weighted sum over the terms of their ``losses``, which may all carry the same further dimensions."""
@@ -180,6 +210,10 @@ class Objective:
                     yield
             finally:
                 before.restore()
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules that belong to it: of the model, its criterion, and others that are called."""
+        return self.terms[0].state.scene.modules()
 
     def reduced_precision(self) -> bool:
         """Whether forward passes compute in less than single precision."""

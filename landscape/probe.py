@@ -1,5 +1,6 @@
 """Attaches to a training run and records, before each update, the losses along the ray that the update follows."""
 
+import inspect
 import math
 import time
 import warnings
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from landscape.arguments import check_arguments, check_state, described, state_of
+from landscape.arguments import check_arguments, check_state, described, state_of, unwrapped
 from landscape.calls import OBSERVE
 from landscape.capture import Capture, after_first
 from landscape.checks import FirstChecks
@@ -23,7 +24,7 @@ from landscape.notrace import NoTrace
 from landscape.ranks import LostRankError
 from landscape.ray import checked_step_sizes
 from landscape.schedule import Schedule
-from landscape.state import Parameters
+from landscape.state import Held, Parameters
 from landscape.trace import TraceWriter
 from landscape.update import Update, fetch
 from landscape.walk import Ray
@@ -101,6 +102,7 @@ class LandscapeProbe:
         options = {"every": every, "direction": direction, "steps_per_epoch": steps_per_epoch, "overhead": overhead}
         options |= {"grad_scaler": grad_scaler, "engine": engine, "max_memory": max_memory}
         options |= {"gradients": gradients, "relative": relative}
+        optimizer = unwrapped(optimizer)
         check_arguments(model, optimizer, criterion, options)
         options["step_sizes"] = step_sizes = step_sizes if callable(step_sizes) else checked_step_sizes(step_sizes)
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
@@ -108,7 +110,7 @@ class LandscapeProbe:
         self.steps_per_epoch, self.gradients = steps_per_epoch, gradients
         self.overhead, self.max_memory = overhead, max_memory
         self.step = 0
-        self._capture = Capture(model, criterion, optimizer, self._due, grad_scaler)
+        self._capture = Capture(model, criterion, optimizer, self._due, grad_scaler, self._come_last)
         self._inner, self._ranks = self._capture.model, self._capture.ranks
         self._seconds = 0.0
         known = described(self._inner, optimizer, criterion, options) | {"ranks": self._ranks.size, **(facts or {})}
@@ -119,7 +121,7 @@ class LandscapeProbe:
         )
         self._starts_anew = resume
         self._pending: Update | None = None
-        self._checks = FirstChecks(criterion is None, self._ranks)
+        self._checks = FirstChecks(self._ranks)
         self._choice = EngineChoice(engine, max_memory, self.trace.note)
         self._schedule = Schedule(every, overhead, _device(model), self._ranks.decide)
         parts = {"capture": self._capture, "checks": self._checks, "choice": self._choice, "schedule": self._schedule}
@@ -131,15 +133,14 @@ class LandscapeProbe:
         """Start to listen; as a context manager the probe does this by itself."""
         if not self._handles:
             self._capture.attach()
-            self._handles = [
-                self.optimizer.register_step_pre_hook(self._before_step),
-                self.optimizer.register_step_post_hook(self._after_step),
-            ]
+            after = torch.compiler.disable(self._after_step)
+            self._handles = [self.optimizer.register_step_post_hook(after), self._hooked()]
             self._schedule.start()
         return self
 
     def detach(self) -> None:
         """Stop listening and write what is pending; what was recorded stays available."""
+        self._capture.passes.tell_of_waste()
         self._stop()
         self.trace.close()
 
@@ -156,6 +157,8 @@ class LandscapeProbe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is None:
+            self._capture.passes.tell_of_waste()
         self._stop()
         self.trace.__exit__(kind, error, traceback)
 
@@ -227,21 +230,41 @@ class LandscapeProbe:
     def _due(self) -> bool:
         return bool(self._handles) and self._schedule.due
 
+    def _hooked(self) -> RemovableHandle:
+        return self.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step))
+
+    def _come_last(self) -> None:
+        """Hook the step anew where others did so since, because they may change the gradient."""
+        if self._is_followed():
+            self._handles.pop().remove()
+            self._handles.append(self._hooked())
+
+    def _is_followed(self) -> bool:
+        """Whether the optimizer calls hooks behind that of this probe, and of others."""
+        hooks = list(self.optimizer._optimizer_step_pre_hooks.values())  # torch has no public way to ask
+        owners = [getattr(inspect.unwrap(hook), "__self__", None) for hook in hooks]
+        return self in owners and not all(isinstance(one, LandscapeProbe) for one in owners[owners.index(self) :])
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        # What was differentiated before the step is its loss, also where the step is given a closure (for losses at other
+        # parameters, as in sharpness-aware minimization).
+        if closure is None or self._capture.passes.has_terms():
             self._before_update()
             return None
         # step(closure) computes the gradient itself, maybe several times: the first is that of this update.
         rest = {name: value for name, value in kwargs.items() if name != "closure"}
-        return (args[0], after_first(closure, self._before_update)), rest
+        before = self._capture.versions()
+        return (args[0], after_first(closure, lambda: self._before_update(before))), rest
 
-    def _before_update(self) -> None:
+    def _before_update(self, versions: list[int] | None = None) -> None:
+        """Measure the update; ``versions`` are those of the parameters before a step that computes the gradient."""
         if self._starts_anew:
             self._rewind({})
         if self._due():
             with self._schedule.probing():
-                update = Update.of(self._capture.scene, self.optimizer, self._capture.take())
+                captured = self._capture.take(versions)
+                update = Update.of(self._capture.scene, self.optimizer, captured)
                 if self.direction == "gradient":
                     self._measure(update, update.gradient)
                 else:
@@ -252,11 +275,13 @@ class LandscapeProbe:
             update, self._pending = self._pending, None
             with self._schedule.probing():
                 self._measure(update, update.made(self._capture.scene))
-        self._capture.take()  # what a step(closure) has computed after the first time
+        self._capture.step_made()
         self._schedule.advance(self._capture.take_seconds())
         self.step += 1
 
     def _measure(self, update: Update, direction: Parameters) -> None:
+        spread = self._capture.scene.shards is not None  # these change places all the time
+        held = Held([] if spread else self._capture.scene.modules())
         try:
             row = self._ranks.mean(lambda: self._row(update, direction))
         except Exception as error:  # a training run that has begun well shall not end because of its probe
@@ -265,6 +290,9 @@ class LandscapeProbe:
                 raise
             warnings.warn(f"Step {self.step} is not in the trace: {error}", stacklevel=2)
             return
+        finally:
+            if names := held.put_back():
+                warnings.warn(f"Step {self.step}: what the model holds was put back: {names}.", stacklevel=2)
         self._last = row | {"seconds": self._seconds}
         self.trace.append(self._last)
 
@@ -274,13 +302,15 @@ class LandscapeProbe:
         ray = self._ranks.agree(lambda: self._ray(update, direction), alike=Ray.together)
         with self._capture.measuring():
             self._checks.look_for_writes(ray)
-            if facts := self._checks.check(update.objective, update.origin, update.gradient):
+            if facts := self._checks.check(self.step, update):
                 self.trace.note(mode="training" if self.model.training else "evaluation", checks=facts)
                 started = time.perf_counter()
-            measured = update.measures(direction) | self._along(ray)
+            measured = {"step_sizes": ray.step_sizes} | update.measures(direction) | self._along(ray)
+            if facts := self._checks.doubt(self.step, update, measured):
+                self.trace.note(checks=facts)
         self._seconds = time.perf_counter() - started
         epoch = self.step / self.steps_per_epoch if self.steps_per_epoch else math.nan
-        return {"step": self.step, "epoch": epoch, "lr": update.lr, "step_sizes": ray.step_sizes} | measured
+        return {"step": self.step, "epoch": epoch, "lr": update.lr} | measured
 
     def _along(self, ray: Ray) -> dict[str, Tensor]:
         if not self.gradients:
@@ -291,6 +321,15 @@ class LandscapeProbe:
     def _ray(self, update: Update, direction: Parameters) -> Ray:
         step_sizes = self.step_sizes(self.step) if callable(self.step_sizes) else self.step_sizes
         etas = [eta * update.lr if self.relative else eta for eta in checked_step_sizes(step_sizes)]
+        if problem := update.captured.problem:
+            raise UserError(problem)
+        if self._is_followed():
+            raise NotYetError("A step hook that was registered after the forward pass may change the gradient.")
+        if not update.objective.terms and self._capture.transformed:
+            raise UserError(
+                "The model was called within a transform of torch.func, whose derivatives the probe does not see. Let the "
+                "loop call loss.backward(), or measure single rays by landscape.ray_losses."
+            )
         if not update.objective.terms:
             raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
         return update.ray(direction, etas)

@@ -3,14 +3,16 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from landscape.engines import ENGINES, evaluate, loop, refusal
-from landscape.errors import UserError
-from landscape.objective import Objective
+from landscape.errors import NotYetError, UserError
+from landscape.objective import Objective, Term
 from landscape.ranks import sharded_parts
-from landscape.state import Closure, Parameters
+from landscape.state import Closure, ForwardState, Parameters
 from landscape.walk import Ray
 
 
@@ -43,6 +45,7 @@ def ray_losses(
         raise UserError(
             "Give a model (nn.Module), a closure, and a direction: a dict of tensors named like parameters."
         )
+    check_model(model)
     if sharded_parts(model):
         raise UserError("fully_shard has spread the parameters over processes; use LandscapeProbe, which gathers them.")
     origin = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -50,6 +53,11 @@ def ray_losses(
     # Affine evaluation takes two products, so it pays from three points on.
     name = engine if engine != "auto" else "affine" if len(ray.step_sizes) > 2 else "loop"
     try:
+        return evaluate(ENGINES[name](), ray)
+    except NotYetError:
+        # The closure calls other modules, which are known by now, and are what they were.
+        scene = ray.objective.terms[0].state.scene
+        ray = replace(ray, objective=Objective([Term(closure, ForwardState.capture(scene))]))
         return evaluate(ENGINES[name](), ray)
     except Exception as error:
         if name == "loop":
@@ -59,6 +67,16 @@ def ray_losses(
     if engine == name:
         warnings.warn(refused, stacklevel=2)
     return losses
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise a UserError if there is a part of the model whose parameters cannot be moved."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"{name or 'The model'!r} is scripted or traced (torch.jit), and holds its parameters out of reach. Train and "
+                "probe the Python module that it was made of."
+            )
 
 
 def check_engine(engine: str) -> None:

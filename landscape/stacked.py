@@ -1,7 +1,7 @@
 """Several points of a ray in one pass, stacked along a dimension of their own by :func:`torch.func.vmap`."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingModuleSource]
 from torch.func import vmap
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from landscape.layers import Hook
 from landscape.masks import OTHER_NUMBERS, draws
+from landscape.meter import Meter
 from landscape.objective import Base, Term, layer_key
 from landscape.walk import FEW_ROWS, Ray, Walk, stand_in
 
@@ -27,7 +30,12 @@ class Stacked:
         self._draws: int | None = None
 
     def __call__(self, ray: Ray) -> Tensor:
-        """The K losses; a RuntimeError where the model's code does not go with ``vmap``."""
+        """The K losses; a RuntimeError where the model's code does not go with ``vmap``, or might keep its tensors.
+
+        These are of no use outside of it: an attempt to read one ends the user's code by an error.
+        """
+        if any(term.observed for term in ray.objective.terms) or _are_hooked(ray.objective.modules()):
+            raise RuntimeError("hooks or the observed loss may keep tensors that are valid within it alone")
         if self._draws != 0:
             self._draws = _draws(ray)
         while True:
@@ -137,9 +145,10 @@ class _Points(TorchFunctionMode):
 def _draws(ray: Ray) -> int:
     """How often the model draws random numbers at the origin; a RuntimeError if ``vmap`` would draw others.
 
-    Numbers fill a tensor in the order of its memory, which ``vmap`` may change.
+    Numbers fill a tensor in the order of its memory, which ``vmap`` may change. It is an error, too, if the model keeps
+    tensors somewhere (in a list, a cache).
     """
-    walk, seen = Walk(ray), _Draws()
+    walk, seen, meter = Walk(ray), _Draws(), Meter()
     for term in ray.objective.terms:
 
         def closure(model: nn.Module, term: Term = term) -> Tensor:
@@ -150,8 +159,19 @@ def _draws(ray: Ray) -> int:
                 raise RuntimeError(OTHER_NUMBERS)  # drawn in code that cannot be seen
             return loss
 
-        replace(term, closure=closure).losses(walk.point, walk.moves([0.0]))
+        with meter:
+            replace(term, closure=closure).losses(walk.point, walk.moves([0.0]))
+    if meter.held():
+        raise RuntimeError("the model keeps tensors that are valid within it alone")
     return seen.count
+
+
+def _are_hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether hooks that are not ours see what modules get or give."""
+    if _has_any_global_hook():
+        return True
+    kinds = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks)
+    return not all(type(hook) is Hook for hooks in kinds for hook in hooks.values())
 
 
 class _Draws(TorchDispatchMode):

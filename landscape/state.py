@@ -46,6 +46,8 @@ class Scene(nn.Module):
         """Parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
         self.draws = shards is not None
         """Whether forward passes are known to draw from Python's or numpy's random streams, or may on another rank."""
+        self.differentiates = False
+        """Whether the loss is known to compute derivatives itself, so that it needs gradients where they are off."""
         self.streamed: set[str] = set()
         """Weights of the model that are known to be built in blocks."""
         self.shares_nothing = False

@@ -1,5 +1,6 @@
 """What is known of one update before and after the optimizer makes it, and its row on the way to the trace."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from landscape.gradients import inner, norm
-from landscape.objective import Objective, Term
+from landscape.objective import Objective
+from landscape.passes import Captured
 from landscape.state import Parameters, Scene
 from landscape.walk import Ray
 
@@ -22,9 +24,10 @@ class Update:
     origin: Parameters
     gradient: Parameters
     lr: float
+    captured: Captured
 
     @classmethod
-    def of(cls, scene: Scene, optimizer: torch.optim.Optimizer, terms: Sequence[Term]) -> "Update":
+    def of(cls, scene: Scene, optimizer: torch.optim.Optimizer, captured: Captured) -> "Update":
         """The update that ``optimizer`` is about to make; only the parameters it holds belong to it."""
         # A fused optimizer divides gradients by the loss scale inside its kernel; GradScaler hands it over this way.
         scale = getattr(optimizer, "grad_scale", None)
@@ -36,16 +39,23 @@ class Update:
             if parameter.grad is not None and id(parameter) in held
         }
         origin = {name: scene.own(parameter) for name, parameter in parameters.items()}
-        return cls(Objective(terms), origin, gradient, float(optimizer.param_groups[0]["lr"]))
+        return cls(Objective(captured.terms), origin, gradient, rate_of(optimizer), captured)
+
+    @property
+    def differentiated(self) -> Tensor | None:
+        """The value of the tensor that was differentiated, as far as it is known."""
+        return self.captured.differentiated
 
     def snapshot(self) -> "Update":
-        """The same, safe from the step that is about to overwrite the parameters."""
-        return replace(self, origin={name: tensor.clone() for name, tensor in self.origin.items()})
+        """The same, safe from the step that is about to overwrite the parameters, and maybe the gradient."""
+        copies = {name: tensor.clone() for name, tensor in self.gradient.items()}
+        return replace(self, origin={name: tensor.clone() for name, tensor in self.origin.items()}, gradient=copies)
 
     def made(self, scene: Scene) -> Parameters:
         """What the optimizer did since the snapshot, as a direction whose step size is the learning rate."""
         now = scene.trained()
-        return {name: (self.origin[name] - scene.own(now[name])) / (self.lr or 1.0) for name in self.gradient}
+        rate = self.lr if self.lr and math.isfinite(self.lr) else 1.0
+        return {name: (self.origin[name] - scene.own(now[name])) / rate for name in self.gradient}
 
     def measures(self, direction: Parameters) -> dict[str, Tensor]:
         """The columns of its row that are known without going along the direction, still on the device."""
@@ -60,6 +70,11 @@ class Update:
     def ray(self, direction: Parameters, step_sizes: Sequence[float]) -> Ray:
         """The ray that leads from where the update starts along ``direction``."""
         return Ray(self.objective, self.origin, direction, step_sizes)
+
+
+def rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the first parameter group; NaN where the optimizer knows none."""
+    return float(optimizer.param_groups[0].get("lr", math.nan))
 
 
 def _plain(gradient: Tensor, scale: Tensor | None) -> Tensor:

@@ -1,0 +1,191 @@
+"""Losses as people write them: each row is the loss that was trained, or none is written."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lab import ENGINES, batches, check_rows, mlp, run
+from torch import nn
+
+from landscape import UserError
+
+WEIGHTS = torch.linspace(0.5, 1.5, 12, dtype=torch.float64)
+
+
+def squares(model):
+    return sum(parameter.square().sum() for parameter in model.parameters())
+
+
+def gradient_penalty(c, m, x, y):
+    x = x.clone().requires_grad_()
+    outputs = m(x)
+    (slope,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+    return c(outputs, y) + 0.1 * slope.square().mean()
+
+
+def parameter_penalty(c, m, x, y):
+    loss = c(m(x), y)
+    slopes = torch.autograd.grad(loss, list(m.parameters()), create_graph=True)
+    return loss + 0.1 * sum(slope.square().sum() for slope in slopes)
+
+
+def mixup(c, m, x, y):
+    outputs = m(0.7 * x + 0.3 * x.flip(0))
+    return 0.7 * c(outputs, y) + 0.3 * c(outputs, y.flip(0))
+
+
+def with_entropy(c, m, x, y):
+    outputs = m(x)
+    return c(outputs, y) - 0.1 * (outputs.softmax(1) * outputs.log_softmax(1)).sum(1).mean()
+
+
+def contrastive(c, m, x, y):
+    return c(m(x), y) + F.mse_loss(m(x + 0.1), m(x))
+
+
+def hardest(c, m, x, y):
+    return F.cross_entropy(m(x), y, reduction="none").topk(4).values.mean()
+
+
+EACH = nn.CrossEntropyLoss(reduction="none")
+MEAN = nn.CrossEntropyLoss()
+SUM_OF_CRITERIA = {
+    "the criterion": (MEAN, lambda c, m, x, y: c(m(x), y)),
+    "a half": (MEAN, lambda c, m, x, y: 0.5 * c(m(x), y)),
+    "divided": (MEAN, lambda c, m, x, y: c(m(x), y) / torch.tensor(3.0, dtype=torch.float64)),
+    "mean of each": (EACH, lambda c, m, x, y: c(m(x), y).mean()),
+    "weighted samples": (EACH, lambda c, m, x, y: (WEIGHTS * c(m(x), y)).sum() / WEIGHTS.sum()),
+    "dot": (EACH, lambda c, m, x, y: c(m(x), y) @ WEIGHTS),
+    "mixup": (MEAN, mixup),
+    "stacked": (MEAN, lambda c, m, x, y: torch.stack([c(m(x), y)]).sum()),
+    "of one element": (MEAN, lambda c, m, x, y: c(m(x), y).reshape(1)),
+}
+MORE_THAN_THAT = {
+    "rmse": (MEAN, lambda c, m, x, y: c(m(x), y).sqrt()),
+    "log": (MEAN, lambda c, m, x, y: c(m(x), y).log()),
+    "exp": (MEAN, lambda c, m, x, y: c(m(x), y).exp()),
+    "flooding": (MEAN, lambda c, m, x, y: (c(m(x), y) - 0.4).abs() + 0.4),
+    "squared": (MEAN, lambda c, m, x, y: c(m(x), y) ** 2),
+    "times itself": (MEAN, lambda c, m, x, y: (lambda loss: loss * loss)(c(m(x), y))),
+    "reciprocal": (MEAN, lambda c, m, x, y: -1 / c(m(x), y)),
+    "clamped": (MEAN, lambda c, m, x, y: c(m(x), y).clamp(max=50)),
+    "nan_to_num": (MEAN, lambda c, m, x, y: torch.nan_to_num(c(m(x), y))),
+    "where": (MEAN, lambda c, m, x, y: (lambda loss: torch.where(loss > 0, loss, 0 * loss))(c(m(x), y))),
+    "penalty": (MEAN, lambda c, m, x, y: c(m(x), y) + 0.01 * squares(m)),
+    "tiny penalty": (MEAN, lambda c, m, x, y: c(m(x), y) + 1e-9 * squares(m)),
+    "penalty of weight 0": (MEAN, lambda c, m, x, y: c(m(x), y) + 0.0 * squares(m)),
+    "entropy": (MEAN, with_entropy),
+    "weight that is learned": (MEAN, lambda c, m, x, y: c(m(x), y) * m[3].bias.exp().mean()),
+    "gradient penalty": (MEAN, gradient_penalty),
+    "gradient by parameters": (MEAN, parameter_penalty),
+    "two passes": (MEAN, contrastive),
+    "the hardest": (EACH, lambda c, m, x, y: c(m(x), y).topk(4).values.mean()),
+}
+BY_HAND = {"functional": (MEAN, lambda c, m, x, y: F.cross_entropy(m(x), y)), "hardest": (MEAN, hardest)}
+
+
+def trial(lab, name, observed):
+    """A training on the loss of this name, which the probe knows by its criterion or because it is handed over."""
+    criterion, total = (SUM_OF_CRITERIA | MORE_THAN_THAT | BY_HAND)[name]
+    model = mlp().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lab.attached(model, optimizer, None if observed else criterion):
+        for x, y in batches():
+            lab.before(model)
+            optimizer.zero_grad()
+            if observed:
+                loss = lab.observe(lambda m, x, y: total(criterion, m, x, y), x, y)
+            else:
+                loss = total(criterion, model, x, y)
+            loss.backward()
+            lab.update(loss, lambda m, x=x, y=y: total(criterion, m, x, y))
+            optimizer.step()
+    lab.left(model)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SUM_OF_CRITERIA)
+def test_weighted_sums_of_criteria_need_no_more_than_the_criterion(name, engine):
+    check_rows(functools.partial(trial, name=name, observed=False), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SUM_OF_CRITERIA | MORE_THAN_THAT | BY_HAND)
+def test_every_loss_can_be_observed(name, engine):
+    check_rows(functools.partial(trial, name=name, observed=True), engine=engine)
+
+
+@pytest.mark.parametrize("name", MORE_THAN_THAT | BY_HAND)
+def test_every_other_loss_is_refused_before_a_row_and_observe_is_named(name):
+    with pytest.raises(UserError, match="probe.observe"):
+        run(functools.partial(trial, name=name, observed=False), True)
+
+
+@pytest.mark.parametrize("rest", ["penalty", "rmse"])
+def test_what_is_done_to_an_observed_loss_outside_of_it_is_refused(rest):
+    def trial(lab):
+        model, criterion = mlp().double(), MEAN
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with lab.attached(model, optimizer):
+            for x, y in batches():
+                loss = lab.observe(lambda m, x, y: criterion(m(x), y), x, y)
+                (loss.sqrt() if rest == "rmse" else loss + squares(model)).backward()
+                optimizer.step()
+
+    with pytest.raises(UserError, match="probe.observe"):
+        run(trial, True)
+
+
+def test_a_term_that_joins_later_ends_the_rows_and_not_the_training():
+    def trial(lab):
+        model, criterion = mlp().double(), MEAN
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with lab.attached(model, optimizer, criterion):
+            for step, (x, y) in enumerate(batches()):
+                lab.before(model)
+                optimizer.zero_grad()
+                loss = criterion(model(x), y) + (1e-12 * squares(model) if step == 2 else 0)
+                loss.backward()
+                lab.update(loss, lambda m, x=x, y=y: criterion(m(x), y))
+                optimizer.step()
+        lab.left(model)
+
+    result = check_rows(trial, missing=[2])
+    assert sum("Step 2" in words for words in result.said) == 1
+
+
+def test_a_part_that_does_not_move_is_told_and_is_not_in_the_rows():
+    """The losses of two models are differentiated together; each has an optimizer."""
+
+    def trial(lab):
+        model, other, criterion = mlp().double(), mlp().double(), MEAN
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with lab.attached(model, optimizer, criterion):
+            for x, y in batches():
+                lab.before(model)
+                optimizer.zero_grad()
+                loss = criterion(model(x), y)
+                (loss + F.cross_entropy(other(x), y)).backward()
+                lab.update(loss, lambda m, x=x, y=y: criterion(m(x), y))
+                optimizer.step()
+        lab.left(model, other)
+
+    result = check_rows(trial)
+    assert any("differentiated" in words for words in result.said)
+
+
+def test_a_loss_in_data_types_of_half_precision():
+    def trial(lab):
+        model, criterion = mlp(), MEAN
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with lab.attached(model, optimizer, criterion):
+            for x, y in batches():
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = criterion(model(x.float()), y) + 1e-4 * squares(model)
+                loss.backward()
+                optimizer.step()
+
+    with pytest.raises(UserError, match=r"probe.observe"):
+        run(trial, True)
