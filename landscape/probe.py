@@ -2,11 +2,12 @@
 
 import inspect
 import math
+import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import pandas as pd
@@ -126,7 +127,12 @@ class LandscapeProbe:
         self._schedule = Schedule(every, overhead, _device(model), self._ranks.decide)
         parts = {"capture": self._capture, "checks": self._checks, "choice": self._choice, "schedule": self._schedule}
         self._parts = parts
+        self._measured: dict[str, Any] = {}
+        """The row of the update that is being made."""
         self._last: dict[str, Any] = {}
+        self._depth = 0
+        """Of steps within a step, as where a subclass of an optimizer calls super().step(); hooks are called for each."""
+        self._step_frame: FrameType | None = None
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> Self:
@@ -246,6 +252,13 @@ class LandscapeProbe:
         return self in owners and not all(isinstance(one, LandscapeProbe) for one in owners[owners.index(self) :])
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        if self._depth and self._step_frame not in _callers():
+            self._depth = 0  # the step before has failed
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        self._measured, self._pending = {}, None
+        self._step_frame = next(_callers())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         # What was differentiated before the step is its loss, also where the step is given a closure (for losses at other
         # parameters, as in sharpness-aware minimization).
@@ -271,10 +284,17 @@ class LandscapeProbe:
                     self._pending = update.snapshot()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        self._depth, self._step_frame = 0, None
         if self._pending is not None:
             update, self._pending = self._pending, None
             with self._schedule.probing():
                 self._measure(update, update.made(self._capture.scene))
+        if self._measured:  # not before: a step may fail
+            self._last, self._measured = self._measured, {}
+            self.trace.append(self._last)
         self._capture.step_made()
         self._schedule.advance(self._capture.take_seconds())
         self.step += 1
@@ -293,8 +313,7 @@ class LandscapeProbe:
         finally:
             if names := held.put_back():
                 warnings.warn(f"Step {self.step}: what the model holds was put back: {names}.", stacklevel=2)
-        self._last = row | {"seconds": self._seconds}
-        self.trace.append(self._last)
+        self._measured = row | {"seconds": self._seconds}
 
     def _row(self, update: Update, direction: Parameters) -> dict[str, Any]:
         """The row of the update by this process's own losses."""
@@ -333,6 +352,15 @@ class LandscapeProbe:
         if not update.objective.terms:
             raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
         return update.ray(direction, etas)
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames around a hook that is called: that of the optimizer's step, and those that it was called from."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if not frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
+            yield frame
+        frame = frame.f_back
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -3,14 +3,13 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from landscape.engines import ENGINES, evaluate, loop, refusal
 from landscape.errors import NotYetError, UserError
-from landscape.objective import Objective, Term
+from landscape.objective import Objective
 from landscape.ranks import sharded_parts
 from landscape.state import Closure, ForwardState, Parameters
 from landscape.walk import Ray
@@ -53,20 +52,25 @@ def ray_losses(
     # Affine evaluation takes two products, so it pays from three points on.
     name = engine if engine != "auto" else "affine" if len(ray.step_sizes) > 2 else "loop"
     try:
-        return evaluate(ENGINES[name](), ray)
-    except NotYetError:
-        # The closure calls other modules, which are known by now, and are what they were.
-        scene = ray.objective.terms[0].state.scene
-        ray = replace(ray, objective=Objective([Term(closure, ForwardState.capture(scene))]))
-        return evaluate(ENGINES[name](), ray)
+        return _evaluated(name, ray)
     except Exception as error:
         if name == "loop":
             raise
         refused = refusal(name, error)
-    losses = evaluate(loop, ray)  # an error of the user's own comes again
+    losses = _evaluated("loop", ray)  # an error of the user's own comes again
     if engine == name:
         warnings.warn(refused, stacklevel=2)
     return losses
+
+
+def _evaluated(name: str, ray: Ray) -> Tensor:
+    try:
+        return evaluate(ENGINES[name](), ray)
+    except NotYetError:
+        # The closure calls other modules, which are known by now, and are what they were.
+        (term,) = ray.objective.terms
+        term.state = ForwardState.capture(term.state.scene)
+        return evaluate(ENGINES[name](), ray)
 
 
 def check_model(model: nn.Module) -> None:

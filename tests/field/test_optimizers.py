@@ -1,0 +1,311 @@
+"""Optimizers as people use them: the gradient is what they get, the update what they make of it."""
+
+import functools
+
+import pytest
+import torch
+from lab import STEP_SIZES, batches, check_rows, check_untouched, mlp, run
+from torch import nn
+
+from landscape import LandscapeProbe, UserError
+
+CRITERION = nn.CrossEntropyLoss()
+
+
+class Plain(torch.optim.Optimizer):
+    """Has no learning rate."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= 0.1 * parameter.grad
+
+
+class Scribbling(torch.optim.SGD):
+    """Uses gradients as memory of its own, as schedule-free optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(100).add_(1)
+
+
+class Failing(torch.optim.SGD):
+    """Fails at its third step, in the middle."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        if self.steps == 3:
+            raise MemoryError
+        super().step()
+
+
+class Sharpness(torch.optim.Optimizer):
+    """Sharpness-aware minimization, by ``step(closure)`` or in two calls."""
+
+    def __init__(self, parameters, rho=0.05):
+        super().__init__(parameters, {"lr": 0.1, "rho": rho})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=0.1)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["old"] = parameter.clone()
+                parameter.add_(parameter.grad, alpha=group["rho"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.copy_(self.state[parameter]["old"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure):
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+class Wrapping(torch.optim.Optimizer):
+    """A trainer's wrapper, which does not make itself an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "AMSGrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, foreach=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "rate in a tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
+    "without a rate": Plain,
+    "scribbling": Scribbling,
+    "wrapped": lambda p: Wrapping(torch.optim.SGD(p, lr=0.1)),
+    "two groups": lambda p: (lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "lr": 0.01}], lr=0.1))(list(p)),
+}
+
+
+def trial(lab, make, by_closure=False, **options):
+    model = mlp().double()
+    optimizer = make(model.parameters())
+    with lab.attached(model, optimizer, CRITERION, **options):
+        for x, y in batches():
+            lab.before(model)
+            optimizer.zero_grad()
+            loss = CRITERION(model(x), y)
+            loss.backward()
+            if options.get("direction") != "update":
+                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+            optimizer.step()
+    lab.optimizer = optimizer
+    lab.left(model)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_gradient_is_what_the_optimizer_gets(name):
+    check_rows(functools.partial(trial, make=OPTIMIZERS[name]))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_update_is_what_it_makes_of_it(name):
+    """The gradient's norm is that of the gradient, and at the learning rate the loss is that after the step."""
+    model = mlp().double()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    with LandscapeProbe(model, optimizer, CRITERION, step_sizes=[1.0], direction="update") as probe:
+        for x, y in batches():
+            optimizer.zero_grad()
+            CRITERION(model(x), y).backward()
+            size = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+            before = [parameter.detach().clone() for parameter in model.parameters()]
+            optimizer.step()
+            moves = [old - new.detach() for old, new in zip(before, model.parameters(), strict=True)]
+            row = probe.last()
+            rate = 1.0 if row["lr"] != row["lr"] else row["lr"]
+            assert row["grad_norm"] == pytest.approx(size, rel=1e-12)
+            assert row["direction_norm"] * rate == pytest.approx(torch.nn.utils.get_total_norm(moves).item(), rel=1e-9)
+    check_untouched(functools.partial(trial, make=OPTIMIZERS[name], direction="update"))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, 0.1), lambda p: torch.optim.LBFGS(p, 0.1, 3)], ids=["SGD", "LBFGS"]
+)
+def test_steps_that_compute_the_loss_themselves(make):
+    def by_closure(lab):
+        model = mlp().double()
+        optimizer = make(model.parameters())
+        with lab.attached(model, optimizer, CRITERION):
+            for x, y in batches():
+                first = []
+
+                def closure(x=x, y=y, first=first):
+                    optimizer.zero_grad()
+                    if not first:
+                        lab.before(model)
+                    loss = CRITERION(model(x), y)
+                    loss.backward()
+                    if not first:
+                        lab.update(loss, lambda m: CRITERION(m(x), y))
+                        first.append(loss)
+                    return loss
+
+                optimizer.step(closure)
+        lab.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        lab.left(model)
+
+    check_rows(by_closure)
+
+
+def test_a_step_that_fails_is_no_update():
+    def trial(lab):
+        model = mlp().double()
+        optimizer = Failing(model.parameters(), lr=0.1)
+        with lab.attached(model, optimizer, CRITERION):
+            for x, y in batches(6):
+                lab.before(model)
+                optimizer.zero_grad()
+                loss = CRITERION(model(x), y)
+                loss.backward()
+                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                try:
+                    optimizer.step()
+                except MemoryError:
+                    lab.result.losses.pop()
+                    lab.result.references.pop()
+        lab.left(model)
+
+    torch.optim.SGD([torch.zeros(1)])  # so that hooks are called for the step of the class itself, too
+    check_rows(trial)
+
+
+def sharpness(lab, how):
+    model = mlp().double()
+    optimizer = Sharpness(model.parameters())
+    given = optimizer.base_optimizer if how == "base" else optimizer
+    with lab.attached(model, given, CRITERION):
+        for x, y in batches():
+
+            def closure(x=x, y=y):
+                loss = CRITERION(model(x), y)
+                loss.backward()
+                return loss
+
+            lab.before(model)
+            if how == "closure alone":
+                closure()
+                optimizer.zero_grad()
+            else:
+                loss = closure()
+                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+            if how in ("closure", "closure alone"):
+                optimizer.step(closure)
+            else:
+                optimizer.first_step()
+                closure()
+                optimizer.second_step()
+    lab.left(model)
+
+
+def test_sharpness_aware_minimization_by_a_closure():
+    """The gradient of the update is that at its start, which was computed before."""
+    torch.manual_seed(0)
+    check_rows(functools.partial(sharpness, how="closure"))
+
+
+def test_sharpness_aware_minimization_in_two_calls_is_told():
+    result = check_untouched(functools.partial(sharpness, how="two calls"))
+    assert len(result.frame) == 0
+    assert len(result.said) == 1
+
+
+def test_sharpness_aware_minimization_seen_from_inside_is_refused():
+    with pytest.raises(UserError, match="sharpness-aware"):
+        run(functools.partial(sharpness, how="base"), True)
+
+
+def test_relative_step_sizes_without_a_learning_rate_are_refused():
+    model = mlp()
+    with pytest.raises(UserError, match="relative=True"):
+        LandscapeProbe(model, Plain(model.parameters()), CRITERION, step_sizes=STEP_SIZES, relative=True)
+
+
+def test_an_optimizer_whose_steps_cannot_be_seen_is_refused():
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            self.param_groups = [{"params": list(parameters), "lr": 0.1}]
+
+    model = mlp()
+    with pytest.raises(UserError, match="Bare"):
+        LandscapeProbe(model, Bare(model.parameters()), CRITERION, step_sizes=STEP_SIZES)
+
+
+def test_complex_parameters_are_refused():
+    model = nn.Linear(2, 1, dtype=torch.complex128)
+    with pytest.raises(UserError, match="view_as_real"):
+        LandscapeProbe(model, torch.optim.SGD(model.parameters()), step_sizes=STEP_SIZES)
+
+
+@pytest.mark.parametrize("how", ["step", "method", "whole", "whole by observe"])
+def test_compiled_steps(how):
+    torch.compiler.reset()
+
+    def compiled(lab):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with lab.attached(model, optimizer, None if "observe" in how else CRITERION):
+
+            def step():
+                optimizer.step()
+
+            def whole(x, y):
+                optimizer.zero_grad()
+                if "observe" in how:
+                    loss = lab.observe(lambda m, x, y: CRITERION(m(x), y), x, y)
+                else:
+                    loss = CRITERION(model(x), y)
+                loss.backward()
+                optimizer.step()
+                return loss
+
+            if how == "method":
+                optimizer.step = torch.compile(optimizer.step, backend="eager")
+            step, whole = (torch.compile(function, backend="eager") for function in (step, whole))
+            for x, y in batches():
+                if how.startswith("whole"):
+                    lab.result.losses.append(whole(x, y).item())
+                else:
+                    optimizer.zero_grad()
+                    loss = CRITERION(model(x), y)
+                    loss.backward()
+                    lab.result.losses.append(loss.item())
+                    optimizer.step() if how == "method" else step()
+        lab.left(model)
+
+    result = check_untouched(compiled, engine="loop")
+    assert list(result.frame["loss"]) == pytest.approx(result.losses, rel=1e-12)
+    assert [row[0] for row in result.frame["losses"]] == pytest.approx(result.losses, rel=1e-9)
