@@ -26,19 +26,19 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, options: Mapping
         raise UserError("Give a model (nn.Module) and its optimizer (torch.optim.Optimizer), in this order.")
     if not _takes_hooks(optimizer):
         raise UserError(
-            f"The {type(optimizer).__name__} does not call torch.optim.Optimizer.__init__, so its steps cannot be seen. Give "
-            "the optimizer inside of it."
+            f"The {type(optimizer).__name__} does not call torch.optim.Optimizer.__init__, so its steps cannot be "
+            "seen. Give the optimizer inside of it."
         )
     check_model(model)
     if any(parameter.is_complex() for group in optimizer.param_groups for parameter in group["params"]):
         raise UserError(
-            "The optimizer holds complex parameters, along which no ray is measured. Hold their torch.view_as_real, and "
-            "use torch.view_as_complex in the forward pass."
+            "The optimizer holds complex parameters, along which no ray is measured. Hold their torch.view_as_real, "
+            "and use torch.view_as_complex in the forward pass."
         )
     if options["relative"] is True and "lr" not in optimizer.param_groups[0]:
         raise UserError(
-            f"relative=True: the {type(optimizer).__name__} has no learning rate that step sizes could be multiples of. Give "
-            "step sizes of their own."
+            f"relative=True: the {type(optimizer).__name__} has no learning rate that step sizes could be multiples "
+            "of. Give step sizes of their own."
         )
     if criterion is not None and not isinstance(criterion, nn.Module):
         raise UserError(
@@ -64,7 +64,9 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, options: Mapping
 
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer that makes the steps, inside of what a trainer has put around it without being one itself."""
-    while not _takes_hooks(optimizer) and isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+    while not _takes_hooks(optimizer) and isinstance(
+        inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer
+    ):
         optimizer = inner
     return optimizer
 

@@ -40,11 +40,10 @@ class Leaves:
             if version != _version(leaf):
                 paths = tree_flatten_with_path(tree_unflatten(self.leaves, self.spec))[0]
                 raise UserError(
-                    f"The tensor {tuple(leaf.shape)} among the arguments of {what} ({keystr(paths[place][0])}) was overwritten "
-                    "before the optimizer's step, so that the loss cannot be computed again. Pass a copy of it: "
-                    "tensor.clone()."
+                    f"The tensor {tuple(leaf.shape)} among the arguments of {what} ({keystr(paths[place][0])}) was "
+                    "overwritten before the optimizer's step, so that the loss cannot be computed again. Pass a copy "
+                    "of it: tensor.clone()."
                 )
-
 
     def unwritten(self) -> bool:
         """Whether none of them has been written to."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.utils.hooks import RemovableHandle
 
 from landscape.calls import Call, Leaves, refusing, replay
@@ -19,8 +20,8 @@ from landscape.sharded import Shards
 from landscape.state import Closure, ForwardState, Scene
 
 MOVED = (
-    "Parameters were written to between the forward pass and the optimizer's step, so that the gradient is not that of where "
-    "the update starts (as in sharpness-aware minimization). The probe cannot measure such an update."
+    "Parameters were written to between the forward pass and the optimizer's step, so that the gradient is not that "
+    "of where the update starts (as in sharpness-aware minimization). The probe cannot measure such an update."
 )
 _LAZY = NotYetError("The forward pass has made the parameters; the next update is probed.")
 
@@ -159,18 +160,25 @@ class Capture:
 
         The parameters must not have been written to since the last forward pass, nor since they had the ``versions``.
         """
-        captured, now = self.passes.take(), self.versions()
+        captured, self._call, self._layers.bases = self._checked(self.passes.take(), versions), None, None
+        return captured
+
+    def peek(self) -> Captured:
+        """The losses whose gradient the optimizer would get now; captures go on."""
+        return self._checked(self.passes.peek(), None)
+
+    def _checked(self, captured: Captured, versions: list[int] | None) -> Captured:
+        now = self.versions()
         # A forward pass may write to parameters itself, so the last one of several counts.
         moved = all(term.versions != now for term in captured.terms) or versions not in (None, now)
         if captured.terms and captured.problem is None and moved:
             captured = captured._replace(problem=MOVED)
-        self._call, self._layers.bases = None, None
         for term in captured.terms:
             term.bases = self._layers.current(term.bases)
         return captured
 
     def step_made(self) -> None:
-        """The update has been made; what its step has computed after the first time, if it was given a closure, goes."""
+        """Forget what the step has computed after the first time, where it was given a closure."""
         self.take()
         self.passes.step_made()
 
@@ -217,7 +225,7 @@ class Capture:
         if _replays or self._observing or not torch.is_grad_enabled() or not self._wanted():
             return False
         # Within torch.func, derivatives are not those of autograd outside of it.
-        within = torch._C._functorch.peek_interpreter_stack() is not None
+        within = peek_interpreter_stack() is not None
         self.transformed |= within
         return not within
 

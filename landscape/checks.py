@@ -27,14 +27,14 @@ AVERAGED = (
     "one inside."
 )
 _UNSCALED = (
-    "Losses were multiplied by {weight:.6g} before they were differentiated, and gradients divided by it before the step, "
-    "as a loss scaler does. Give the probe grad_scaler=scaler; where the loop does it by hand, "
+    "Losses were multiplied by {weight:.6g} before they were differentiated, and gradients divided by it before the "
+    "step, as a loss scaler does. Give the probe grad_scaler=scaler; where the loop does it by hand, "
     "grad_scaler=torch.amp.GradScaler(device, init_scale={weight:.6g})."
 )
 
 
 class FirstChecks:
-    """Finds out whether the objective is what is trained: before the first row, at steps 10, 100, 1,000, ..., and in doubt.
+    """Checks that the objective is what is trained: before the first row, at steps 10, 100, 1,000, ..., and in doubt.
 
     An update whose loss or gradient is not finite or zero says nothing, and the next one is asked. After an answer that
     is no, each update is asked until one says yes.
@@ -140,21 +140,22 @@ def judged(
     """
     if check is not None and check.unseen:
         raise UserError(
-            f"Where the probe moves the parameter {check.unseen[0]!r}, the loss does not see it, although it was trained: it "
-            "is used from somewhere else than its module (a closure, a list, a cache, a captured CUDA graph), so that no "
-            "ray can be measured. Let the forward pass read it from the module."
+            f"Where the probe moves the parameter {check.unseen[0]!r}, the loss does not see it, although it was "
+            "trained: it is used from somewhere else than its module (a closure, a list, a cache, a captured CUDA "
+            "graph), so that no ray can be measured. Let the forward pass read it from the module."
         )
     if check is not None and check.is_scaled:
         raise UserError(_UNSCALED.format(weight=check.weight / max(1, check.terms)))
-    words, changed = {}, check is not None and not check.agrees
+    words: dict[str, str] = {}
+    changed = None if check is None or check.agrees else check.words
     differs = math.isfinite(at_zero.recorded) and not at_zero.agrees
     if changed and differs:
         raise UserError(f"{at_zero.words(objective)} Nor is the optimizer's gradient that of this loss.")
     if changed and others:
-        raise UserError(f"{check.words}.{AVERAGED}")
+        raise UserError(f"{changed}.{AVERAGED}")
     if changed:
         words["gradient"] = (
-            f"{check.words}: it was changed after the backward pass (clipped by value, masked, noised). Rays follow what "
+            f"{changed}: it was changed after the backward pass (clipped by value, masked, noised). Rays follow what "
             "the optimizer gets; the losses along them are those of the training loss."
         )
     if differs:
@@ -170,7 +171,9 @@ def judged(
 def _falls_as_promised(row: Mapping[str, Any]) -> bool:
     """Whether the fall of the losses, extrapolated from the two nearest points to the origin, is about the slope."""
     loss, slope, losses = row["loss"].item(), row["slope"].item(), row["losses"].tolist()
-    points = sorted((eta, (loss - there) / eta) for eta, there in zip(row["step_sizes"], losses, strict=True) if eta > 0)
+    points = sorted(
+        (eta, (loss - there) / eta) for eta, there in zip(row["step_sizes"], losses, strict=True) if eta > 0
+    )
     if len(points) < 2 or points[0][0] == points[1][0] or not slope > 0:
         return True
     (near, fall), (far, farther) = points[:2]
@@ -260,7 +263,10 @@ class GradientCheck:
                 parts = gradient_of(objective, start)
             except RuntimeError:  # reentrant checkpointing, or a step of the loss that has no derivative this way
                 parts = {name: torch.full_like(tensor, math.nan) for name, tensor in start.items()}
-            weights = [1.0 if term.weight is None or term.weight.numel() > 1 else term.weight.item() for term in objective.terms]
+            weights = [
+                1.0 if term.weight is None or term.weight.numel() > 1 else term.weight.item()
+                for term in objective.terms
+            ]
             return {None: next(iter(parts.values())).new_tensor(sum(weights)), **parts}
 
         shards = objective.shards

@@ -1,6 +1,6 @@
 """Linear layers of a model whose outputs in the training step are kept, because rays can make use of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from landscape.state import Scene
 class Hook:
     """A hook that stays behind when its module is copied or pickled."""
 
-    function: Callable[..., None]
+    function: Any
 
     def __call__(self, *args: Any) -> None:
         """Call the function."""

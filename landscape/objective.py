@@ -70,8 +70,9 @@ class Term:
     value: Tensor | None = None
     """What the forward pass gave, detached."""
     weight: Tensor | None = None
-    """Derivative of what was differentiated by this loss (1/n under accumulation over n batches); None is 1. One for each
-    element of a loss that is not reduced."""
+    """Derivative of what was differentiated by this loss (1/n under accumulation over n batches); None is 1.
+
+    Of a loss that is not reduced, one for each element."""
     versions: Sequence[int] = ()
     """How often the optimizer's parameters had been written to when it was computed."""
     observed: bool = False

@@ -4,7 +4,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +83,8 @@ class Passes:
     def await_(self, term: Term, loss: Tensor) -> None:
         """Make the loss a term once a backward pass has gone through it; until then the loss alone holds it."""
         if loss.grad_fn is not None:
-            loss.grad_fn.metadata[self._key] = True
+            metadata: Any = loss.grad_fn.metadata
+            metadata[self._key] = True
 
         def through(gradient: Tensor) -> None:
             for one in tuple(_under_way):
@@ -105,6 +106,10 @@ class Passes:
         captured, self._captured, self._wasted = self._captured, Captured([]), None
         return captured
 
+    def peek(self) -> Captured:
+        """What the update would be made of now, as it is now."""
+        return self._captured._replace(terms=[replace(term) for term in self._captured.terms])
+
     def step_made(self) -> None:
         """The optimizer has made its step, so what is left of gradients is used."""
         self._after_step, self._held_back, self._wasted = self._marks(), False, None
@@ -114,8 +119,9 @@ class Passes:
         if self._wasted or (self._wasted is not None and self._captured.terms):
             self._wasted = None
             warnings.warn(
-                "Losses were differentiated, but the optimizer that the probe was given has made no step, so nothing is "
-                "recorded. Give the probe the optimizer whose step() the loop calls. Sharpness-aware minimization in two "
+                "Losses were differentiated, but the optimizer that the probe was given has made no step, so nothing "
+                "is recorded. Give the probe the optimizer whose step() the loop calls. Sharpness-aware minimization "
+                "in two "
                 "calls (first_step, second_step) cannot be probed, by optimizer.step(closure) it can.",
                 stacklevel=3,
             )
@@ -276,7 +282,7 @@ _backward = torch.autograd.backward
 def _seen(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
     if torch._C._current_graph_task_id() != -1:  # a pass within a pass, as of checkpoints, belongs to it
         return _backward(tensors, grad_tensors, *args, **kwargs)
-    roots = [tensors] if isinstance(tensors, Tensor | GradientEdge) else list(tensors)
+    roots: Any = [tensors] if isinstance(tensors, Tensor | GradientEdge) else list(tensors)
     factors = [grad_tensors] if isinstance(grad_tensors, Tensor) else [*(grad_tensors or [None] * len(roots))]
     one, watching = Pass(roots, factors), tuple(_watching)
     for passes in watching:

@@ -22,6 +22,7 @@ from landscape.checks import FirstChecks
 from landscape.choice import EngineChoice
 from landscape.errors import NotYetError, UserError
 from landscape.notrace import NoTrace
+from landscape.passes import Captured
 from landscape.ranks import LostRankError
 from landscape.ray import checked_step_sizes
 from landscape.schedule import Schedule
@@ -131,7 +132,7 @@ class LandscapeProbe:
         """The row of the update that is being made."""
         self._last: dict[str, Any] = {}
         self._depth = 0
-        """Of steps within a step, as where a subclass of an optimizer calls super().step(); hooks are called for each."""
+        """Number of steps within each other: hooks are called again where a subclass calls super().step()."""
         self._step_frame: FrameType | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -139,7 +140,7 @@ class LandscapeProbe:
         """Start to listen; as a context manager the probe does this by itself."""
         if not self._handles:
             self._capture.attach()
-            after = torch.compiler.disable(self._after_step)
+            after: Any = torch.compiler.disable(self._after_step)
             self._handles = [self.optimizer.register_step_post_hook(after), self._hooked()]
             self._schedule.start()
         return self
@@ -237,7 +238,8 @@ class LandscapeProbe:
         return bool(self._handles) and self._schedule.due
 
     def _hooked(self) -> RemovableHandle:
-        return self.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step))
+        before: Any = torch.compiler.disable(self._before_step)
+        return self.optimizer.register_step_pre_hook(before)
 
     def _come_last(self) -> None:
         """Hook the step anew where others did so since, because they may change the gradient."""
@@ -252,7 +254,7 @@ class LandscapeProbe:
         return self in owners and not all(isinstance(one, LandscapeProbe) for one in owners[owners.index(self) :])
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        if self._depth and self._step_frame not in _callers():
+        if self._depth and all(frame is not self._step_frame for frame in _callers()):
             self._depth = 0  # the step before has failed
         self._depth += 1
         if self._depth > 1:
@@ -260,24 +262,32 @@ class LandscapeProbe:
         self._measured, self._pending = {}, None
         self._step_frame = next(_callers())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        # What was differentiated before the step is its loss, also where the step is given a closure (for losses at other
-        # parameters, as in sharpness-aware minimization).
-        if closure is None or self._capture.passes.has_terms():
-            self._before_update()
+        if closure is None:
+            self._before_update(lambda: self._update(self._capture.take()))
             return None
-        # step(closure) computes the gradient itself, maybe several times: the first is that of this update.
+        # step(closure) computes the gradient itself, maybe several times: the first is that of this update. Under
+        # accumulation it adds to what is there. Where it is computed at other parameters, as in sharpness-aware
+        # minimization, the gradient of the update is the one from before.
         rest = {name: value for name, value in kwargs.items() if name != "closure"}
-        before = self._capture.versions()
-        return (args[0], after_first(closure, lambda: self._before_update(before))), rest
+        versions, before = self._capture.versions(), None
+        if self._due() and self._capture.passes.has_terms():
+            before = self._update(self._capture.peek()).snapshot()
 
-    def _before_update(self, versions: list[int] | None = None) -> None:
-        """Measure the update; ``versions`` are those of the parameters before a step that computes the gradient."""
+        def measure() -> None:
+            has_moved = self._capture.versions() != versions
+            self._before_update(lambda: before if before and has_moved else self._update(self._capture.take(versions)))
+
+        return (args[0], after_first(closure, measure)), rest
+
+    def _update(self, captured: Captured) -> Update:
+        return Update.of(self._capture.scene, self.optimizer, captured)
+
+    def _before_update(self, make: Callable[[], Update]) -> None:
         if self._starts_anew:
             self._rewind({})
         if self._due():
             with self._schedule.probing():
-                captured = self._capture.take(versions)
-                update = Update.of(self._capture.scene, self.optimizer, captured)
+                update = make()
                 if self.direction == "gradient":
                     self._measure(update, update.gradient)
                 else:
@@ -346,8 +356,8 @@ class LandscapeProbe:
             raise NotYetError("A step hook that was registered after the forward pass may change the gradient.")
         if not update.objective.terms and self._capture.transformed:
             raise UserError(
-                "The model was called within a transform of torch.func, whose derivatives the probe does not see. Let the "
-                "loop call loss.backward(), or measure single rays by landscape.ray_losses."
+                "The model was called within a transform of torch.func, whose derivatives the probe does not see. Let "
+                "the loop call loss.backward(), or measure single rays by landscape.ray_losses."
             )
         if not update.objective.terms:
             raise UserError(f"No loss was captured since the last step. {OBSERVE}.")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from landscape.engines import ENGINES, evaluate, loop, refusal
+from landscape.engines import ENGINES, evaluate, refusal
 from landscape.errors import NotYetError, UserError
 from landscape.objective import Objective
 from landscape.ranks import sharded_parts
@@ -78,8 +78,8 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(
-                f"{name or 'The model'!r} is scripted or traced (torch.jit), and holds its parameters out of reach. Train and "
-                "probe the Python module that it was made of."
+                f"{name or 'The model'!r} is scripted or traced (torch.jit), and holds its parameters out of reach. "
+                "Train and probe the Python module that it was made of."
             )
 
 

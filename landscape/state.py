@@ -97,7 +97,7 @@ class Scene(nn.Module):
         """
         named = self.model.named_parameters()
         stand_ins = {id(parameter): tensors[name] for name, parameter in named if name in tensors}
-        places = [
+        places: list[Place] = [
             (module._parameters, name, parameter)
             for module in self.modules()
             for name, parameter in module._parameters.items()
@@ -277,7 +277,7 @@ class ForwardState:
             return results
 
     def written_copies(self, points: int) -> list[Tensor]:
-        """What a forward pass may write to, in the order of ``tensors``, once for each of ``points`` (the first dim)."""
+        """Copies of what a forward pass may write to, in the order of ``tensors``; the first dimension is the point."""
         copies: dict[int, Tensor] = {}
         for _, _, tensor in self.tensors:
             if id(tensor) not in copies:
@@ -353,7 +353,6 @@ class ForwardState:
                 "and from the next update on they are measured in the state of the training step, too."
             )
 
-
     @contextmanager
     def _quietly(self) -> Iterator[None]:
         """Keep compiled modules, which run as they are within the body, from warning of the hook that is there."""
@@ -369,7 +368,7 @@ class Held:
     """What modules hold by name: parameters, buffers and other modules, compared and put back by identity."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._held = [
+        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (owner, dict(owner))
             for module in modules
             for owner in (module._parameters, module._buffers, module._modules)
@@ -406,7 +405,7 @@ class Stranger:
         self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in values]
 
     def put_back(self, scene: Scene) -> bool:
-        """Make the module what it was; whether it was anything else. Parameters that were written to count as moving."""
+        """Make the module what it was, and return whether it had changed; parameters that had are moving ones."""
         vars(self.module).clear()
         vars(self.module).update(self._attributes)
         changed = bool(self._held.put_back())

@@ -124,7 +124,7 @@ def run(trial, probed, **options):
 
 
 def check_untouched(trial, **options):
-    """Every bit, and every object that a name leads to, is as in a training without a probe; gives the probed result."""
+    """Every bit, and every object that a name leads to, is as in a training without a probe."""
     probed, bare = run(trial, True, **options), run(trial, False, **options)
     assert probed.objects == bare.objects
     assert probed.state.keys() == bare.state.keys()

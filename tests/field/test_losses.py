@@ -118,7 +118,7 @@ def test_every_loss_can_be_observed(name, engine):
 
 @pytest.mark.parametrize("name", MORE_THAN_THAT | BY_HAND)
 def test_every_other_loss_is_refused_before_a_row_and_observe_is_named(name):
-    with pytest.raises(UserError, match="probe.observe"):
+    with pytest.raises(UserError, match=r"probe\.observe"):
         run(functools.partial(trial, name=name, observed=False), True)
 
 
@@ -133,7 +133,7 @@ def test_what_is_done_to_an_observed_loss_outside_of_it_is_refused(rest):
                 (loss.sqrt() if rest == "rmse" else loss + squares(model)).backward()
                 optimizer.step()
 
-    with pytest.raises(UserError, match="probe.observe"):
+    with pytest.raises(UserError, match=r"probe\.observe"):
         run(trial, True)
 
 

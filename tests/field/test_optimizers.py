@@ -107,7 +107,9 @@ OPTIMIZERS = {
     "without a rate": Plain,
     "scribbling": Scribbling,
     "wrapped": lambda p: Wrapping(torch.optim.SGD(p, lr=0.1)),
-    "two groups": lambda p: (lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "lr": 0.01}], lr=0.1))(list(p)),
+    "two groups": lambda p: (lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "lr": 0.01}], lr=0.1))(
+        list(p)
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -141,7 +142,9 @@ def test_modules_that_are_made_in_the_loss_are_nobodys(engine):
 
 KEEPERS = {
     "hook": lambda model, kept: model[2].register_forward_hook(lambda module, args, out: kept.append(out.detach())),
-    "pre-hook": lambda model, kept: model[2].register_forward_pre_hook(lambda module, args: kept.append(args[0].detach())),
+    "pre-hook": lambda model, kept: model[2].register_forward_pre_hook(
+        lambda module, args: kept.append(args[0].detach())
+    ),
     "hook of the last": lambda model, kept: model.register_forward_hook(lambda module, args, out: kept.append(out)),
     "module": lambda model, kept: setattr(model[2], "forward", lambda x: (kept.append(x.detach()), F.relu(x))[1]),
 }
@@ -162,10 +165,8 @@ def test_what_the_user_keeps_can_be_used(name, engine, late):
     model, criterion = mlp(), Keeping() if name == "criterion" else CRITERION
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     keeper = KEEPERS.get(name, lambda model, kept: None)
-    with pytest.warns() as said:
-        import warnings
-
-        warnings.warn("so that there is one", stacklevel=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         with LandscapeProbe(
             model, optimizer, None if name == "observed loss" else criterion, step_sizes=STEP_SIZES, engine=engine
         ) as probe:

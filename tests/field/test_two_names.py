@@ -226,10 +226,8 @@ def trial(lab, name, observed):
         for x, y in batches():
             lab.before(model, criterion)
             optimizer.zero_grad()
-            if observed:
-                loss = lab.observe(lambda m, x, y: criterion(m(x), y), x, y)
-            else:
-                loss = criterion(model(x), y)
+            total = lambda m, x, y: criterion(m(x), y)  # noqa: E731
+            loss = lab.observe(total, x, y) if observed else total(model, x, y)
             loss.backward()
             lab.update(loss, lambda m, c, x=x, y=y: c(m(x), y))
             optimizer.step()
@@ -246,9 +244,7 @@ def test_every_name_leads_to_what_it_did(name, engine, observed):
 @pytest.mark.parametrize("direction", ["gradient", "update"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_along_the_ray_leave_them_too(name, direction):
-    result = check_untouched(
-        functools.partial(trial, name=name, observed=False), gradients=True, direction=direction
-    )
+    result = check_untouched(functools.partial(trial, name=name, observed=False), gradients=True, direction=direction)
     assert len(result.frame) == len(result.losses)
 
 
