@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.utils.hooks import RemovableHandle
 
-from landscape.calls import Call, Leaves, refusing, replay
+from landscape.calls import OBSERVE, Call, Leaves, refusing, replay
 from landscape.errors import NotYetError, UserError
 from landscape.layers import Hook, Layers
 from landscape.objective import Term
@@ -77,7 +77,7 @@ class Capture:
         """Whether the forward pass that was last begun has to make parameters first; None before any."""
         self._seconds = 0.0
         self._measuring = self._observing = False
-        self.transformed = False
+        self._transformed = False
         """Whether the model was called within a transform of torch.func."""
 
     def attach(self) -> None:
@@ -177,6 +177,17 @@ class Capture:
             term.bases = self._layers.current(term.bases)
         return captured
 
+    def nothing(self) -> UserError:
+        """Why no loss was captured."""
+        if self._lazy:
+            return _LAZY
+        if self._transformed:
+            return UserError(
+                "The model was called within a transform of torch.func, whose derivatives the probe does not see. Let "
+                "the loop call loss.backward(), or measure single rays by landscape.ray_losses."
+            )
+        return UserError(f"No loss was captured since the last step. {OBSERVE}.")
+
     def step_made(self) -> None:
         """Forget what the step has computed after the first time, where it was given a closure."""
         self.take()
@@ -226,7 +237,7 @@ class Capture:
             return False
         # Within torch.func, derivatives are not those of autograd outside of it.
         within = peek_interpreter_stack() is not None
-        self.transformed |= within
+        self._transformed |= within
         return not within
 
     def _state(self) -> ForwardState:

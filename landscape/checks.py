@@ -160,7 +160,11 @@ def judged(
         )
     if differs:
         words["loss"] = at_zero.words(objective)
-    if at_zero.differentiated is not None and at_zero.is_apart(at_zero.differentiated):
+    if (
+        at_zero.differentiated is not None
+        and math.isfinite(at_zero.recorded)
+        and at_zero.is_apart(at_zero.differentiated)
+    ):
         words["constant"] = (
             f"The value that was differentiated is {at_zero.differentiated:.6g}, that of the captured losses "
             f"{at_zero.recorded:.6g}. The rest does not depend on the optimizer's parameters, and is not recorded."

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from landscape.arguments import check_arguments, check_state, described, state_of, unwrapped
-from landscape.calls import OBSERVE
 from landscape.capture import Capture, after_first
 from landscape.checks import FirstChecks
 from landscape.choice import EngineChoice
@@ -350,17 +349,12 @@ class LandscapeProbe:
     def _ray(self, update: Update, direction: Parameters) -> Ray:
         step_sizes = self.step_sizes(self.step) if callable(self.step_sizes) else self.step_sizes
         etas = [eta * update.lr if self.relative else eta for eta in checked_step_sizes(step_sizes)]
+        if not update.objective.terms:
+            raise self._capture.nothing()
         if problem := update.captured.problem:
             raise UserError(problem)
         if self._is_followed():
             raise NotYetError("A step hook that was registered after the forward pass may change the gradient.")
-        if not update.objective.terms and self._capture.transformed:
-            raise UserError(
-                "The model was called within a transform of torch.func, whose derivatives the probe does not see. Let "
-                "the loop call loss.backward(), or measure single rays by landscape.ray_losses."
-            )
-        if not update.objective.terms:
-            raise UserError(f"No loss was captured since the last step. {OBSERVE}.")
         return update.ray(direction, etas)
 
 

@@ -1,12 +1,11 @@
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from landscape.checks import GradientCheck, LossCheck
+from landscape import UserError
+from landscape.checks import GradientCheck, LossCheck, judged
 from landscape.objective import Objective
 
 NAN = float("nan")
@@ -23,28 +22,49 @@ def check(alter=lambda gradient: gradient, penalty=0.0, weight=None):
     return GradientCheck.of(objective, dict(model.named_parameters()), gradient)
 
 
+def verdict(recorded=1.0, evaluated=1.0, differentiated=None, gradient=None, others=False):
+    objective = Objective.of(nn.Linear(1, 1), lambda model: model.weight.sum())
+    return judged(LossCheck(recorded, evaluated, 1e-5, differentiated), gradient, objective, others)
+
+
 @pytest.mark.parametrize(
-    ("recorded", "evaluated", "words"), [(1.0, 1.0, 0), (1.0, 1.5, 1), (1.0, NAN, 1), (NAN, NAN, 0)]
+    ("losses", "kinds"),
+    [
+        ((1.0, 1.0, 1.0), set()),
+        ((1.0, 1.5, None), {"loss"}),
+        ((1.0, NAN, None), {"loss"}),
+        ((NAN, NAN, NAN), set()),
+        ((1.0, 1.0, 1.5), {"constant"}),
+        ((1.0, 1.5, 2.0), {"loss", "constant"}),
+    ],
 )
-def test_a_loss_that_is_not_the_recorded_one_is_told(recorded, evaluated, words):
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        LossCheck(recorded, evaluated, 1e-5).warn()
-    assert len(seen) == words
+def test_a_loss_that_is_not_the_recorded_one_is_told(losses, kinds):
+    assert set(verdict(*losses)) == kinds
+
+
+def test_a_changed_gradient_is_told_where_the_loss_is_right_and_refused_where_it_is_not():
+    changed = check(torch.sign)
+    assert set(verdict(gradient=changed)) == {"gradient"}
+    for options in ({"evaluated": 1.5}, {"others": True}):
+        with pytest.raises(UserError):
+            verdict(gradient=changed, **options)
+
+
+def test_a_parameter_that_the_loss_does_not_see_is_refused():
+    with pytest.raises(UserError, match="'weight'"):
+        verdict(gradient=GradientCheck(1.0, 1.0, 1.0, 1, 1e-3, ("weight",)))
 
 
 def test_the_gradient_of_the_loss_agrees():
     result = check()
     assert result.agrees
     assert result.scale == pytest.approx(1, rel=1e-5)
-    assert result.plain_weights
 
 
 def test_a_clipped_gradient_agrees():
     result = check(lambda gradient: 0.01 * gradient)
     assert result.agrees
     assert result.scale == pytest.approx(0.01, rel=1e-5)
-    assert result.plain_weights
 
 
 def test_another_gradient_does_not_agree():
@@ -52,10 +72,20 @@ def test_another_gradient_does_not_agree():
     assert not check(torch.sign).agrees
 
 
-def test_unusual_weights_are_found():
-    assert not check(weight=torch.tensor(256.0)).plain_weights
-    assert not check(weight=torch.tensor(0.3)).plain_weights
-    assert check(weight=torch.tensor(1.0)).plain_weights
+@pytest.mark.parametrize(
+    ("weight", "scale", "is_scaled"),
+    [
+        (256.0, 1 / 256, True),
+        (3.0, 1 / 3, True),  # divided by hand
+        (256.0, 1e-5, True),  # clipped too
+        (256.0, 1.0, False),  # a loss that is multiplied
+        (3.0, 0.01, False),  # and clipped
+        (0.3, 1.0, False),
+        (1.0, 0.01, False),
+    ],
+)
+def test_a_loss_scale_is_found(weight, scale, is_scaled):
+    assert GradientCheck(scale, 0.0, weight, 1, 1e-3).is_scaled == is_scaled
 
 
 def test_sparse_gradients_are_judged():

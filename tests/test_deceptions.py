@@ -108,17 +108,12 @@ def adapt(model, step):
         model[0].register_parameter("lora", nn.Parameter(torch.zeros(1, dtype=torch.float64)))
 
 
-def shrink(model):
-    model[0].weight.data.mul_(0.9)
-
-
 CHANGES = {
     "forward of an instance": {"before": rebind_forward},
     "hook": {"before": hook_late},
     "frozen later": {"before": freeze},
     "old spectral norm": {"before": old_weight_norm},
     "one more parameter": {"before": adapt},
-    "written through data": {"between": shrink},
 }
 
 
@@ -131,6 +126,16 @@ def test_layers_that_change_during_training(name, engine):
     assert losses.keys() == expected.keys() == set(range(4))
     for step in expected:
         assert losses[step] == pytest.approx(expected[step], rel=1e-10), step
+
+
+def test_parameters_that_are_written_before_the_step_are_refused():
+    """Neither the loss nor the gradient is that of where the update starts; through ``.data``, values alone tell."""
+
+    def shrink(model):
+        model[0].weight.data.mul_(0.9)
+
+    with pytest.raises(UserError, match="step size 0"):
+        train(mlp, "loop", between=shrink)
 
 
 def test_a_mean_teacher_in_the_loss():

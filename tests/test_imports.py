@@ -29,6 +29,7 @@ LEVELS = [
         "walk",
         "layers",
         "calls",
+        "passes",
         "strategies",
     },
     {
@@ -45,8 +46,8 @@ LEVELS = [
         "gradients",
         "capture",
     },
-    {"update", "trace", "notrace", "tables", "norms", "affine", "bands", "captions", "checks", "recorded"},
-    {"compiled", "experiment", "comparisons", "checkpoints"},
+    {"update", "trace", "notrace", "tables", "norms", "affine", "bands", "captions", "recorded"},
+    {"compiled", "checks", "experiment", "comparisons", "checkpoints"},
     {"engines", "rehearsal"},
     {"ray", "choice"},
     {"plots", "arguments"},

@@ -263,17 +263,6 @@ def test_dropped_update_of_a_loss_scaler_is_forgotten():
     assert probe.frame().loss.tolist() == pytest.approx(recorded)
 
 
-def test_loss_scale_without_the_scaler_is_noticed():
-    model, criterion = make_model(), nn.CrossEntropyLoss()
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine"):
-        inputs, targets = batch()
-        scaler.scale(criterion(model(inputs), targets)).backward()
-        with pytest.warns(UserWarning, match="weights that sum to 1024.*pass grad_scaler="):
-            scaler.step(optimizer)
-
-
 def test_clipped_gradient_is_what_is_walked_along():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -298,7 +287,7 @@ def step_after(loss_of, criterion=None, **options):
 REFUSED = {
     "penalty": (
         lambda m, c, x, y: c(m(x), y) + m[0].weight.square().sum(),
-        "gradient is not that of the captured loss",
+        r"depends on '0\.weight'",
     ),
     "computed from outputs": (lambda m, c, x, y: c(2 * m(x), y), "computed from the model's outputs"),
     "written outputs": (lambda m, c, x, y: c(m(x).mul_(2), y), "output of the model was changed in place"),
@@ -321,13 +310,8 @@ def test_a_batch_that_is_overwritten_before_the_step_is_refused():
         model[0].weight.register_post_accumulate_grad_hook(overwrite)
         return criterion(model(inputs), targets)
 
-    with pytest.raises(UserError, match=r"input of the model or the criterion was changed in place.*probe.observe"):
+    with pytest.raises(UserError, match=r"\(16, 6\) among the arguments of the model .*clone"):
         step_after(reuse)
-
-
-def test_a_loss_for_each_sample_is_refused():
-    with pytest.raises(UserError, match="loss must be a scalar"):
-        step_after(lambda m, c, x, y: c(m(x), y), nn.CrossEntropyLoss(reduction="none"))
 
 
 def test_after_the_first_row_a_bad_capture_is_left_out_with_a_warning():
@@ -525,7 +509,7 @@ def test_checks_wait_for_an_update_that_says_something():
         optimizer.step()
         optimizer.zero_grad()
         (criterion(model(inputs), targets) + model[0].weight.square().sum()).backward()
-        with pytest.warns(UserWarning, match="Step 1 is not in the trace: The optimizer's gradient is not"):
+        with pytest.warns(UserWarning, match="Step 1 is not in the trace: What was differentiated depends on"):
             optimizer.step()
 
 
