@@ -215,6 +215,7 @@ class Capture:
         return {
             "moving": [name for name, parameter in scene.named_parameters() if id(parameter) in scene.moving],
             "draws": scene.draws,
+            "differentiates": scene.differentiates,
             "streamed": sorted(scene.streamed),
             "shared": sorted(scene.shared),
             "overwritten": sorted(self._layers.overwritten),
@@ -224,7 +225,7 @@ class Capture:
         """Know it from the first forward pass on, so that a ray is evaluated to the same bits."""
         scene = self.scene
         scene.moving = {id(p) for name, p in scene.named_parameters() if name in state["moving"]}
-        scene.draws = state["draws"]
+        scene.draws, scene.differentiates = state["draws"], state.get("differentiates", False)
         scene.streamed, scene.shared = set(state["streamed"]), set(state["shared"])
         self._layers.overwritten = set(state["overwritten"])
 

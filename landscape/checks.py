@@ -100,7 +100,7 @@ class FirstChecks:
         check = GradientCheck.of(objective, origin, gradient, self._ranks)
         self._due = step  # again for the next update, if this one raises
         try:
-            for kind, words in judged(at_zero, check, objective, self._ranks.others()).items():
+            for kind, words in judged(at_zero, check, self._ranks.others()).items():
                 if kind not in self._said:
                     self._said.add(kind)
                     warnings.warn(words, stacklevel=2)
@@ -128,9 +128,7 @@ class FirstChecks:
             setattr(self, f"_{name}", value)
 
 
-def judged(
-    at_zero: "LossCheck", check: "GradientCheck | None", objective: Objective, others: bool = False
-) -> dict[str, str]:
+def judged(at_zero: "LossCheck", check: "GradientCheck | None", others: bool = False) -> dict[str, str]:
     """Warnings, by their kind, of what may surprise in an objective that is what is trained.
 
     Where there are ``others``, processes that the probe does not know of, the gradient may be the mean over them.
@@ -150,7 +148,7 @@ def judged(
     changed = None if check is None or check.agrees else check.words
     differs = math.isfinite(at_zero.recorded) and not at_zero.agrees
     if changed and differs:
-        raise UserError(f"{at_zero.words(objective)} Nor is the optimizer's gradient that of this loss.")
+        raise UserError(f"{at_zero.words} Nor is the optimizer's gradient that of this loss.")
     if changed and others:
         raise UserError(f"{changed}.{AVERAGED}")
     if changed:
@@ -159,7 +157,7 @@ def judged(
             "the optimizer gets; the losses along them are those of the training loss."
         )
     if differs:
-        words["loss"] = at_zero.words(objective)
+        words["loss"] = at_zero.words
     if (
         at_zero.differentiated is not None
         and math.isfinite(at_zero.recorded)
@@ -228,16 +226,15 @@ class LossCheck:
         """Whether the loss at step size 0 is the recorded one but for rounding."""
         return not self.is_apart(self.evaluated)
 
-    def words(self, objective: Objective) -> str:
+    @property
+    def words(self) -> str:
         """By how much the two differ, and the likely causes."""
-        compiled = any(hasattr(module, "_orig_mod") for module in objective.modules())
         return (
             f"At step size 0 the probe measures a loss of {self.evaluated:.6g}, but the training loss was "
-            f"{self.recorded:.6g}: what is probed is not quite what is trained. Likely causes: "
-            + ("dropout in compiled code (set torch._inductor.config.fallback_random = True), " if compiled else "")
-            + "a closure that reads variables which have changed since (pass them "
-            "instead: probe.observe(closure, inputs, targets)), state kept outside of parameters and buffers, random "
-            "numbers from a generator of its own, or non-deterministic kernels."
+            f"{self.recorded:.6g}: what is probed is not quite what is trained. Likely causes: a closure that reads "
+            "variables which have changed since (pass them instead: probe.observe(closure, inputs, targets)), state "
+            "kept outside of parameters and buffers, random numbers from a generator of its own, dropout in code by "
+            "torch.compile (set torch._inductor.config.fallback_random = True), or non-deterministic kernels."
         )
 
 

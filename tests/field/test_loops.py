@@ -9,7 +9,7 @@ import torch
 from lab import STEP_SIZES, Lab, batches, check_rows, check_untouched, mlp, run
 from torch import nn
 
-from landscape import LandscapeProbe, UserError
+from landscape import LandscapeProbe, UserError, checks
 
 CRITERION = nn.CrossEntropyLoss()
 ZEROS = {
@@ -335,24 +335,34 @@ def test_updates_that_are_of_no_loss_are_left_out_and_told(how):
     assert [words for words in result.said if "Step" in words] != []
 
 
-def test_a_check_that_fails_late_names_the_rows_before_it():
-    """The gradient is that of another loss from step 5 on; the check at step 10 finds it."""
+def changing(lab, begin, updates):
+    """What the loss reads is overwritten without a trace, from an update on, so that another loss is evaluated."""
+    model, optimizer = made()
+    with lab.attached(model, optimizer):
+        for step, (x, y) in enumerate(batches(updates)):
+            optimizer.zero_grad()
+            scale = torch.ones(6, dtype=torch.float64)
+            lab.observe(lambda m, x, y, scale=scale: CRITERION(m(x * scale), y), x, y).backward()
+            if begin <= step < updates - 2:
+                scale.data[0] = 3.0
+            optimizer.step()
 
-    def trial(lab):
-        model, optimizer = made()
-        with lab.attached(model, optimizer, None):
-            for step, (x, y) in enumerate(batches(14)):
-                optimizer.zero_grad()
-                scale = torch.ones(6, dtype=torch.float64)
-                lab.observe(lambda m, x, y, scale=scale: CRITERION(m(x * scale), y), x, y).backward()
-                if 5 <= step < 12:
-                    scale.data[0] = 3.0
-                optimizer.step()
 
-    result = run(trial, True)
+def test_a_check_that_fails_late_names_the_rows_before_it(monkeypatch):
+    """At step 10, if nothing raises a doubt before."""
+    monkeypatch.setattr(checks, "_falls_as_promised", lambda row: True)
+    result = run(functools.partial(changing, begin=5, updates=14), True)
     assert list(result.frame["step"]) == [*range(10), 12, 13]
     (words,) = (words for words in result.said if "Step 10" in words)
     assert "1 to 9" in words
+
+
+def test_losses_that_do_not_fall_as_the_gradient_says_are_checked():
+    """Long before step 100; no check is due at once after the last one."""
+    result = run(functools.partial(changing, begin=22, updates=28), True)
+    assert list(result.frame["step"]) == [*range(22), 26, 27]
+    (words,) = (words for words in result.said if "Step 22" in words)
+    assert "21" in words
 
 
 def test_losses_without_a_step_are_told():
