@@ -52,8 +52,8 @@ class LandscapeProbe:
         model: The model that is trained; under data parallelism what ``DistributedDataParallel(model)`` returns.
         optimizer: The optimizer whose steps are probed; only the parameters it holds are moved.
         criterion: The module whose call ``criterion(model(inputs), targets)`` is the training loss. All such losses
-            that were differentiated since the last step belong to the objective, so gradient accumulation is measured
-            as trained. Without it, hand each loss to :meth:`observe`.
+            whose gradient is in ``.grad`` when the optimizer steps belong to the objective, with their weights, so
+            gradient accumulation is measured as trained. Without it, hand each loss to :meth:`observe`.
         step_sizes: The step sizes eta, or a function of the step that gives them.
         relative: Whether step sizes are multiples of the current learning rate.
         every: Probe each n-th update, the first included.
@@ -75,8 +75,9 @@ class LandscapeProbe:
             data parallelism by the clock of the first process.
 
     Raises:
-        UserError: An argument out of range. At the first probed step, also: no loss could be captured, or the one
-            captured is not what was differentiated; the message says how to hand it over. Later: a process has died.
+        UserError: An argument out of range. At the first probed step, also: no loss could be captured, or what was
+            differentiated is no weighted sum of the captured losses; the message says how to hand it over. Where that
+            happens later, the update is left out with a warning. Later: a process has died.
     """
 
     def __init__(
@@ -206,8 +207,9 @@ class LandscapeProbe:
             loss.backward()
 
         Args:
-            closure: ``closure(model, *args, **kwargs)`` gives the loss. It is called again for each step size, without
-                gradients: one that differentiates (a gradient penalty) needs ``torch.enable_grad()`` inside.
+            closure: ``closure(model, *args, **kwargs)`` gives all of the loss that is differentiated, up to a factor. It
+                is called again for each step size, without gradients, unless it computes derivatives itself (a gradient
+                penalty). Other modules that it calls are put back like the model.
             args: Whatever the loop rebinds before its optimizer steps, such as the batch.
             kwargs: Likewise.
 

@@ -170,8 +170,8 @@ def _are_hooked(modules: Iterable[nn.Module]) -> bool:
     """Whether hooks that are not ours see what modules get or give."""
     if _has_any_global_hook():
         return True
-    kinds = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks)
-    return not all(type(hook) is Hook for hooks in kinds for hook in hooks.values())
+    groups = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks)
+    return not all(isinstance(hook, Hook) for hooks in groups for hook in hooks.values())
 
 
 class _Draws(TorchDispatchMode):
