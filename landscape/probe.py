@@ -208,8 +208,8 @@ class LandscapeProbe:
 
         Args:
             closure: ``closure(model, *args, **kwargs)`` gives all of the loss that is differentiated, up to a factor.
-                It is called again for each step size, without gradients, unless it computes derivatives itself (a gradient
-                penalty). Other modules that it calls are put back like the model.
+                It is called again for each step size, without gradients, unless it computes derivatives itself (a
+                gradient penalty). Other modules that it calls are put back like the model.
             args: Whatever the loop rebinds before its optimizer steps, such as the batch.
             kwargs: Likewise.
 
