@@ -20,8 +20,9 @@ from landscape.sharded import Shards
 from landscape.state import Closure, ForwardState, Scene
 
 MOVED = (
-    "Parameters were written to between the forward pass and the optimizer's step, so that the gradient is not that "
-    "of where the update starts (as in sharpness-aware minimization). The probe cannot measure such an update."
+    "Parameters were written to between the forward pass and the optimizer's step, so that the gradient is not that of "
+    "where the update starts. Another optimizer may have made its step (probe the one that comes first), or the loop "
+    "writes to them, as in sharpness-aware minimization; such an update cannot be measured."
 )
 _LAZY = NotYetError("The forward pass has made the parameters; the next update is probed.")
 
@@ -181,6 +182,12 @@ class Capture:
         """Why no loss was captured."""
         if self._lazy:
             return _LAZY
+        if torch._C._current_graph_task_id() != -1:
+            return UserError(
+                "The optimizer makes its step within the backward pass, before the gradient is complete, so that there "
+                "is no update of all parameters to be measured. Let the loop call optimizer.step() after "
+                "loss.backward()."
+            )
         if self._transformed:
             return UserError(
                 "The model was called within a transform of torch.func, whose derivatives the probe does not see. Let "
@@ -194,8 +201,11 @@ class Capture:
         self.passes.step_made()
 
     def versions(self) -> list[int]:
-        """How often each of the optimizer's parameters was written to; not known where forward passes gather them."""
-        return [] if self.scene.shards is not None else [parameter._version for parameter in self._parameters()]
+        """How often each parameter that is trained was written to; not known where forward passes gather them."""
+        if self.scene.shards is not None:
+            return []
+        others = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        return [parameter._version for parameter in (*self._parameters(), *others)]
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

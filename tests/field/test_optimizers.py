@@ -250,6 +250,72 @@ def test_sharpness_aware_minimization_seen_from_inside_is_refused():
         run(functools.partial(sharpness, how="base"), True)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_two_optimizers_of_a_model(first):
+    """The one that steps first moves along a ray of the loss; the other one starts elsewhere."""
+
+    def trial(lab):
+        model = mlp().double()
+        one = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        two = torch.optim.Adam([*model[1].parameters(), *model[3].parameters()], lr=0.01)
+        given, other = (one, two) if first else (two, one)
+        with lab.attached(model, given, CRITERION):
+            for x, y in batches():
+                lab.before(model)
+                one.zero_grad()
+                two.zero_grad()
+                loss = CRITERION(model(x), y)
+                loss.backward()
+                if first:
+                    lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                one.step()
+                two.step()
+        lab.optimizer = other
+        lab.left(model)
+
+    if first:
+        check_rows(trial)
+    else:
+        with pytest.raises(UserError, match="Another optimizer"):
+            run(trial, True)
+
+
+def test_losses_of_two_networks_in_one_model():
+    """As actor and critic: each has a loss, a backward pass and an optimizer of its own."""
+
+    def trial(lab):
+        model = nn.ModuleDict({"actor": mlp(), "critic": mlp()}).double()
+        actor = torch.optim.SGD(model["actor"].parameters(), lr=0.1)
+        critic = torch.optim.SGD(model["critic"].parameters(), lr=0.1)
+        with lab.attached(model["actor"], actor, CRITERION):
+            for x, y in batches():
+                lab.before(model["actor"])
+                actor.zero_grad()
+                critic.zero_grad()
+                loss = CRITERION(model["actor"](x), y)
+                loss.backward()
+                nn.functional.mse_loss(model["critic"](x), model["actor"](x).detach()).backward()
+                critic.step()
+                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                actor.step()
+        lab.left(model)
+
+    check_rows(trial)
+
+
+def test_steps_within_the_backward_pass_are_refused():
+    def trial(lab):
+        model = mlp().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with lab.attached(model, optimizer, CRITERION):
+            model[0].weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+            x, y = next(batches())
+            CRITERION(model(x), y).backward()
+
+    with pytest.raises(UserError, match="within the backward pass"):
+        run(trial, True)
+
+
 def test_relative_step_sizes_without_a_learning_rate_are_refused():
     model = mlp()
     with pytest.raises(UserError, match="relative=True"):
