@@ -193,6 +193,12 @@ class Capture:
                 "The model was called within a transform of torch.func, whose derivatives the probe does not see. Let "
                 "the loop call loss.backward(), or measure single rays by landscape.ray_losses."
             )
+        if self.passes.is_elsewhere:
+            return UserError(
+                "The loss was not differentiated by loss.backward() or torch.autograd.backward(...), called by this "
+                "name, so that it is not known whether its gradient is that of the update. Let the loop call "
+                "loss.backward()."
+            )
         return UserError(f"No loss was captured since the last step. {OBSERVE}.")
 
     def step_made(self) -> None:

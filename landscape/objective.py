@@ -107,7 +107,7 @@ class Term:
         """The unweighted loss at ``leaves``, and the gradient of the weighted one in their order; they require it.
 
         Raises:
-            RuntimeError: The loss cannot be differentiated, or depends on none of them.
+            RuntimeError: The loss cannot be differentiated this way, or depends on none of them.
         """
 
         def differentiate(model: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -119,6 +119,8 @@ class Term:
                 gradient = shards.gradient(self.weighted(loss), leaves)
             if all(part is None for part in gradient):
                 raise RuntimeError("The loss depends on no parameter that autograd knows of.")
+            if any(part is None for part in gradient) and _hides(loss):
+                raise RuntimeError("reentrant checkpoints hide parameters from torch.autograd.grad")
             return loss.detach(), tuple(
                 torch.zeros_like(x) if part is None else part for x, part in zip(leaves.values(), gradient, strict=True)
             )
@@ -153,6 +155,17 @@ class Term:
             )
         # A copy: the loss could be (a view of) a parameter, and points share their memory.
         return loss.reshape(()).clone()
+
+
+def _hides(loss: Tensor) -> bool:
+    """Whether a reentrant checkpoint is in the graph of a loss; what it depends on inside is not in the graph."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [child for child, _ in node.next_functions]
+    return any(node.name() == "CheckpointFunctionBackward" for node in seen)
 
 
 def _stay() -> None:

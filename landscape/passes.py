@@ -77,6 +77,8 @@ class Passes:
         self._captured = Captured([])
         self._held_back = False
         self._after_step: list[Any] = []
+        self.is_elsewhere = False
+        """Whether a loss was differentiated in a way that is not seen, such as by ``torch.autograd.grad``."""
         self._wasted: int | None = 0
         """Number of captured losses of which no update came; None after there was one."""
 
@@ -87,6 +89,7 @@ class Passes:
             metadata[self._key] = True
 
         def through(gradient: Tensor) -> None:
+            self.is_elsewhere |= not _under_way
             for one in tuple(_under_way):
                 if self._key in one.watched and self._composed(one):
                     gradient = gradient.detach().reshape(() if gradient.numel() == 1 else gradient.shape)
@@ -113,6 +116,7 @@ class Passes:
     def step_made(self) -> None:
         """The optimizer has made its step, so what is left of gradients is used."""
         self._after_step, self._held_back, self._wasted = self._marks(), False, None
+        self.is_elsewhere = False
 
     def tell_of_waste(self) -> None:
         """Warn if losses were differentiated, but no step of the optimizer was seen."""

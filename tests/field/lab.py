@@ -102,7 +102,8 @@ class Lab:
                         objects[f"{place}.{path}.{name}"] = seen.setdefault(id(tensor), len(seen))
                         if tensor is not None:
                             state[f"{place}.{path}.{name}"] = tensor.detach().clone()
-                            state[f"{place}.{path}.{name}.grad"] = None if tensor.grad is None else tensor.grad.clone()
+                            gradient = None if tensor.grad is None else tensor.grad.detach().to_dense()
+                            state[f"{place}.{path}.{name}.grad"] = gradient if gradient is None else gradient.clone()
                 objects[f"{place}.{path}.training"] = part.training
         held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         objects["optimizer"] = [seen.get(id(parameter), -1) for parameter in held]
