@@ -1,5 +1,6 @@
 """Captures the losses of the user's own training loop, as it runs, in a form that can be evaluated again."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ class Capture:
         self.passes = Passes(
             self._parameters,
             self._name_of,
-            wanted=lambda: not _replays and wanted(),
+            wanted=lambda: not _replays.depth and wanted(),
             is_held_back=lambda: shards is not None and not shards.reduces(),
             scale=(lambda ones: ones) if grad_scaler is None else grad_scaler.scale,
         )
@@ -250,7 +251,7 @@ class Capture:
         return self._lazy
 
     def _listening(self) -> bool:
-        if _replays or self._observing or not torch.is_grad_enabled() or not self._wanted():
+        if _replays.depth or self._measuring or self._observing or not torch.is_grad_enabled() or not self._wanted():
             return False
         # Within torch.func, derivatives are not those of autograd outside of it.
         within = peek_interpreter_stack() is not None
@@ -320,15 +321,20 @@ def after_first(closure: Callable[[], Any], then: Callable[[], None]) -> Callabl
     return followed
 
 
-_replays: list[object] = []
-"""One entry for each replay that is under way: what models do then is not training, to any probe."""
+class _Replays(threading.local):
+    """Number of replays that are under way in this thread: what models do then is not training, to any probe."""
+
+    depth = 0
+
+
+_replays = _Replays()
 
 
 @contextmanager
 def replaying() -> Iterator[None]:
     """No capture listens within the body."""
-    _replays.append(None)
+    _replays.depth += 1
     try:
         yield
     finally:
-        _replays.pop()
+        _replays.depth -= 1

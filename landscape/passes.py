@@ -2,6 +2,7 @@
 
 import functools
 import re
+import threading
 import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,8 @@ class Passes:
         self._captured = Captured([])
         self._held_back = False
         self._after_step: list[Any] = []
+        self._thread = threading.get_ident()
+        """In which the loop runs; passes of other threads are of other trainings."""
         self.is_elsewhere = False
         """Whether a loss was differentiated in a way that is not seen, such as by ``torch.autograd.grad``."""
         self._wasted: int | None = 0
@@ -84,6 +87,7 @@ class Passes:
 
     def await_(self, term: Term, loss: Tensor) -> None:
         """Make the loss a term once a backward pass has gone through it; until then the loss alone holds it."""
+        self._thread = threading.get_ident()
         if loss.grad_fn is not None:
             metadata: Any = loss.grad_fn.metadata
             metadata[self._key] = True
@@ -132,7 +136,7 @@ class Passes:
 
     def begin(self, one: "Pass") -> None:
         """A pass begins; what it is about is found out when it goes through a loss."""
-        if not self._wanted():
+        if threading.get_ident() != self._thread or not self._wanted():
             return
         one.watched[self._key] = marks = self._marks()
         if self._captured.terms or self._captured.problem:

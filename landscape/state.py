@@ -1,6 +1,7 @@
 """All that a forward pass reads besides its parameters and arguments: remembered, entered again, and put back."""
 
 import random
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -324,9 +325,12 @@ class ForwardState:
             return
         known = {id(module) for module, _ in self.attributes}
         met: dict[int, Stranger] = {}
+        thread = threading.get_ident()
 
         def meet(module: nn.Module, args: Any) -> None:
-            if id(module) not in known and not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or threading.get_ident() != thread:
+                return  # another thread has a training of its own
+            if id(module) not in known:
                 for part in module.modules():
                     if id(part) not in known and id(part) not in met:
                         met[id(part)] = Stranger(part)

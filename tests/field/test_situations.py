@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lab import batches, check_rows, mlp, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from landscape import UserError
+from landscape import LandscapeProbe, UserError
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -292,3 +293,44 @@ def test_gradients_that_the_loop_puts_in_place_itself_are_refused():
 
     with pytest.raises(UserError, match=r"loss\.backward"):
         run(by_hand, True)
+
+
+def test_trainings_in_threads_leave_each_other_alone():
+    def train(results, number, probed):
+        torch.manual_seed(number)
+        model, criterion = results[number]["model"], nn.CrossEntropyLoss()
+        optimizer, losses = sgd(model), []
+        probe = LandscapeProbe(model, optimizer, criterion, step_sizes=[0.0, 0.1], engine="loop")
+        if probed:
+            probe.attach()
+        for x, y in batches(30, seed=number):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+        if probed:
+            probe.detach()
+        results[number] |= {"losses": losses, "frame": probe.frame()}
+
+    def both(probed):
+        results = [{"model": mlp().double()} for _ in range(2)]
+        for number, result in enumerate(results):
+            torch.manual_seed(number)
+            for parameter in result["model"].parameters():
+                nn.init.uniform_(parameter)
+        threads = [threading.Thread(target=train, args=(results, number, probed)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    for probed, bare in zip(both(True), both(False), strict=True):
+        assert probed["losses"] == bare["losses"]
+        for (name, tensor), expected in zip(
+            probed["model"].state_dict().items(), bare["model"].state_dict().values(), strict=True
+        ):
+            assert torch.equal(tensor, expected), name
+        assert list(probed["frame"]["loss"]) == pytest.approx(probed["losses"], rel=1e-9)
+        assert [row[0] for row in probed["frame"]["losses"]] == pytest.approx(probed["losses"], rel=1e-9)
