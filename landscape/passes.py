@@ -78,6 +78,7 @@ class Passes:
         self._captured = Captured([])
         self._held_back = False
         self._after_step: list[Any] = []
+        self._after_pass: list[Any] = []
         self._thread = threading.get_ident()
         """In which the loop runs; passes of other threads are of other trainings."""
         self.is_elsewhere = False
@@ -129,8 +130,7 @@ class Passes:
             warnings.warn(
                 "Losses were differentiated, but the optimizer that the probe was given has made no step, so nothing "
                 "is recorded. Give the probe the optimizer whose step() the loop calls. Sharpness-aware minimization "
-                "in two "
-                "calls (first_step, second_step) cannot be probed, by optimizer.step(closure) it can.",
+                "in two calls (first_step, second_step) cannot be probed; by optimizer.step(closure) it can.",
                 stacklevel=3,
             )
 
@@ -140,7 +140,9 @@ class Passes:
             return
         one.watched[self._key] = marks = self._marks()
         if self._captured.terms or self._captured.problem:
-            if self._are_gone() or (not self._held_back and self._are_zero()):
+            # To look at values, an accelerator would have to be waited for; there a write through .data is not seen.
+            is_sure = marks == self._after_pass and any(p.device.type != "cpu" for p in self._parameters())
+            if self._are_gone() or not (is_sure or self._held_back or not self._are_zero()):
                 self._forget()
         elif any(marks) and marks == self._after_step and not self._are_zero():
             self._captured = Captured([], STALE)
@@ -151,7 +153,8 @@ class Passes:
         if before is None:
             return
         was_held_back, self._held_back = self._held_back, self._is_held_back()
-        if not self._held_back and self._marks() == before:
+        self._after_pass = self._marks()
+        if not self._held_back and self._after_pass == before:
             return  # it was about other parameters, or inputs
         if one.compositions.get(self._key) is not None:
             self._add(one)
