@@ -61,6 +61,8 @@ class Call:
     state: ForwardState
     arguments: Leaves
     versions: dict[int, int]
+    is_carried: bool = False
+    """Whether an argument was computed from parameters."""
     outputs: Leaves | None = None
     bases: list[Base] = field(default_factory=list)
 

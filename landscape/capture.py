@@ -25,6 +25,11 @@ MOVED = (
     "where the update starts. Another optimizer may have made its step (probe the one that comes first), or the loop "
     "writes to them, as in sharpness-aware minimization; such an update cannot be measured."
 )
+CARRIED = (
+    "{} was computed from parameters that the optimizer holds (a hidden state that is carried on, features, a second "
+    "call), which a replay would take for constant. Compute all of it in one closure, from what does not depend on them: "
+    "probe.observe(lambda model, inputs, targets: ..., inputs, targets); or detach it, if it is to be constant."
+)
 _LAZY = NotYetError("The forward pass has made the parameters; the next update is probed.")
 
 
@@ -85,6 +90,7 @@ class Capture:
     def attach(self) -> None:
         """Start to listen."""
         watch(self.passes)
+        self.passes.look()
         # torch.compile, which may take in the user's code, leaves a hook out that is disabled for it.
         before_model, after_model, after_criterion, before_wrapper = (
             Hook(torch.compiler.disable(hook))
@@ -141,7 +147,12 @@ class Capture:
             loss = closure(self.wrapper, *args, **kwargs)
         self._layers.bases = None
 
+        carried = UserError(CARRIED.format("An argument of the observed loss"))
+        is_carried = self.passes.carries(arguments.leaves)
+
         def again(model: nn.Module) -> Tensor:
+            if is_carried:
+                raise carried
             args, kwargs = arguments.nest("the observed loss")
             return closure(model, *args, **kwargs)
 
@@ -183,6 +194,8 @@ class Capture:
         """Why no loss was captured."""
         if self._lazy:
             return _LAZY
+        if self.passes.is_cleared:
+            return NotYetError("The gradients were cleared after the backward pass, so the update is that of no loss.")
         if torch._C._current_graph_task_id() != -1:
             return UserError(
                 "The optimizer makes its step within the backward pass, before the gradient is complete, so that there "
@@ -208,11 +221,13 @@ class Capture:
         self.passes.step_made()
 
     def versions(self) -> list[int]:
-        """How often each parameter that is trained was written to; not known where forward passes gather them."""
+        """How often each parameter was written to, also of modules outside of the model that the loss calls.
+
+        It is not known where forward passes gather parameters.
+        """
         if self.scene.shards is not None:
             return []
-        others = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
-        return [parameter._version for parameter in (*self._parameters(), *others)]
+        return [parameter._version for parameter in (*self._parameters(), *self.scene.parameters())]
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -276,7 +291,9 @@ class Capture:
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self._listening() and not self._is_lazy():
-            self._call = Call(self._state(), Leaves.of((args, kwargs)), self.scene.frozen_versions())
+            arguments = Leaves.of((args, kwargs))
+            is_carried = self.passes.carries(arguments.leaves)
+            self._call = Call(self._state(), arguments, self.scene.frozen_versions(), is_carried)
             self._layers.bases = self._call.bases
 
     def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
@@ -288,6 +305,8 @@ class Capture:
         if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
             call = self._call or Call(self._state(), Leaves.of(()), self.scene.frozen_versions())
             closure = self._unless_moved(call.versions, replay(call, criterion, (args, kwargs)))
+            if call.is_carried:
+                closure = refusing(UserError(CARRIED.format("An input of the model")))
             if self._lazy:
                 closure = refusing(_LAZY)
             self._await(Term(closure, call.state, bases=call.bases), loss)

@@ -12,7 +12,7 @@ from torch import Tensor
 from landscape.errors import NotYetError, UserError
 from landscape.gradients import gradient as gradient_of
 from landscape.gradients import inner, norm
-from landscape.objective import Objective
+from landscape.objective import NoDependenceError, Objective
 from landscape.ranks import ALONE, Ranks
 from landscape.state import Parameters
 from landscape.update import Update
@@ -89,6 +89,11 @@ class FirstChecks:
         """
         if self._ranks.size > 1 or row["losses"].device.type != "cpu":  # a look would wait for others, or for a GPU
             return None
+        share = 5e-2 if update.objective.reduced_precision() else 1e-3
+        loss = row["loss"].item()
+        for eta, there in zip(row["step_sizes"], row["losses"].tolist(), strict=True):
+            if eta == 0 and math.isfinite(loss) and not abs(there - loss) <= share * abs(loss):
+                raise UserError(LossCheck(loss, there, share).words)
         if self._held is None or step - self._held < self._patience or _falls_as_promised(row):
             return None
         self._patience *= 2
@@ -139,8 +144,10 @@ def judged(at_zero: "LossCheck", check: "GradientCheck | None", others: bool = F
     if check is not None and check.unseen:
         raise UserError(
             f"Where the probe moves the parameter {check.unseen[0]!r}, the loss does not see it, although it was "
-            "trained: it is used from somewhere else than its module (a closure, a list, a cache, a captured CUDA "
-            "graph), so that no ray can be measured. Let the forward pass read it from the module."
+            "trained: the loss has it from somewhere else than its module (a closure, a list, a cache, a captured CUDA "
+            "graph, an object around outputs that were computed before), so that no ray can be measured. Let the "
+            "forward pass read it from the module, and compute all of the loss from the model: "
+            "probe.observe(lambda model, inputs, targets: ..., inputs, targets)."
         )
     if check is not None and check.is_scaled:
         raise UserError(_UNSCALED.format(weight=check.weight / max(1, check.terms)))
@@ -262,6 +269,8 @@ class GradientCheck:
             start = {name: origin[name] for name in gradient}
             try:
                 parts = gradient_of(objective, start)
+            except NoDependenceError:
+                parts = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
             except RuntimeError:  # reentrant checkpointing, or a step of the loss that has no derivative this way
                 parts = {name: torch.full_like(tensor, math.nan) for name, tensor in start.items()}
             weights = [

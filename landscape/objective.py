@@ -14,6 +14,10 @@ from landscape.sharded import Shards
 from landscape.state import Closure, ForwardState, Parameters, RandomState, Scene
 
 
+class NoDependenceError(RuntimeError):
+    """The loss does not depend on what is moved."""
+
+
 @dataclass(frozen=True, eq=False)
 class Base:
     """A linear layer as the forward pass of the update evaluated it: its input and output at step size 0."""
@@ -113,14 +117,16 @@ class Term:
         def differentiate(model: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
             # In here, so that what is computed again (checkpoints) finds the same tensors.
             loss, shards = self._loss(model), self.state.scene.shards
+            if not loss.requires_grad:
+                raise NoDependenceError("The loss depends on no parameter that autograd knows of.")
             if shards is None:
                 gradient = torch.autograd.grad(self.weighted(loss), list(leaves.values()), allow_unused=True)
             else:
                 gradient = shards.gradient(self.weighted(loss), leaves)
-            if all(part is None for part in gradient):
-                raise RuntimeError("The loss depends on no parameter that autograd knows of.")
             if any(part is None for part in gradient) and _hides(loss):
                 raise RuntimeError("reentrant checkpoints hide parameters from torch.autograd.grad")
+            if all(part is None for part in gradient):
+                raise NoDependenceError("The loss depends on no parameter that autograd knows of.")
             return loss.detach(), tuple(
                 torch.zeros_like(x) if part is None else part for x, part in zip(leaves.values(), gradient, strict=True)
             )
@@ -217,12 +223,16 @@ class Objective:
     def undisturbed(self) -> Iterator[None]:
         """Put the random streams back after the body, which calls terms."""
         before = RandomState.capture(list(self.terms[0].state.random.accelerators))
+        # Without gradients, torch's transformers take another path in evaluation mode, with other numbers for padding.
+        fast = torch.backends.mha.get_fastpath_enabled()
         # Compiled code is specialized on live parameters: swapping them would compile anew at every point.
         with torch.compiler.set_stance("force_eager"):
             try:
+                torch.backends.mha.set_fastpath_enabled(False)
                 with nullcontext() if self.shards is None else self.shards.together():
                     yield
             finally:
+                torch.backends.mha.set_fastpath_enabled(fast)
                 before.restore()
 
     def modules(self) -> Iterator[nn.Module]:

@@ -4,6 +4,7 @@ import functools
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import unserializable_hook
 
 from landscape.objective import Term
 from landscape.sharded import local
@@ -42,6 +44,13 @@ class Captured(NamedTuple):
     """Why they are not what was differentiated."""
     differentiated: Tensor | None = None
     """The value of what was differentiated, without the scale of a loss scaler."""
+
+
+class Held:
+    """What the hook of a loss holds: its term until the update is made, because the loop may keep the loss."""
+
+    def __init__(self, term: Term) -> None:
+        self.term: Term | None = term
 
 
 class Passes:
@@ -76,9 +85,14 @@ class Passes:
         self._is_held_back, self._scale = is_held_back, scale
         self._key = f"landscape-{id(self)}"
         self._captured = Captured([])
+        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
         self._held_back = False
         self._after_step: list[Any] = []
         self._after_pass: list[Any] = []
+        self._was_zero = False
+        """Whether the gradient was zero at the end of the last pass, without having been cleared."""
+        self.is_cleared = False
+        """Whether the gradients of the losses of the last update were cleared before its step."""
         self._thread = threading.get_ident()
         """In which the loop runs; passes of other threads are of other trainings."""
         self.is_elsewhere = False
@@ -93,15 +107,24 @@ class Passes:
             metadata: Any = loss.grad_fn.metadata
             metadata[self._key] = True
 
+        held = Held(term)
+        self._held.add(held)
+
+        @unserializable_hook
         def through(gradient: Tensor) -> None:
             self.is_elsewhere |= not _under_way
             for one in tuple(_under_way):
-                if self._key in one.watched and self._composed(one):
+                if (term := held.term) is not None and self._key in one.watched and self._composed(one):
                     gradient = gradient.detach().reshape(() if gradient.numel() == 1 else gradient.shape)
                     weight = gradient / self._scale(torch.ones_like(gradient))
                     one.terms.setdefault(self._key, []).append((term, weight))
 
         loss.register_hook(through)
+
+    def carries(self, values: Iterable[Any]) -> bool:
+        """Whether one of the values was computed from parameters of the optimizer, by what autograd remembers."""
+        nodes = [value.grad_fn for value in values if isinstance(value, Tensor) and value.grad_fn is not None]
+        return bool(nodes and composition(nodes, "", {id(parameter) for parameter in self._parameters()})[1])
 
     def has_terms(self) -> bool:
         """Whether there are losses whose gradient the optimizer would get now."""
@@ -109,6 +132,7 @@ class Passes:
 
     def take(self) -> Captured:
         """What the update that is about to be made is made of; nothing of it is kept."""
+        self.is_cleared = bool(self._captured.terms) and self._are_gone()
         if self._are_gone():
             self._forget()
         captured, self._captured, self._wasted = self._captured, Captured([]), None
@@ -120,8 +144,15 @@ class Passes:
 
     def step_made(self) -> None:
         """The optimizer has made its step, so what is left of gradients is used."""
-        self._after_step, self._held_back, self._wasted = self._marks(), False, None
-        self.is_elsewhere = False
+        self.look()
+        self._held_back, self._wasted, self.is_elsewhere = False, None, False
+        for held in self._held:
+            held.term = None
+        self._held.clear()
+
+    def look(self) -> None:
+        """What is in gradients now is of no update to come."""
+        self._after_step = self._marks()
 
     def tell_of_waste(self) -> None:
         """Warn if losses were differentiated, but no step of the optimizer was seen."""
@@ -142,7 +173,7 @@ class Passes:
         if self._captured.terms or self._captured.problem:
             # To look at values, an accelerator would have to be waited for; there a write through .data is not seen.
             is_sure = marks == self._after_pass and any(p.device.type != "cpu" for p in self._parameters())
-            if self._are_gone() or not (is_sure or self._held_back or not self._are_zero()):
+            if self._are_gone() or not (is_sure or self._held_back or self._was_zero or not self._are_zero()):
                 self._forget()
         elif any(marks) and marks == self._after_step and not self._are_zero():
             self._captured = Captured([], STALE)
@@ -156,7 +187,9 @@ class Passes:
         self._after_pass = self._marks()
         if not self._held_back and self._after_pass == before:
             return  # it was about other parameters, or inputs
-        if one.compositions.get(self._key) is not None:
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters())
+        self._was_zero = on_cpu and self._are_zero()
+        if one.terms.get(self._key):
             self._add(one)
         elif not (was_held_back or self._held_back):
             problem = f"A backward pass that went through no captured loss has added to the gradient. {WHOLE}."
@@ -286,10 +319,11 @@ class Pass:
 
 _under_way: list[Pass] = []
 _watching: list[Passes] = []
-_backward = torch.autograd.backward
+_backward: Callable[..., Any] = torch.autograd.backward
+"""What ``torch.autograd.backward`` is while nothing is watched."""
 
 
-@functools.wraps(_backward)
+@functools.wraps(torch.autograd.backward)
 def _seen(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
     if torch._C._current_graph_task_id() != -1:  # a pass within a pass, as of checkpoints, belongs to it
         return _backward(tensors, grad_tensors, *args, **kwargs)
@@ -309,9 +343,11 @@ def _seen(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> 
 
 def watch(passes: Passes) -> None:
     """See what backward passes differentiate: in autograd's graph, no way leads from a loss to what is made of it."""
+    global _backward
     unwatch(passes)
     _watching.append(passes)
-    torch.autograd.backward = _seen
+    if torch.autograd.backward is not _seen:
+        _backward, torch.autograd.backward = torch.autograd.backward, _seen
 
 
 def unwatch(passes: Passes) -> None:

@@ -355,6 +355,11 @@ class LandscapeProbe:
             raise self._capture.nothing()
         if problem := update.captured.problem:
             raise UserError(problem)
+        if not update.gradient:
+            raise UserError(
+                "No parameter that the optimizer holds and that has a gradient is the model's. Give the probe the "
+                "model that the optimizer trains."
+            )
         if self._is_followed():
             raise NotYetError("A step hook that was registered after the forward pass may change the gradient.")
         return update.ray(direction, etas)

@@ -2,7 +2,10 @@
 
 import copy
 import functools
+import gc
 import threading
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -334,3 +337,223 @@ def test_trainings_in_threads_leave_each_other_alone():
             assert torch.equal(tensor, expected), name
         assert list(probed["frame"]["loss"]) == pytest.approx(probed["losses"], rel=1e-9)
         assert [row[0] for row in probed["frame"]["losses"]] == pytest.approx(probed["losses"], rel=1e-9)
+
+
+class Recurring(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.Linear(9, 3), nn.Linear(3, 3)
+
+    def forward(self, x, hidden):
+        hidden = torch.tanh(self.cell(torch.cat([x, hidden], 1)))
+        return self.head(hidden), hidden
+
+
+def unrolled(criterion, model, x, y, steps=3):
+    hidden = x[:, :3]
+    for _ in range(steps):
+        outputs, hidden = model(x, hidden)
+    return criterion(outputs, y)
+
+
+@pytest.mark.parametrize("how", ["hidden state", "features", "twice"])
+def test_inputs_that_were_computed_from_parameters_are_refused_and_measured_as_a_whole(how):
+    def total(m, x, y):
+        if how == "hidden state":
+            return unrolled(CRITERION, m, x, y)
+        if how == "features":
+            return CRITERION(m[1](m[0](x)), y)
+        return CRITERION(m(m(x)), y)
+
+    def make():
+        torch.manual_seed(0)
+        kinds = {"hidden state": Recurring, "features": lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))}
+        return kinds.get(how, lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)))().double()
+
+    def carrying(lab, whole):
+        model = make()
+        optimizer = sgd(model)
+        with lab.attached(model, optimizer, None if whole or how == "features" else CRITERION):
+            for x, y in batches():
+                lab.before(model)
+                optimizer.zero_grad()
+                if whole:
+                    loss = lab.observe(total, x, y)
+                elif how == "features":
+                    loss = lab.observe(lambda m, hidden, y: CRITERION(m[1](hidden), y), model[0](x), y)
+                else:
+                    loss = total(model, x, y)
+                loss.backward()
+                lab.update(loss, lambda m, x=x, y=y: total(m, x, y))
+                optimizer.step()
+        lab.left(model)
+
+    check_rows(functools.partial(carrying, whole=True))
+    with pytest.raises(UserError, match=r"probe\.observe"):
+        run(functools.partial(carrying, whole=False), True)
+
+
+@pytest.mark.parametrize("how", ["outputs from outside", "an object around outputs"])
+def test_losses_that_do_not_depend_on_what_is_moved_are_refused(how):
+    """Every point would be the training loss."""
+
+    class Likelihood(nn.Module):
+        def forward(self, distribution, targets):
+            return -distribution.log_prob(targets).mean()
+
+    def flat(lab):
+        model, criterion = mlp().double(), Likelihood()
+        optimizer = sgd(model)
+        with lab.attached(model, optimizer, criterion if "object" in how else None):
+            for x, y in batches():
+                optimizer.zero_grad()
+                outputs = model(x)
+                if "object" in how:
+                    loss = criterion(torch.distributions.Categorical(logits=outputs), y)
+                else:
+                    loss = lab.observe(lambda m, outputs=outputs, y=y: CRITERION(outputs, y))
+                loss.backward()
+                optimizer.step()
+
+    with pytest.raises(UserError, match=r"0\.weight"):
+        run(flat, True)
+
+
+def test_a_target_network_that_is_moved_before_the_step():
+    """It lies outside of the model; the updates at which it moves are left out."""
+
+    def learning(lab):
+        model, target = mlp().double(), mlp().double().eval()
+        target.requires_grad_(False)
+        optimizer = sgd(model)
+        with lab.attached(model, optimizer):
+            for step, (x, _) in enumerate(batches(8)):
+                lab.before(model, target)
+                optimizer.zero_grad()
+                loss = lab.observe(lambda m, x: F.mse_loss(m(x), 1 + 0.9 * target(x + 1)), x)
+                loss.backward()
+                lab.update(loss, lambda m, t, x=x: F.mse_loss(m(x), 1 + 0.9 * t(x + 1)))
+                if step in (3, 6):
+                    with torch.no_grad():
+                        for parameter, source in zip(target.parameters(), model.parameters(), strict=True):
+                            parameter.copy_(source)
+                optimizer.step()
+        lab.left(model, target)
+
+    check_rows(learning, missing=[3, 6])
+
+
+def test_a_part_of_an_accumulated_gradient_that_is_zero():
+    """A hinge loss that no sample violates is a term, and no cleared gradient."""
+
+    def hinge(m, x, margin):
+        return (margin - 100 + m(x).squeeze(1)).clamp(min=0).mean()
+
+    def accumulating(lab):
+        model = nn.Linear(6, 1).double()
+        optimizer = sgd(model)
+        with lab.attached(model, optimizer):
+            for x, _ in batches():
+                lab.before(model)
+                optimizer.zero_grad()
+                losses = []
+                for margin in (0.0, 100.0):
+                    losses.append(lab.observe(hinge, x, margin))
+                    losses[-1].backward()
+                lab.update(sum(losses), lambda m, x=x: hinge(m, x, 0.0) + hinge(m, x, 100.0))
+                optimizer.step()
+        lab.left(model)
+
+    check_rows(accumulating)
+
+
+def test_gradients_that_are_there_when_a_probe_is_attached():
+    model = mlp()
+    optimizer = sgd(model)
+    x, y = next(batches())
+    CRITERION(model(x.float()), y).backward()
+    with LandscapeProbe(model, optimizer, CRITERION, step_sizes=[0.1]):
+        CRITERION(model(x.float()), y).backward()
+        with pytest.raises(UserError, match="zero_grad"):
+            optimizer.step()
+
+
+def test_a_batch_that_the_loop_throws_away_at_first():
+    def throwing(lab):
+        model = mlp().double()
+        optimizer = sgd(model)
+        with lab.attached(model, optimizer, CRITERION):
+            for step, (x, y) in enumerate(batches()):
+                lab.before(model)
+                optimizer.zero_grad()
+                loss = CRITERION(model(x), y)
+                loss.backward()
+                if step == 0:
+                    optimizer.zero_grad()
+                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                optimizer.step()
+        lab.left(model)
+
+    check_rows(throwing, missing=[0])
+
+
+def test_losses_that_the_loop_keeps_hold_no_batch():
+    model = mlp()
+    optimizer = sgd(model)
+    with LandscapeProbe(model, optimizer, CRITERION, step_sizes=[0.1], engine="loop"):
+        total, held = torch.zeros(()), []
+        for x, y in batches():
+            optimizer.zero_grad()
+            inputs = x.float()
+            held.append(weakref.ref(inputs))
+            loss = CRITERION(model(inputs), y)
+            total = total + loss
+            loss.backward()
+            optimizer.step()
+        del inputs, loss
+        gc.collect()
+        assert not any(one() is not None for one in held)
+        assert total.isfinite()
+
+
+def test_another_stand_in_for_backward_is_called_and_put_back(monkeypatch):
+    calls, original = [], torch.autograd.backward
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "backward", counting)
+    check_rows(trial)
+    assert len(calls) == 10
+    assert torch.autograd.backward is counting
+
+
+def test_attention_in_evaluation_mode_with_padding():
+    """Without gradients torch would take a path of its own."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(6, 3)
+
+        def forward(self, x):
+            words = x.reshape(4, 3, 6)
+            padding = torch.tensor([[False, False, True]]).expand(4, 3)
+            return self.head(self.encoder(words, src_key_padding_mask=padding)).flatten(0, 1)
+
+    check_rows(functools.partial(trial, make=lambda: Padded().double().eval()))
+
+
+def test_an_optimizer_of_another_model_is_told():
+    model, other = mlp(), mlp()
+    optimizer = sgd(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        probe = LandscapeProbe(model, optimizer, CRITERION, step_sizes=[0.1])
+    x, y = next(batches())
+    with probe:
+        CRITERION(model(x.float()) + 0 * other(x.float()), y).backward()
+        with pytest.raises(UserError):
+            optimizer.step()
