@@ -27,8 +27,8 @@ MOVED = (
 )
 CARRIED = (
     "{} was computed from parameters that the optimizer holds (a hidden state that is carried on, features, a second "
-    "call), which a replay would take for constant. Compute all of it in one closure, from what does not depend on them: "
-    "probe.observe(lambda model, inputs, targets: ..., inputs, targets); or detach it, if it is to be constant."
+    "call), which a replay would take for constant. Compute all of it in one closure, from what does not depend on "
+    "them: probe.observe(lambda model, inputs, targets: ..., inputs, targets); or detach it, if it is to be constant."
 )
 _LAZY = NotYetError("The forward pass has made the parameters; the next update is probed.")
 
