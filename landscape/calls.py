@@ -64,6 +64,8 @@ class Call:
     is_carried: bool = False
     """Whether an argument was computed from parameters."""
     outputs: Leaves | None = None
+    left: Any = None
+    """What the criterion's modules held, and the random stream, when the model was through."""
     bases: list[Base] = field(default_factory=list)
 
 

@@ -30,6 +30,11 @@ CARRIED = (
     "call), which a replay would take for constant. Compute all of it in one closure, from what does not depend on "
     "them: probe.observe(lambda model, inputs, targets: ..., inputs, targets); or detach it, if it is to be constant."
 )
+OTHER = (
+    "Between the calls of the model and of the criterion, the loop has changed the criterion, or has drawn random "
+    "numbers before the criterion does, which a replay would not do. Compute all of it in one closure: "
+    "probe.observe(lambda model, inputs, targets: ..., inputs, targets)."
+)
 _LAZY = NotYetError("The forward pass has made the parameters; the next update is probed.")
 
 
@@ -84,6 +89,8 @@ class Capture:
         """Whether the forward pass that was last begun has to make parameters first; None before any."""
         self._seconds = 0.0
         self._measuring = self._observing = False
+        self._is_other = self._has_drawn = False
+        """Whether the criterion, or the random stream, is another than when the model was through."""
         self._transformed = False
         """Whether the model was called within a transform of torch.func."""
 
@@ -92,14 +99,20 @@ class Capture:
         watch(self.passes)
         self.passes.look()
         # torch.compile, which may take in the user's code, leaves a hook out that is disabled for it.
-        before_model, after_model, after_criterion, before_wrapper = (
-            Hook(torch.compiler.disable(hook))
-            for hook in (self._before_model, self._after_model, self._after_criterion, self._before_wrapper)
+        own = (
+            self._before_model,
+            self._after_model,
+            self._before_criterion,
+            self._after_criterion,
+            self._before_wrapper,
         )
+        hooks = (Hook(torch.compiler.disable(hook)) for hook in own)
+        before_model, after_model, before_criterion, after_criterion, before_wrapper = hooks
         if self.criterion is not None:
             self._handles = [
                 self.model.register_forward_pre_hook(before_model, prepend=True, with_kwargs=True),
                 self.model.register_forward_hook(after_model),
+                self.criterion.register_forward_pre_hook(before_criterion),
                 self.criterion.register_forward_hook(after_criterion, with_kwargs=True),
             ]
         if self.wrapper is not self.model:
@@ -299,12 +312,34 @@ class Capture:
     def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
         if self._call is not None and self._listening():
             self._call.outputs = Leaves.of(outputs)
+            self._call.left = self._criterion_state()
             self._layers.bases = None
+
+    def _criterion_state(self) -> tuple[list[dict[str, Any]], list[tuple[Tensor, int]], Tensor]:
+        """What the criterion's modules hold, and torch's random stream."""
+        modules = () if self.criterion is None else self.criterion.modules()
+        held = [{**vars(module), **module._buffers} for module in modules]
+        buffers = () if self.criterion is None else self.criterion.buffers()
+        return held, [(buffer, buffer._version) for buffer in buffers], torch.get_rng_state()
+
+    def _before_criterion(self, criterion: nn.Module, args: Any) -> None:
+        """See whether the criterion is what it was at the model's call, from where replays begin."""
+        if self._call is None or self._call.left is None or not self._listening():
+            return
+        (held, buffers, stream), (now, later, self._stream) = self._call.left, self._criterion_state()
+        self._is_other = not (
+            all(map(_is_same, held, now))
+            and all(a is b and one == other for (a, one), (b, other) in zip(buffers, later, strict=True))
+        )
+        self._has_drawn = not torch.equal(stream, self._stream)
 
     def _after_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
             call = self._call or Call(self._state(), Leaves.of(()), self.scene.frozen_versions())
             closure = self._unless_moved(call.versions, replay(call, criterion, (args, kwargs)))
+            if self._is_other or (self._has_drawn and not torch.equal(self._stream, torch.get_rng_state())):
+                closure = refusing(UserError(OTHER))
+            self._is_other = self._has_drawn = False
             if call.is_carried:
                 closure = refusing(UserError(CARRIED.format("An input of the model")))
             if self._lazy:
@@ -338,6 +373,10 @@ def after_first(closure: Callable[[], Any], then: Callable[[], None]) -> Callabl
         return result
 
     return followed
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
 
 
 class _Replays(threading.local):

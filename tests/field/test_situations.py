@@ -557,3 +557,54 @@ def test_an_optimizer_of_another_model_is_told():
         CRITERION(model(x.float()) + 0 * other(x.float()), y).backward()
         with pytest.raises(UserError):
             optimizer.step()
+
+
+class Smoothing(nn.Module):
+    """A criterion with a weight that the loop changes, a buffer that it writes to, and noise."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.alpha, self.noise = 0.0, noise
+        self.register_buffer("weight", torch.ones(3, dtype=torch.float64))
+
+    def forward(self, outputs, targets):
+        noise = torch.randn_like(outputs) if self.noise else 0
+        return F.cross_entropy(outputs + noise, targets, self.weight, label_smoothing=self.alpha)
+
+
+CHANGES = {
+    "attribute": lambda criterion, step: setattr(criterion, "alpha", 0.1 * step),
+    "another buffer": lambda criterion, step: setattr(criterion, "weight", criterion.weight + step),
+    "written buffer": lambda criterion, step: criterion.weight.add_(step),
+    "numbers drawn": lambda criterion, step: torch.rand(1),
+}
+
+
+@pytest.mark.parametrize("when", ["before both", "between"])
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_criterion_that_the_loop_changes(how, when):
+    """Before the model's call it is a part of the state; after it, a replay does not know of it."""
+
+    def changing(lab):
+        model, criterion = mlp().double(), Smoothing(noise=how == "numbers drawn")
+        optimizer = sgd(model)
+        with lab.attached(model, optimizer, criterion):
+            for step, (x, y) in enumerate(batches()):
+                if when == "before both":
+                    CHANGES[how](criterion, step)
+                lab.before(model, criterion)
+                optimizer.zero_grad()
+                outputs = model(x)
+                if when == "between":
+                    CHANGES[how](criterion, step)
+                loss = criterion(outputs, y)
+                loss.backward()
+                lab.update(loss, lambda m, c, x=x, y=y: c(m(x), y))
+                optimizer.step()
+        lab.left(model, criterion)
+
+    if when == "before both":
+        check_rows(changing)
+    else:
+        with pytest.raises(UserError, match=r"probe\.observe"):
+            run(changing, True)
