@@ -351,7 +351,7 @@ def changing(lab, begin, updates):
 def test_a_check_that_fails_late_names_the_rows_before_it(monkeypatch):
     """At step 10, if nothing raises a doubt before."""
     monkeypatch.setattr(checks, "_falls_as_promised", lambda row: True)
-    result = run(functools.partial(changing, begin=5, updates=14), True)
+    result = run(functools.partial(changing, begin=5, updates=14), True, step_sizes=[0.05, 0.1])
     assert list(result.frame["step"]) == [*range(10), 12, 13]
     (words,) = (words for words in result.said if "Step 10" in words)
     assert "1 to 9" in words
@@ -359,10 +359,15 @@ def test_a_check_that_fails_late_names_the_rows_before_it(monkeypatch):
 
 def test_losses_that_do_not_fall_as_the_gradient_says_are_checked():
     """Long before step 100; no check is due at once after the last one."""
-    result = run(functools.partial(changing, begin=22, updates=28), True)
+    result = run(functools.partial(changing, begin=22, updates=28), True, step_sizes=[0.05, 0.1])
     assert list(result.frame["step"]) == [*range(22), 26, 27]
     (words,) = (words for words in result.said if "Step 22" in words)
     assert "21" in words
+
+
+def test_a_loss_at_step_size_0_that_is_not_the_training_loss_is_left_out_at_once():
+    result = run(functools.partial(changing, begin=3, updates=8), True, step_sizes=[0.0, 0.1])
+    assert list(result.frame["step"]) == [0, 1, 2, 6, 7]
 
 
 def test_losses_without_a_step_are_told():
