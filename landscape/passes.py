@@ -46,7 +46,7 @@ class Captured(NamedTuple):
     """The value of what was differentiated, without the scale of a loss scaler."""
 
 
-class Held:
+class AwaitedLoss:
     """What the hook of a loss holds: its term until the update is made, because the loop may keep the loss."""
 
     def __init__(self, term: Term) -> None:
@@ -85,7 +85,7 @@ class Passes:
         self._is_held_back, self._scale = is_held_back, scale
         self._key = f"landscape-{id(self)}"
         self._captured = Captured([])
-        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
+        self._held: weakref.WeakSet[AwaitedLoss] = weakref.WeakSet()
         self._held_back = False
         self._after_step: list[Any] = []
         self._after_pass: list[Any] = []
@@ -107,7 +107,7 @@ class Passes:
             metadata: Any = loss.grad_fn.metadata
             metadata[self._key] = True
 
-        held = Held(term)
+        held = AwaitedLoss(term)
         self._held.add(held)
 
         @unserializable_hook
