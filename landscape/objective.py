@@ -117,12 +117,12 @@ class Term:
         def differentiate(model: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
             # In here, so that what is computed again (checkpoints) finds the same tensors.
             loss, shards = self._loss(model), self.state.scene.shards
-            if not loss.requires_grad:
-                raise NoDependenceError("The loss depends on no parameter that autograd knows of.")
-            if shards is None:
-                gradient = torch.autograd.grad(self.weighted(loss), list(leaves.values()), allow_unused=True)
-            else:
+            if shards is not None:  # first, as a rank whose pass has failed has no loss to differentiate
                 gradient = shards.gradient(self.weighted(loss), leaves)
+            elif not loss.requires_grad:
+                raise NoDependenceError("The loss depends on no parameter that autograd knows of.")
+            else:
+                gradient = torch.autograd.grad(self.weighted(loss), list(leaves.values()), allow_unused=True)
             if any(part is None for part in gradient) and _hides(loss):
                 raise RuntimeError("reentrant checkpoints hide parameters from torch.autograd.grad")
             if all(part is None for part in gradient):
