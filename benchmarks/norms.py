@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.bars import chart
+from benchmarks.charts import chart
 from benchmarks.timing import against, interleaved, keep_memory, machine, write_json
 from landscape import GhostNorm, SeqNorm
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import interleaved, keep_memory, machine
 from landscape import LandscapeProbe, make_norm
-from landscape.models import SimpleNet
+from landscape.training.models import SimpleNet
 
 WITHOUT = "without the probe"
 BATCH, BATCHES, STEP_SIZES = 512, 20, [0.1 * k for k in range(1, 9)]

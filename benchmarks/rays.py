@@ -20,13 +20,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.bars import draw
-from benchmarks.footprint import Footprint
+from benchmarks.charts import draw
+from benchmarks.methods import WAYS, NotRunError, Setting, Twin, Way
+from benchmarks.side_effects import Footprint
 from benchmarks.timing import against, interleaved, keep_memory, machine
-from benchmarks.ways import WAYS, NotRunError, Setting, Twin, Way
 from benchmarks.workloads import BARE, PROBE, PROBED, UNPROBED, WORKLOADS, Workload
-from landscape.engines import OPT_IN
-from landscape.plots import save
+from landscape.plotting.figure import save
+from landscape.ray.engines.registry import OPT_IN
 
 REFERENCE = "landscape, loop"
 SECONDS, FEWEST, MOST = 40.0, 2, 40

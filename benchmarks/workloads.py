@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape import make_norm
-from landscape.models import ResNet, SimpleNet
+from landscape.training.models import ResNet, SimpleNet
 
 BARE = "bare forward passes"
 PROBE = "landscape, whole probe"

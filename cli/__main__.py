@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from . import main
+from .main import main
 
 
 def run() -> None:

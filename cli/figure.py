@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from landscape.errors import UserError
-from landscape.recipes import RECIPES, Recipe, named
+from landscape.training.presets import RECIPES, named
+from landscape.training.recipe import Recipe
 
-from .running import Places, prepare, record
+from .runner import Places, prepare, record
 
 if TYPE_CHECKING:  # --help does not wait for pandas and matplotlib
     import pandas as pd
@@ -33,8 +34,7 @@ class Request:
 
 
 def _figure1(request: Request) -> "tuple[Figure, pd.DataFrame | None]":
-    from landscape.blocks import plot_blocks
-    from landscape.dependence import figure1_blocks
+    from landscape.paper.figure1 import figure1_blocks, plot_blocks
 
     if request.recipes:
         raise UserError("Figure 1 shows the norms themselves and trains nothing; leave --recipe out.")
@@ -43,9 +43,9 @@ def _figure1(request: Request) -> "tuple[Figure, pd.DataFrame | None]":
 
 def _comparison(number: str, request: Request) -> "tuple[Figure, pd.DataFrame | None]":
     """Figure 4 or 5: what is not recorded yet is trained first."""
-    from landscape.comparisons import COMPARISONS, missing, roughness
-    from landscape.plots import plot_landscape
-    from landscape.runs import read_traces
+    from landscape.paper.figures4_5 import COMPARISONS, missing, roughness
+    from landscape.plotting.landscape import plot_landscape
+    from landscape.traces.reader import read_traces
 
     if request.recipes:
         raise UserError(f"Figure {number} has recipes of its own, at two scales; leave --recipe out.")
@@ -64,9 +64,8 @@ def _comparison(number: str, request: Request) -> "tuple[Figure, pd.DataFrame | 
 def _ranking(request: Request) -> "tuple[Figure, pd.DataFrame | None]":
     import pandas as pd
 
-    from landscape.orders import plot_orders
-    from landscape.ranking import ranking
-    from landscape.training import rehearse
+    from landscape.paper.rank_changes import plot_orders, ranking
+    from landscape.training.train import rehearse
 
     recipes = _ranking_recipes(request)
     for recipe in recipes:  # before the first is trained, find out whether a later one cannot be
@@ -171,7 +170,7 @@ def command(
     if traces and name not in ("4", "5"):
         raise UserError(f"Figure {name} is not drawn from traces; leave --traces out.")
     figure, table = FIGURES[name].draw(Request(out, scale, traces, recipes, data_dir, device))
-    from landscape.plots import save
+    from landscape.plotting.figure import save
 
     # What was asked for otherwise does not take the place of the paper's figure.
     stem = "-".join([FIGURES[name].stems[scale], *dict.fromkeys(recipes)])

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from landscape.vocabulary import MEASURES
+from landscape.names import MEASURES
 
-from .places import PlaceType
+from .params import PlaceType
 
 if TYPE_CHECKING:  # --help does not wait for pandas
     import pandas as pd
@@ -55,8 +55,9 @@ def command(
     curvature       mean curvature of the loss on the way there
     """  # noqa: D301 (click looks for the character \b)
     # Imported here, so that --help does not wait for pandas and matplotlib.
-    from landscape.plots import plot_landscape, save
-    from landscape.runs import read_traces
+    from landscape.plotting.figure import save
+    from landscape.plotting.landscape import plot_landscape
+    from landscape.traces.reader import read_traces
 
     frame = read_traces(paths)
     save(plot_landscape(frame, measure=measures, x=x, scale=scale, layout=layout), out)
@@ -68,7 +69,7 @@ def command(
 
 def _tables(frame: "pd.DataFrame", measure: str, per_epoch: bool) -> Iterator["pd.DataFrame"]:
     """How rough the landscape was, for each band, and also for each epoch; and where it was not finite."""
-    from landscape.measures import size_name, summarize
+    from landscape.analysis.summary import size_name, summarize
 
     whole = summarize(frame, by="band", measure=measure).set_index("band").rename_axis(None)
     diverged = bool(whole["not_finite"].to_numpy().any())

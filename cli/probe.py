@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from landscape.errors import UserError
-from landscape.recipes import GHOST_BY, PRECISIONS, RECIPES, Recipe, named
-from landscape.vocabulary import NORMS, options_of
+from landscape.names import NORMS, options_of
+from landscape.training.presets import RECIPES, named
+from landscape.training.recipe import GHOST_BY, PRECISIONS, Recipe
 
-from .places import PlaceType
-from .running import Places, prepare, rank, record
+from .params import PlaceType
+from .runner import Places, prepare, rank, record
 
 COMPARISON = ("none", "batch", "ghost")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from landscape.plans import Tuning
-from landscape.recipes import RECIPES
+from landscape.training.presets import RECIPES
+from landscape.tuning.plan import Tuning
 
 from .tune import Workshop, run, workshop_options
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from landscape.plans import Tuning
-from landscape.recipes import RECIPES, Recipe
-from landscape.strategies import STRATEGIES, Configuration
-from landscape.vocabulary import NORMS
+from landscape.names import NORMS
+from landscape.training.presets import RECIPES
+from landscape.training.recipe import Recipe
+from landscape.tuning.plan import Tuning
+from landscape.tuning.strategies import STRATEGIES, Configuration
 
 if TYPE_CHECKING:  # --help waits for neither torch nor pandas
-    from landscape.plans import Plan
-    from landscape.tuning import Outcome
+    from landscape.tuning.plan import Plan
+    from landscape.tuning.tune import Outcome
 
 TUNABLE = [name for name, recipe in RECIPES.items() if recipe.validation]
 
@@ -123,8 +124,8 @@ def command(
 
 def run(tuning: Tuning, out: Path, workshop: Workshop, title: str = "") -> None:
     """Tune, write the table and print it; or only say what that would take."""
-    from landscape.rehearsal import rehearsed
-    from landscape.tables import abridged, reasons
+    from landscape.tuning.feasibility import rehearsed
+    from landscape.tuning.report import abridged, reasons
 
     plan = rehearsed(tuning, workshop.data_dir, workshop.device)
     for why, left_out in reasons(plan).items():
@@ -139,8 +140,8 @@ def run(tuning: Tuning, out: Path, workshop: Workshop, title: str = "") -> None:
 
 def _tell(plan: "Plan", workshop: Workshop) -> None:
     """Which trainings there are, and how long they take on this device."""
-    from landscape.rehearsal import seconds_per_training
-    from landscape.tables import duration
+    from landscape.tuning.feasibility import seconds_per_training
+    from landscape.tuning.report import duration
 
     for configuration in plan.tried():
         click.echo(f"  {configuration}, {plan.tuning.runs} seeds")
@@ -158,7 +159,7 @@ def _tell(plan: "Plan", workshop: Workshop) -> None:
 
 
 def _tune(plan: "Plan", out: Path, workshop: Workshop) -> "Outcome":
-    from landscape.tuning import Place, tune
+    from landscape.tuning.tune import Place, tune
 
     out.mkdir(parents=True, exist_ok=True)
     storage = workshop.storage or f"sqlite:///{out / 'tuning.sqlite3'}"
@@ -182,7 +183,7 @@ def _say(recipe: Recipe, row: Mapping[str, Any]) -> None:
 
 def _write(plan: "Plan", outcome: "Outcome", out: Path, title: str) -> None:
     from landscape.files import whole_file
-    from landscape.tables import accuracies, caption, markdown, write_parquet
+    from landscape.tuning.report import accuracies, caption, markdown, write_parquet
 
     table = accuracies(outcome.trials, outcome.chosen)
     text = "\n".join([*([title + "\n"] if title else []), markdown(table, plan), caption(plan, outcome.trials)]) + "\n"

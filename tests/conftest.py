@@ -1,7 +1,8 @@
 import pytest
 from nonsense import TRIED
 
-from landscape import products, walk
+from landscape.ray import ray
+from landscape.ray.engines import products
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -16,4 +17,4 @@ def _share_whatever_can_be_shared(monkeypatch):
     """The models of the tests are so small that sharing would not pay; that it is right is to be seen all the same."""
     monkeypatch.setattr(products, "LONG_SUM", 1)
     monkeypatch.setattr(products, "LARGE", 0)
-    monkeypatch.setattr(walk, "BLOCK", 100)
+    monkeypatch.setattr(ray, "BLOCK", 100)

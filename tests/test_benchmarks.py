@@ -11,10 +11,10 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks import overhead, rays, store
-from benchmarks.bars import draw
-from benchmarks.footprint import Footprint
-from benchmarks.ways import WAYS, Setting, Way
+from benchmarks import overhead, rays, trace_store
+from benchmarks.charts import draw
+from benchmarks.methods import WAYS, Setting, Way
+from benchmarks.side_effects import Footprint
 from benchmarks.workloads import BARE, PROBE, PROBED, UNPROBED, WORKLOADS, Workload
 
 
@@ -188,7 +188,7 @@ def test_overhead():
 
 
 def test_store(tmp_path):
-    for task, run in (store.WRITE | store.READ).items():
+    for task, run in (trace_store.WRITE | trace_store.READ).items():
         cost = run(tmp_path, 2000)
         assert cost["seconds"] >= 0
         if "worst_ms" in cost:
@@ -199,12 +199,12 @@ def test_store(tmp_path):
 
 
 def test_store_as_a_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "WRITE", {task: store.WRITE[task] for task in ["append: TraceWriter"]})
-    monkeypatch.setattr(store, "READ", {task: store.READ[task] for task in ["read: read_traces"]})
-    options = ["--rows", "2000", "--rounds", "1", "--json", str(tmp_path / "store.json")]
-    result = CliRunner().invoke(store.main, options, catch_exceptions=False)
+    monkeypatch.setattr(trace_store, "WRITE", {task: trace_store.WRITE[task] for task in ["append: TraceWriter"]})
+    monkeypatch.setattr(trace_store, "READ", {task: trace_store.READ[task] for task in ["read: read_traces"]})
+    options = ["--rows", "2000", "--rounds", "1", "--json", str(tmp_path / "trace_store.json")]
+    result = CliRunner().invoke(trace_store.main, options, catch_exceptions=False)
     assert result.exit_code == 0
-    written, read = json.loads((tmp_path / "store.json").read_text())["rows"]
+    written, read = json.loads((tmp_path / "trace_store.json").read_text())["rows"]
     assert [written["task"], read["task"]] == ["append: TraceWriter", "read: read_traces"]
     assert read["us_per_row"] is None
     assert read["peak_mb"] > 50 or not Path("/proc/self/status").exists()

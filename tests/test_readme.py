@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from click.testing import CliRunner
-from landscape_cli import COMMANDS, main
+from landscape_cli.main import COMMANDS, main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -9,7 +9,8 @@ import torch
 from lab import STEP_SIZES, Lab, batches, check_rows, check_untouched, mlp, run
 from torch import nn
 
-from landscape import LandscapeProbe, UserError, checks
+from landscape import LandscapeProbe, UserError
+from landscape.probe import checks
 
 CRITERION = nn.CrossEntropyLoss()
 ZEROS = {

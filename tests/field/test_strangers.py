@@ -324,8 +324,8 @@ def test_the_state_of_a_probe_that_has_ended(trace, tmp_path):
 
 def test_what_a_model_holds_is_put_back_whatever_an_engine_does(monkeypatch):
     """The net under all engines."""
-    from landscape.engines import ENGINES as KNOWN
-    from landscape.walk import loop
+    from landscape.ray.engines.loop import loop
+    from landscape.ray.engines.registry import ENGINES as KNOWN
 
     def careless(ray):
         model = ray.objective.terms[0].state.scene.model

@@ -1,0 +1,5 @@
+"""Data sets: downloaded, verified, parsed, split."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

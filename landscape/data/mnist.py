@@ -1,0 +1,66 @@
+"""MNIST by Y. LeCun, C. Cortes and C. J. C. Burges, read from its original idx files."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from landscape.data.download import Labelled, Source, read_files
+from landscape.errors import UserError
+
+CLASSES = 10
+MNIST = Source(
+    "mnist",
+    ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+    {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    },
+)
+
+
+def read_mnist(part: str, folder: Path, source: Source = MNIST) -> Labelled:
+    """Images (N, 1, H, W) and labels (N,) of one part, ``"train"`` or ``"t10k"``.
+
+    Raises:
+        UserError: A file is damaged or not to be had, or the two do not match.
+    """
+    names = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+    contents = read_files(names, folder, source)
+    images, labels = parse_idx(contents[0], 3, names[0]), parse_idx(contents[1], 1, names[1])
+    if len(images) != len(labels):
+        raise UserError(f"{names[0]} holds {len(images)} images, but {names[1]} {len(labels)} labels; replace them")
+    if (labels >= CLASSES).any():
+        raise UserError(f"{names[1]} holds the label {labels.max()}, expected 0 to {CLASSES - 1}; replace it")
+    return images[:, None], labels
+
+
+def parse_idx(content: bytes, dimensions: int, name: str) -> np.ndarray:
+    """Array of unsigned bytes in an idx file (the format of MNIST, http://yann.lecun.com/exdb/mnist).
+
+    Args:
+        content: The whole file: the magic number 0x0000080D for D dimensions, D sizes of four bytes, big-endian, and
+            the values in C order.
+        dimensions: D.
+        name: What to call the file in an error.
+
+    Returns:
+        A read-only uint8 view of ``content`` with D dimensions.
+
+    Raises:
+        UserError: If the magic number is another, or the sizes do not fit the length of the file.
+    """
+    magic, start = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
+    if content[:4] != magic:
+        raise UserError(f"{name} is no idx file: it starts with {content[:4].hex()}, not {magic.hex()}; replace it")
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
+    size = start + math.prod(shape)
+    if len(content) != size:
+        raise UserError(f"{name} is damaged: {len(content)} bytes, {size} expected for sizes {shape}; replace it")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -1,0 +1,11 @@
+from .functional import batch_group_norm as batch_group_norm
+from .functional import ghost_mean_norm as ghost_mean_norm
+from .functional import ghost_norm as ghost_norm
+from .functional import group_norm as group_norm
+from .functional import seq_norm as seq_norm
+from .layers import BatchNorm as BatchNorm
+from .layers import GhostNorm as GhostNorm
+from .layers import SeqNorm as SeqNorm
+from .registry import convert_norms as convert_norms
+from .registry import make_norm as make_norm
+from .weight_standardization import standardize_weights as standardize_weights

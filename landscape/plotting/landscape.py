@@ -1,0 +1,246 @@
+"""Figures of traces: a frame in, a matplotlib figure out."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
+
+from landscape.analysis.labels import band_labels
+from landscape.analysis.measures import measured
+from landscape.errors import UserError
+from landscape.names import MEASURES, check_measure
+from landscape.plotting.bands import POINTS, Band, Marks, View, hides, largest_first, view_of
+from landscape.plotting.caption import caption
+from landscape.plotting.figure import LandscapeFigure, footnote
+
+X_LABELS = {"step": "update", "epoch": "epoch"}
+SCALES = ("auto", "log", "symlog", "linear")
+LAYOUTS = ("auto", "overlay", "multiples")
+
+MARK = 6.0
+"""Height in points of a row of marks above a panel."""
+
+Colour = tuple[float, ...]
+
+
+def plot_landscape(
+    frame: pd.DataFrame,
+    *,
+    measure: str | Sequence[str] = "loss",
+    x: str = "step",
+    scale: str = "auto",
+    layout: str = "auto",
+) -> Figure:
+    """Draw the landscape along a training run: at every update, a band from the smallest to the largest probed loss.
+
+    The wider the band, the rougher the landscape (Santurkar et al. 2018, figure 4a; Dimitriou & Arandjelovic 2020,
+    section 3.1). Each norm is one band; runs that differ in their seed are joined, and the caption says how. ::
+
+        plot_landscape(frame, measure=("loss", "predictiveness", "beta"))  # Santurkar et al. 2018, figure 4
+
+    Args:
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
+        measure: What is drawn: ``"loss"``, ``"predictiveness"``, ``"beta"``, ``"gap"`` or ``"curvature"``, as
+            :func:`landscape.measured` defines them; or several of them, side by side. Runs that did not
+            record what a measure needs are left out of it, and the caption names them.
+        x: ``"step"`` or ``"epoch"``.
+        scale: Of the measures' axes: ``"log"``, ``"linear"``, ``"symlog"`` (logarithmic on both sides of a linear
+            middle), or ``"auto"``: logarithmic if values span more than a decade, and where there are some that are 0
+            or less, symmetrically so; but losses of 0 or less have a linear axis, as their 0 means nothing.
+        layout: ``"overlay"``; ``"multiples"``, a panel per band with the others in grey behind; or ``"auto"``, which
+            overlays unless one band would hide another. Several measures are always overlaid, in a panel each.
+
+    Returns:
+        A figure, 8 inches wide, to be shown by a notebook or written by its ``savefig`` or by :func:`save`.
+
+    Raises:
+        UserError: An option is none of these, the frame has no rows or no run with what a measure needs, or a value
+            has no place on a logarithmic axis.
+    """
+    measures = [measure] if isinstance(measure, str) else list(dict.fromkeys(measure))
+    _check(frame, measures, x=(x, tuple(X_LABELS)), scale=(scale, SCALES), layout=(layout, LAYOUTS))
+    unread = frame.attrs.get("left_out", ())  # here, as attributes of a frame are easily lost on its way
+    frame = frame.assign(band=band_labels(frame))
+    for name in measures:
+        frame = measured(frame, name)
+    views = [view_of(frame, x, name, scale) for name in measures]
+    shown = {label for view in views for label in view.bands}
+    labels = [label for label in map(str, frame["band"].cat.categories) if label in shown]
+    with sns.axes_style("ticks"), sns.plotting_context("paper"):
+        figure = LandscapeFigure(figsize=(8, 4.5), layout="constrained")
+        if layout == "multiples" or (layout == "auto" and len(views) == 1 and hides(views[0])):
+            _draw_multiples(figure, views[0], labels, X_LABELS[x])
+        else:
+            _draw_overlays(figure, views, labels, X_LABELS[x])
+        title = views[0].measure.title if len(views) == 1 else ""
+        reach = (float(np.min(frame[x])), float(np.max(frame[x])))
+        _finish(figure, reach, title, f"{caption(frame, measures, POINTS, unread)} {_about_axes(views)}")
+    return figure
+
+
+def _check(frame: pd.DataFrame, measures: Sequence[str], **options: tuple[str, Sequence[str]]) -> None:
+    for name, (value, allowed) in options.items():
+        if value not in allowed:
+            raise UserError(f"{name} is {value!r}; it can be {', '.join(allowed)}.")
+    for name in measures:
+        check_measure(name)
+    if not measures:
+        raise UserError(f"No measure is given; choose from {', '.join(MEASURES)}.")
+    if len(measures) > 1 and options["layout"][0] == "multiples":
+        raise UserError("layout='multiples' draws one measure; choose one, or another layout.")
+    if frame.empty:
+        raise UserError("The frame has no rows to draw; give one of read_traces or LandscapeProbe.frame.")
+
+
+def _colours(labels: Collection[str]) -> dict[str, Colour]:
+    """One colour per band, from light to dark, so that they differ in grey and to colour-blind eyes too."""
+    return dict(zip(labels, sns.color_palette("plasma_r", len(labels)), strict=True))
+
+
+def _draw_overlays(figure: Figure, views: Sequence[View], labels: Sequence[str], x_label: str) -> None:
+    """A panel for each measure, with all bands in it."""
+    colours, handles = _colours(labels), {label: {} for label in labels}
+    panels = _panels(figure, len(views), x_label)
+    for axes, view in zip(panels, views, strict=True):
+        for label, band in largest_first(view).items():
+            handles[label] |= {type(artist): artist for artist in _draw_band(axes, view, band, colours[label])}
+        _set_axis(axes, view)
+        _draw_marks(axes, [(view.marks[label], colours[label]) for label in labels if label in view.marks])
+        _set_title(axes, view.measure.title if len(views) > 1 else "", max(len(view.marks) for view in views))
+    if any(labels):
+        entries: list[Any] = [tuple(sorted(of.values(), key=Artist.get_zorder)) for of in handles.values()]
+        columns = max(1, min(4, 100 // (6 + max(map(len, labels)))))
+        legend = figure.legend(entries, labels, loc="outside upper left", ncols=columns, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name may have dollars in it
+
+
+def _draw_multiples(figure: Figure, view: View, labels: Sequence[str], x_label: str) -> None:
+    """A panel for each band, with the others in grey behind."""
+    panels = _panels(figure, len(labels), x_label, sharey=True)
+    for axes, (label, colour) in zip(panels, _colours(labels).items(), strict=True):
+        for other, band in view.bands.items():
+            if other != label:
+                _draw_behind(axes, view, band)
+        _draw_band(axes, view, view.bands[label], colour)
+        _set_axis(axes, view)
+        _draw_marks(axes, [(view.marks[label], colour)] if label in view.marks else [])
+        _set_title(axes, label.replace(" (", "\n(") if len(label) > 24 else label, min(1, len(view.marks)))
+
+
+def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> list[Axes]:
+    columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
+    rows = -(-count // columns)
+    if count > 1:
+        figure.set_size_inches(8, 1.3 + 2.4 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=sharey, squeeze=False).ravel()
+    for axes in panels[count:]:
+        axes.remove()
+    for axes in panels[:count]:
+        axes.xaxis.set_major_locator(MaxNLocator("auto" if count == 1 else 5, steps=[1, 2, 5, 10], integer=True))
+    for axes in panels[:count][-columns:]:  # those with no panel below
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(x_label)
+    return list(panels[:count])
+
+
+def _draw_band(axes: Axes, view: View, band: Band, colour: Colour) -> list[Artist]:
+    """Draw the band, the line, or both; these are also what a legend shows."""
+    artists: list[Artist] = []
+    if view.measure.band:
+        tint = tuple(0.4 + 0.6 * part for part in colour[:3])  # opaque: mixed shades would match no entry of the legend
+        artists.append(_shade(axes, band, color=tint))
+    if view.measure.line:
+        artists.append(_line(axes, band.x, band.line, color=colour))
+    else:  # edges, which show where a band goes on under another one
+        for edge in (band.low, band.high):
+            _line(axes, band.x, edge, color=colour, linewidth=0.5)
+    return artists
+
+
+def _draw_behind(axes: Axes, view: View, band: Band) -> None:
+    if view.measure.band:
+        _shade(axes, band, color="0.88")
+    else:
+        _line(axes, band.x, band.line, color="0.88", zorder=1)
+
+
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> Artist:
+    known = np.pad(np.isfinite(y), 1)
+    lone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])  # a lone point makes no line
+    points = {"marker": ".", "markersize": 3, "markevery": list(lone)} if len(lone) else {}
+    return axes.plot(x, y, **{"linewidth": 0.9, **points, **style})[0]
+
+
+def _shade(axes: Axes, band: Band, **style: Any) -> PolyCollection:
+    # The outline keeps a lone update between two gaps visible: it has no area.
+    return axes.fill_between(band.x, band.low, band.high, linewidth=0.5, **style)
+
+
+def _draw_marks(axes: Axes, rows: Sequence[tuple[Marks, Colour]]) -> None:
+    """Above a panel, a row for each band: bars where updates are not finite, a cross where a run first has one."""
+    for row, (marks, colour) in enumerate(reversed(rows)):
+        up = ScaledTranslation(0, (row + 0.6) * MARK / 72, axes.figure.dpi_scale_trans)
+        place = {"transform": axes.get_xaxis_transform() + up, "clip_on": False, "color": colour}
+        bars = np.pad(marks.spans, ((0, 0), (0, 1)), constant_values=np.nan).ravel()
+        # The ticks at the ends of a bar keep it visible where it is too short to be seen.
+        ticks = {"marker": "|", "markersize": MARK - 2, "markeredgewidth": 0.7}
+        axes.plot(bars, np.ones(len(bars)), linewidth=MARK - 2, solid_capstyle="butt", **ticks, **place)
+        cross = {"marker": "X", "markersize": MARK, "markeredgecolor": "white", "linestyle": "none"}
+        axes.plot(marks.first, np.ones(len(marks.first)), **cross, **place)
+
+
+def _set_title(axes: Axes, title: str, rows: int) -> None:
+    """Write a title above so many rows of marks."""
+    axes.set_title(title, loc="left", pad=mpl.rcParams["axes.titlepad"] + rows * MARK, parse_math=False)
+
+
+def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -> None:
+    margin = 0.01 * (reach[1] - reach[0]) or 0.5
+    for axes in figure.axes:
+        axes.set_xlim(reach[0] - margin, reach[1] + margin)  # also where nothing is drawn, as after a divergence
+        sns.despine(ax=axes)
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+    figure.supylabel(title, fontsize="medium")
+    footnote(figure, text)
+
+
+def _set_axis(axes: Axes, view: View) -> None:
+    axes.set_yscale(view.scale.name, **view.scale.options)
+    if view.limit:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -view.limit), min(high, view.limit))
+    if not any(np.isfinite(part).any() for band in view.bands.values() for part in band[1:]):
+        axes.set_yticks([])  # an axis of nothing
+    low, high = axes.get_ylim()
+    if view.scale.name == "log" and high < 100 * low:  # powers of ten alone would be a tick or two
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _about_axes(views: Sequence[View]) -> str:
+    several = len(views) > 1
+    sentences = []
+    if any(view.measure.band and view.scale.name == "log" for view in views):
+        sentences.append("On a logarithmic axis, heights are ratios.")
+    for view in views:
+        if view.limit:
+            of, sign = f" of the {view.measure.title}" * several, "±" * (view.scale.name != "log")
+            sentences.append(f"Values{of} beyond {sign}{view.limit:g} are cut off.")
+    if any(view.interrupted for view in views):
+        sentences.append("The drawing is interrupted where no update was recorded for unusually long.")
+    for view in views:
+        if view.scale.name == "symlog":
+            beyond = f"logarithmic beyond {view.scale.linear:g}, on either side of 0"
+            sentences.append(f"The axis of the {view.measure.title} is {beyond}.")
+    return " ".join(sentences)

@@ -1,0 +1,5 @@
+"""Hooks on a training loop that measure every update."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

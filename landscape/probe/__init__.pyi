@@ -1,0 +1,1 @@
+from .landscape_probe import LandscapeProbe as LandscapeProbe

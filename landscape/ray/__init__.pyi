@@ -1,0 +1,1 @@
+from .losses import ray_losses as ray_losses

@@ -1,0 +1,60 @@
+"""A ray point by point, with all that does not depend on the step size evaluated once."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from landscape.ray.engines.masks import SharedDraws
+from landscape.ray.engines.products import SharedProducts
+from landscape.ray.objective import Term
+from landscape.ray.ray import Ray, Walk
+
+
+def affine(ray: Ray) -> Tensor:
+    """Each point by itself, but what does not depend on eta, or is affine in it, is evaluated once for all points."""
+    return _shared(ray, Walk(ray, idle=_idle(ray)))
+
+
+def channels_last(ray: Ray) -> Tensor:
+    """The affine engine, with the weights of convolutions, and so what they give, in channels-last layout."""
+    return _shared(ray, Walk(ray, channels_last=True, idle=_idle(ray)))
+
+
+def _idle(ray: Ray) -> set[str]:
+    """Parameters that are not likely to be needed at any point."""
+    known = (name for term in ray.objective.terms for base in term.bases for name in base.parameters)
+    return ray.objective.terms[0].state.scene.streamed.union(known)
+
+
+def _shared(ray: Ray, walk: Walk) -> Tensor:
+    # From the nearest point outwards: differences of large products would cancel.
+    order = sorted(range(len(ray.step_sizes)), key=lambda k: abs(ray.step_sizes[k]))
+    columns = []
+    for term in ray.objective.terms:
+        losses = _outwards(term, walk, [ray.step_sizes[k] for k in order])
+        columns.append(torch.stack([losses[order.index(k)] for k in range(len(order))]))
+    return ray.objective.total(columns)
+
+
+def _outwards(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
+    scene = term.state.scene
+    products = SharedProducts(walk, term.bases, scene.streamed)
+    draws = SharedDraws(walk.channels_last, term.state.random.accelerators)
+
+    def closure(model: nn.Module) -> Tensor:
+        # Looking at every function costs a model that shares nothing some percent of its time.
+        looking = products if products.idle or not scene.shares_nothing else nullcontext()
+        with looking, draws.point():
+            return term.closure(model)
+
+    moves = [partial(products.arrive, eta) for eta in step_sizes]
+    losses = replace(term, closure=closure).losses(walk.point, moves)
+    draws.conclude()
+    scene.shared |= products.layers()
+    scene.streamed = products.streamed & products.idle
+    scene.shares_nothing = products.are_useless()
+    return losses

@@ -1,0 +1,47 @@
+"""Tables of runs as one frame, with facts as columns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from landscape.text import printable
+from landscape.traces.folder import INTERNAL_FACTS
+from landscape.traces.parquet import column_names, to_pandas
+
+
+def joined(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> pd.DataFrame:
+    """The rows of all runs behind their scalar facts; a fact named like a column of the rows is left out."""
+    taken = set(column_names(table))
+    columns = fact_columns([{n: fact for n, fact in scalars(run).items() if n not in taken} for run in facts])
+    repeated = columns.loc[np.repeat(columns.index, [run.num_rows for run in rows])].reset_index(drop=True)
+    return pd.concat([repeated, to_pandas(pa.concat_tables(rows))], axis=1)
+
+
+def scalars(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that become columns, in values that a column holds and a figure shows."""
+    kept = {
+        name: fact for name, fact in facts.items() if name not in INTERNAL_FACTS and not isinstance(fact, dict | list)
+    }
+    return {printable(name): _shown(fact) for name, fact in kept.items()}
+
+
+def _shown(fact: Any) -> Any:
+    if isinstance(fact, int) and abs(fact) >= 2**63:
+        return str(fact)
+    return printable(fact) if isinstance(fact, str) else fact
+
+
+def fact_columns(facts: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row per run, in types that stay small when they are repeated for every update."""
+    names = dict.fromkeys(name for run in facts for name in run)
+    columns = {name: _fact_column([run.get(name) for run in facts]) for name in names}
+    return pd.DataFrame(columns, index=range(len(facts)))
+
+
+def _fact_column(values: list[Any]) -> pd.Series:
+    column = pd.Series(values, dtype=object)
+    types = {"integer": "Int64", "boolean": "boolean", "floating": "float64", "mixed-integer-float": "float64"}
+    return column.astype(types.get(pd.api.types.infer_dtype(column, skipna=True), "category"))

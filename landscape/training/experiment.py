@@ -1,0 +1,218 @@
+"""A recipe set up to be trained: data, model, optimizer, learning rate, and one update after the other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
+
+from landscape.data.dataset import Dataset, Samples, load_dataset
+from landscape.distributed.group import ALONE, Ranks
+from landscape.errors import UserError
+from landscape.norms.registry import make_norm
+from landscape.rng import restore_streams, streams
+from landscape.training.augmentation import augmentation
+from landscape.training.models import MODELS
+from landscape.training.recipe import Recipe
+
+
+class Experiment:
+    """One training run, ready to go.
+
+    Args:
+        recipe: What is trained; it is checked here.
+        data_dir: Where the files of the data set are, or are put; see :func:`landscape.data.dataset.load_dataset`.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; by default the GPU where there is one.
+        ranks: The processes that train it together, each one group of every batch; by default this one alone.
+
+    Attributes:
+        recipe: The recipe as it is trained.
+        data: Its data set, split.
+        model: The model, with its initial weights.
+        updates: Updates in an epoch.
+        ranks: The processes that train it together.
+
+    Raises:
+        UserError: A recipe, device or data set that cannot be used.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data_dir: str | Path | None = None,
+        device: str | torch.device | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.recipe = recipe = recipe.checked()
+        self.device = usable_device(device)
+        data = load_dataset(recipe.dataset, data_dir, self.device)
+        self.data = data.split(recipe.validation, recipe.train_samples)
+        self.updates = len(self.data.train) // recipe.batch_size
+        model = initial_model(recipe, self.data)
+        self.model = data_parallel(model) if ranks.size > 1 else model
+        self.ranks = ranks
+        self.criterion = nn.CrossEntropyLoss()
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+        )
+        self.schedule = learning_rate(recipe, self.optimizer, recipe.epochs * self.updates)
+        self._augment = augmentation(recipe.augment, self.data.train.inputs.shape[-1])
+        self._order = torch.Generator().manual_seed(recipe.seed)
+        self._order_before = self._order.get_state()
+
+    def epoch(self, done: int = 0) -> Iterator[Tensor]:
+        """Train on the training set once, in a new order, in batches of the full size.
+
+        Args:
+            done: How many updates of the epoch were made before its state was loaded; they are left out.
+
+        Yields:
+            The loss of each update; of several ranks that of the own part, whose mean over the ranks it is.
+        """
+        self._order_before = self._order.get_state()
+        shuffled = torch.randperm(len(self.data.train), generator=self._order).to(self.device)
+        for batch in shuffled.split(self.recipe.batch_size)[done : self.updates]:
+            yield self._update(self.data.train[batch])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the training depends on, between two updates of an epoch."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "order": self._order_before,
+            "streams": streams(self.device),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, with :meth:`epoch` told how many of its updates are done."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._order.set_state(state["order"])
+        restore_streams(state["streams"], self.device)
+
+    def _update(self, batch: Samples) -> Tensor:
+        inputs = self._in_layout(self._augment(batch.inputs))
+        self.optimizer.zero_grad()
+        losses = []
+        for own_inputs, targets in self._parts(inputs, batch.targets):
+            with self._precision():
+                loss = self.criterion(self.model(own_inputs), targets)
+            share = len(targets) / len(inputs)
+            (loss * share * self.ranks.size).backward()  # gradients of ranks are averaged, those of losses added
+            losses.append(loss.detach() * share)
+        self.optimizer.step()
+        self.schedule.step()
+        return torch.stack(losses).sum() * self.ranks.size
+
+    def mean_loss(self, losses: Sequence[Tensor]) -> float:
+        """The mean of what `epoch` has yielded, over all ranks."""
+        return self.ranks.mean(lambda: {"loss": torch.stack(list(losses)).mean()})["loss"].item()
+
+    def _parts(self, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The batch, or GhostNorm's groups of it that go through the model one by one in this process."""
+        if self.recipe.ghost_by == "layer":
+            return [(inputs, targets)]
+        groups = self.recipe.groups or 1
+        parts = list(zip(inputs.tensor_split(groups), targets.tensor_split(groups), strict=True))
+        return parts if self.ranks.size == 1 else [parts[self.ranks.rank]]
+
+    def facts(self) -> dict[str, int | str]:
+        """What a trace should say besides the recipe."""
+        sizes = {"samples": len(self.data.train), "test_samples": len(self.data.test)}
+        return sizes | {"device": str(self.device)}
+
+    @torch.no_grad()
+    def evaluate(self, samples: Samples) -> tuple[float, float]:
+        """Mean loss and share of correct answers in evaluation mode; NaN where there are no samples."""
+        self.model.eval()
+        losses, correct = samples.inputs.new_zeros(()), samples.inputs.new_zeros(())
+        for start in range(0, len(samples), 1000):
+            part = samples[start : start + 1000]
+            with self._precision():
+                logits = self.model(self._in_layout(part.inputs)).float()
+            losses += nn.functional.cross_entropy(logits, part.targets, reduction="sum")
+            correct += (logits.argmax(1) == part.targets).sum()
+        self.model.train()
+        return (losses / len(samples)).item(), (correct / len(samples)).item()
+
+    def _in_layout(self, images: Tensor) -> Tensor:
+        images = images.double() if self.recipe.precision == "float64" else images
+        return images.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else images
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+
+
+def usable_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name; by default the GPU where there is one. A UserError if it cannot be used."""
+    try:
+        device = torch.device("cuda" if name is None and torch.cuda.is_available() else name or "cpu")
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"The device {name!r} cannot be used here; give cpu, or cuda where there is a GPU.") from error
+    return device
+
+
+def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
+    """The recipe's model with its initial weights, the same on every device."""
+    if recipe.batch_size > len(data.train):
+        raise UserError(f"batch_size={recipe.batch_size} is more than the {len(data.train)} training samples.")
+    if recipe.model not in MODELS:
+        raise UserError(f"Unknown model {recipe.model!r}; choose one of {', '.join(MODELS)}.")
+    inputs = data.train.inputs[: recipe.batch_size]
+    torch.manual_seed(recipe.seed)
+    by_layer = recipe.ghost_by == "layer"
+    norm = make_norm(recipe.norm, **recipe.norm_options) if by_layer else make_norm("batch")
+    model = MODELS[recipe.model](inputs[0].shape, data.classes, norm).to(inputs.device)
+    model = model.double() if recipe.precision == "float64" else model
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's types lack it)
+    try:  # a norm that does not fit is found before a trace is begun
+        with torch.no_grad():
+            samples = inputs if by_layer else inputs[: recipe.batch_size // (recipe.groups or 1)]
+            deepcopy(model)(samples.to(next(model.parameters(), samples)))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"The norm {recipe.norm!r} does not take batches of {recipe.batch_size}: {error}.") from error
+    return model
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel:
+    """The model in one of several processes, whose BatchNorms keep the running statistics of their own groups."""
+    known = signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.13
+    apart: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, **apart)
+
+
+def learning_rate(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: int) -> LRScheduler:
+    """The recipe's learning rate over all updates, by torch's schedulers.
+
+    ``triangle`` rises from ``lr_start`` to ``lr``, falls back in as many updates, and goes on to ``lr_end`` in those
+    that are left; ``cosine`` rises likewise and falls to ``lr_end`` along half a cosine.
+    """
+    if recipe.schedule == "constant" or updates < 4:
+        return LambdaLR(optimizer, lambda update: 1.0)
+    if recipe.schedule == "triangle":
+        top = max(0.0, recipe.rise * updates - 1)  # as in torch's OneCycleLR, which fails where this is 0
+        start = min(recipe.lr_start, recipe.lr)
+        updates_at, rates = (0, top, 2 * top, updates - 1), (start, recipe.lr, start, recipe.lr_end)
+        return LambdaLR(optimizer, lambda update: float(np.interp(update, updates_at, rates)) / recipe.lr)
+    rising = max(1, round(recipe.rise * updates))
+    rise = LinearLR(optimizer, min(1.0, recipe.lr_start / recipe.lr), total_iters=rising)
+    fall = CosineAnnealingLR(optimizer, max(1, updates - rising), recipe.lr_end)
+    return SequentialLR(optimizer, [rise, fall], [rising])

@@ -1,0 +1,1 @@
+"""Search over the numbers of groups, as Optuna trials."""

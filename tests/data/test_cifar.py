@@ -1,0 +1,152 @@
+import gzip
+import hashlib
+import io
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from landscape.data.cifar import CIFAR10, CIFAR100, parse_cifar, read_cifar
+from landscape.data.dataset import LOADERS, load_dataset
+from landscape.errors import UserError
+
+RANDOM = np.random.default_rng(0)
+
+
+def records(count, labels):
+    """A file of the binary version, with its images and the label bytes of each record."""
+    images = RANDOM.integers(0, 256, (count, 3, 32, 32), np.uint8)
+    targets = np.stack([RANDOM.integers(0, classes, count, np.uint8) for classes in labels], 1)
+    content = b"".join(label.tobytes() + image.tobytes() for label, image in zip(targets, images, strict=True))
+    return content, images, targets
+
+
+def files_of(cifar, counts):
+    names = [*cifar.train, cifar.tests[0]]
+    return {name: records(count, cifar.labels) for name, count in zip(names, counts, strict=True)}
+
+
+def with_hashes(cifar, contents):
+    """The data set with the hashes of these files instead of the published ones."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    return replace(cifar, source=replace(cifar.source, sha256=hashes, mirrors=()))
+
+
+def archive_of(cifar, contents, inside=None):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"{inside or cifar.source.inside}/{name}")
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+CASES = pytest.mark.parametrize(("cifar", "counts"), [(CIFAR10, (3, 1, 2, 4, 5, 6)), (CIFAR100, (7, 4))], ids=str)
+
+
+@CASES
+@pytest.mark.parametrize("place", ["", "{0.name}", "{0.inside}", "{0.name}/{0.inside}"])
+def test_unpacked_files_are_read_where_people_put_them(tmp_path, cifar, counts, place):
+    files = files_of(cifar, counts)
+    folder = tmp_path / place.format(cifar.source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (content, _, _) in files.items():
+        (folder / name).write_bytes(content)
+    (images, labels), test = read_cifar(with_hashes(cifar, {n: c for n, (c, _, _) in files.items()}), tmp_path)
+    parts = list(files.values())
+    np.testing.assert_array_equal(images, np.concatenate([part[1] for part in parts[:-1]]))
+    np.testing.assert_array_equal(labels, np.concatenate([part[2][:, -1] for part in parts[:-1]]))
+    np.testing.assert_array_equal(test[0], parts[-1][1])
+    np.testing.assert_array_equal(test[1], parts[-1][2][:, -1])
+
+
+@CASES
+def test_the_archive_is_read_without_being_unpacked(tmp_path, cifar, counts):
+    files = {name: content for name, (content, _, _) in files_of(cifar, counts).items()}
+    (tmp_path / cifar.source.archive).write_bytes(archive := archive_of(cifar, files))
+    (images, _), test = read_cifar(with_hashes(cifar, {cifar.source.archive: archive}), tmp_path)
+    assert (len(images), len(test[0])) == (sum(counts[:-1]), counts[-1])
+    assert [path.name for path in tmp_path.iterdir()] == [cifar.source.archive]
+
+
+@CASES
+def test_a_missing_test_file_leaves_an_empty_test_set(tmp_path, cifar, counts):
+    files = {name: content for name, (content, _, _) in files_of(cifar, counts).items()}
+    for name in cifar.train:
+        (tmp_path / name).write_bytes(files[name])
+    train, test = read_cifar(with_hashes(cifar, files), tmp_path)
+    assert (len(train[0]), test[0].shape, test[1].shape) == (sum(counts[:-1]), (0, 3, 32, 32), (0,))
+
+
+def test_the_archive_has_the_test_file_that_the_unpacked_ones_lack(tmp_path):
+    files = {name: content for name, (content, _, _) in files_of(CIFAR100, (7, 4)).items()}
+    (tmp_path / "train.bin").write_bytes(files["train.bin"])
+    (tmp_path / CIFAR100.source.archive).write_bytes(archive := archive_of(CIFAR100, files))
+    _, test = read_cifar(with_hashes(CIFAR100, files | {CIFAR100.source.archive: archive}), tmp_path)
+    assert len(test[0]) == 4
+
+
+def test_a_damaged_archive_is_not_opened(tmp_path):
+    (tmp_path / CIFAR10.source.archive).write_bytes(b"not an archive")
+    with pytest.raises(UserError, match="is damaged: SHA-256 c4a38c"):
+        read_cifar(CIFAR10, tmp_path)
+
+
+def test_an_archive_that_cannot_be_fetched(tmp_path):
+    cifar = replace(CIFAR100, source=replace(CIFAR100.source, mirrors=("http://127.0.0.1:1/",)))
+    with pytest.raises(UserError, match=r"cifar-100-binary.tar.gz is missing and cannot be fetched.* as data_dir"):
+        read_cifar(cifar, tmp_path)
+
+
+CONTENT, IMAGES, LABELS = records(3, (20, 100))
+
+
+def test_a_record_is_its_labels_and_three_planes():
+    images, labels = parse_cifar(CONTENT, (20, 100), "file")
+    np.testing.assert_array_equal(images, IMAGES)
+    np.testing.assert_array_equal(labels, LABELS[:, 1])
+    assert images[1, 2, 3, 4] == CONTENT[3074 + 2 + 2 * 1024 + 3 * 32 + 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "labels", "message"),
+    [
+        (b"", (10,), "0 bytes, expected whole records of 3073 bytes"),
+        (CONTENT[:-1], (20, 100), "9221 bytes, expected whole records of 3074"),
+        (CONTENT, (10,), "expected whole records of 3073"),
+        (b"\x0a" + bytes(3072), (10,), r"holds the labels \[10\], allowed are less than \[10\]"),
+        (b"\x14\x63" + bytes(3072), (20, 100), r"the labels \[20, 99\], allowed are less than \[20, 100\]"),
+    ],
+)
+def test_a_file_that_is_damaged(content, labels, message):
+    with pytest.raises(UserError, match=message):
+        parse_cifar(content, labels, "train.bin")
+
+
+def test_cifar100_by_name(tmp_path, monkeypatch):
+    files = {name: content for name, (content, _, _) in files_of(CIFAR100, (300, 40)).items()}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    cifar = with_hashes(CIFAR100, files)
+    monkeypatch.setitem(LOADERS, "cifar100", (100, lambda folder: read_cifar(cifar, folder)))
+    dataset = load_dataset("cifar100", tmp_path)
+    assert (dataset.classes, dataset.train.inputs.shape, len(dataset.test)) == (100, (300, 3, 32, 32), 40)
+    assert dataset.train.targets.dtype == torch.int64
+    pixels = dataset.train.inputs[:, 1] * dataset.std[1] + dataset.mean[1]
+    torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+
+
+def test_a_gzipped_file_without_a_known_hash_is_not_taken(tmp_path):
+    records = bytes([3, 42]) + bytes(3072)
+    source = replace(
+        CIFAR100.source,
+        mirrors=(),
+        sha256={name: hashlib.sha256(records).hexdigest() for name in CIFAR100.source.sha256},
+    )
+    (tmp_path / "train.bin").write_bytes(records)
+    (tmp_path / "test.bin.gz").write_bytes(gzip.compress(records))
+    train_set, test_set = read_cifar(replace(CIFAR100, source=source), tmp_path)
+    assert (len(train_set[0]), len(test_set[0])) == (1, 0)

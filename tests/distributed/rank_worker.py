@@ -1,0 +1,33 @@
+"""Runs what the processes of a test do: ``torchrun rank_worker.py TASK FOLDER`` is for the module ``rank_TASK``."""
+
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from landscape.distributed.setup import joined, own_device
+
+
+def launch(task, processes, folder):
+    """What each rank has found out; a test fails, and does not wait for ever, if one of them does not end."""
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__, task, folder]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, *map(str, command)], check=True, timeout=300, env=environment)
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def main(task, folder):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    with joined(own_device("cpu")) as ranks:
+        tasks = importlib.import_module(f"rank_{task}").TASKS
+        torch.save({function.__name__: function(ranks, folder) for function in tasks}, folder / f"{ranks.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
+    os._exit(0)  # torch may abort an interpreter that ends while something still holds a process group

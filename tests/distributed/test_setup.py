@@ -1,0 +1,133 @@
+"""Real processes, and what becomes of the others and of the trace when one of them is killed."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import rank_deaths
+import torch
+
+from landscape import read_traces
+from landscape.distributed.setup import launched, own_device
+
+SCRIPT = Path(rank_deaths.__file__)
+ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"} | {"OMP_NUM_THREADS": "1"}
+
+
+def test_what_torchrun_says(monkeypatch):
+    assert launched() is None
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launched() == 4
+    assert own_device("cpu") == torch.device("cpu")
+    assert own_device("cuda") == torch.device("cuda", 1)
+
+
+def torchrun(*arguments):
+    """In a process of its own, whose signal handlers torchrun replaces."""
+    code = f"""
+import sys
+from landscape.errors import UserError
+from landscape_cli.torchrun import torchrun
+try:
+    sys.exit(torchrun({arguments!r}, 2))
+except UserError as mistake:
+    sys.exit(f"Error: {{mistake}}")
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_a_command_in_several_processes_is_seen_once():
+    answer = torchrun("--version")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.count("version") == 1
+
+
+def test_a_mistake_in_several_processes_is_told_once():
+    answer = torchrun("probe", "--recipe", "cats")
+    assert answer.stderr.startswith("Error: Unknown recipe 'cats'; choose one of ")
+    assert answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("victim", [2, 0])
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a process by its environment in /proc")
+def test_a_command_ends_with_one_line_when_one_of_its_processes_is_killed(tmp_path, victim):
+    options = ["--norm", "ghost", "--groups", "4", "--ghost-by", "ranks", "--epochs", "10000"]
+    options += ["--checkpoint-seconds", "0.1", "--out", tmp_path]
+    command = [sys.executable, "-m", "landscape_cli", "probe", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ALONE, **pipes) as running:
+        until(lambda: list(tmp_path.glob("*/checkpoint.pt")), running)
+        processes = children(running.pid)
+        os.kill(processes[victim], signal.SIGKILL)
+        out, err = running.communicate(timeout=25)  # torchrun kills who does not end within 30 seconds
+    assert (running.returncode, out) == (128 + signal.SIGKILL, "")
+    assert re.fullmatch(f"Process {victim} was killed by SIGKILL.* others were stopped.*--resume.*{tmp_path}.*\n", err)
+    assert not any(Path(f"/proc/{process}").exists() for process in processes.values())
+    steps = list(read_traces(tmp_path).step)
+    assert steps == list(range(len(steps)))
+    (run,) = tmp_path.iterdir()
+    kinds = {re.sub(r"\d+", "", path.name) for path in run.glob("[!.]*")}
+    assert kinds - {"epochs-.parquet"} == {"updates-.parquet", "run.json", "checkpoint.pt"}
+
+
+def until(condition, running):
+    """Wait for what a process does."""
+    ended = time.monotonic() + 120
+    while not condition():
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < ended
+        time.sleep(0.05)
+
+
+def children(parent):
+    """The processes that torchrun has started there, by their rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = f"\nPPid:\t{parent}\n" in (folder / "status").read_text()
+            variables = (folder / "environ").read_text().split("\0") if is_child else []
+        except OSError:
+            continue  # it has ended
+        ranks = [int(variable.removeprefix("RANK=")) for variable in variables if variable.startswith("RANK=")]
+        found |= dict.fromkeys(ranks, int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment", "victim"), [("copies", "probing", 2), ("spread", "probing", 2), ("copies", "training", 0)]
+)
+def test_a_script_whose_process_is_killed_keeps_its_trace(tmp_path, kind, moment, victim):
+    """Started without torchrun, which would end the others before they have seen it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, SCRIPT, kind, moment, str(victim), tmp_path]
+    ranks = [
+        subprocess.Popen(command, env=ALONE | place | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    words = [process.communicate(timeout=120)[1] for process in ranks]
+    assert 0 not in [process.returncode for process in ranks]
+    told = "LostRankError: Another of the processes that train the model no longer answers"
+    assert [told in word for word in words] == [rank != victim and moment == "probing" for rank in range(3)]
+    rows = rank_deaths.STEP if victim else rank_deaths.FLUSHED
+    assert list(read_traces(tmp_path).step) == list(range(rows))
+    assert sorted(path.name for path in (tmp_path / "run").glob("[!.]*"))[0] == "run.json"
+
+
+def test_a_script_of_torchrun_whose_process_is_killed_keeps_its_trace(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", SCRIPT]
+    answer = subprocess.run(
+        [*command, "copies", "training", "2", tmp_path], env=ALONE, capture_output=True, text=True, timeout=120
+    )
+    assert answer.returncode == 1
+    steps = list(read_traces(tmp_path).step)
+    assert steps == list(range(len(steps)))
+    assert rank_deaths.FLUSHED <= len(steps) <= rank_deaths.STEP

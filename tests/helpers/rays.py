@@ -1,0 +1,23 @@
+import copy
+
+import torch
+
+from landscape.ray.engines.registry import ENGINES as ALL_ENGINES
+from landscape.ray.engines.registry import OPT_IN
+
+ENGINES = [name for name in ALL_ENGINES if name not in OPT_IN]
+STEP_SIZES = [0.0, 0.7, -0.2, 3.0, 0.7]
+
+
+def moved_losses(case, direction, step_sizes):
+    """The obvious way: a copy of the model for each point, its parameters moved by hand."""
+    losses = []
+    for eta in step_sizes:
+        torch.manual_seed(1)
+        model = copy.deepcopy(case.model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in direction:
+                    parameter -= eta * direction[name]
+            losses.append(case.closure(model))
+    return torch.stack(losses)

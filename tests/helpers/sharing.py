@@ -1,0 +1,75 @@
+"""Workers that share trainings, and what is true when one of them is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+
+import optuna
+
+from landscape.training.presets import RECIPES
+from landscape.tuning.database import open_storage
+from landscape.tuning.trials import finish, study_name
+
+DIGITS = replace(RECIPES["classify-digits"], norm="ghost")
+GHOSTS = [replace(DIGITS, groups=groups, seed=seed) for groups in (2, 4, 8) for seed in (0, 1)]
+
+
+def score(recipe):
+    return 0.5 + 0.01 * recipe.groups + 0.001 * recipe.seed
+
+
+ROWS = [[recipe.groups, recipe.seed, score(recipe)] for recipe in GHOSTS]
+
+
+def runs(recipes):
+    return [recipe.run for recipe in recipes]
+
+
+def states(storage, recipe=GHOSTS[0]):
+    trials = optuna.load_study(study_name=study_name(recipe), storage=storage).trials
+    return [trial.state.name for trial in trials]
+
+
+def work(url, seconds):
+    """A worker's process: says what it begins, and at the end what every training came to."""
+
+    def train(recipe, report):
+        print("begin", recipe.run, flush=True)
+        time.sleep(float(seconds))
+        report(1, score(recipe))
+        return {"score": score(recipe)}
+
+    rows = finish(open_storage(url, heartbeat=1, grace=2), GHOSTS, train)
+    print(json.dumps([[row["groups"], row["seed"], row["score"]] for row in rows]), flush=True)
+
+
+def start(url, seconds):
+    command = [sys.executable, "-W", "error", __file__, url, str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def begun(output):
+    return [line.removeprefix("begin ") for line in output.splitlines() if line.startswith("begin ")]
+
+
+def check_that_one_of_two_may_be_killed(url):
+    """Two workers on a new database, of which one is killed in the middle of its second training."""
+    killed, other = start(url, 0.6), start(url, 0.6)
+    had = begun(killed.stdout.readline() + killed.stdout.readline())
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    output, _ = other.communicate(timeout=60)
+    assert output.splitlines()[-1] == str(ROWS)
+    assert Counter(had + begun(output)) == Counter(runs(GHOSTS)) + Counter(had[-1:])
+    storage = open_storage(url)
+    assert Counter(states(storage)) - Counter("PRUNED" for _ in GHOSTS) == {"COMPLETE": 6, "FAIL": 1}
+    storage.engine.dispose()
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])

@@ -1,0 +1,46 @@
+"""What only a GPU can show; skipped elsewhere. One command runs it: ``pytest tests/probe/test_cuda.py``."""
+
+import pytest
+import torch
+from cases import CASES, REFUSED
+from rays import STEP_SIZES, moved_losses
+from torch import nn
+
+from landscape import LandscapeProbe, make_norm, ray_losses
+from landscape.ray.engines.registry import ENGINES, OPT_IN
+from landscape.training.models import SimpleNet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.filterwarnings("ignore:The engine .* does not fit")
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name not in OPT_IN])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("unseen use", "writes")])
+def test_engines_give_the_losses_of_moved_copies(name, engine):
+    """But for a use that no TorchFunctionMode sees: to look for its NaN would be to wait for the device."""
+    with torch.device("cuda"):
+        case = CASES[name]()
+        direction = case.direction()
+        expected = moved_losses(case, direction, STEP_SIZES)
+        torch.manual_seed(1)
+        losses = ray_losses(case.model, case.closure, direction, STEP_SIZES, engine=engine)
+    rtol = 1e-9 if name not in REFUSED.get(engine, ()) else 1e-8
+    torch.testing.assert_close(losses, expected, rtol=rtol, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ["loop", "affine", "stacked"])
+@pytest.mark.parametrize("norm", ["none", "batch", "ghost"])
+def test_no_step_waits_for_the_device(norm, engine):
+    model = SimpleNet(784, 10, make_norm(norm, **({"groups": 8} if norm == "ghost" else {}))).cuda()
+    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    inputs, targets = torch.randn(512, 784, device="cuda"), torch.randint(0, 10, (512,), device="cuda")
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine=engine) as probe:
+        for update in range(8):
+            torch.cuda.set_sync_debug_mode("error" if update > 4 else "default")
+            try:
+                optimizer.zero_grad()
+                criterion(model(inputs), targets).backward()
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert len(probe.frame()) == 8

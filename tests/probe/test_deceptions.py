@@ -1,0 +1,405 @@
+"""Models that could deceive an engine or be changed by the probe: each row is the loop's, each bit as without it."""
+
+import functools
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from landscape import LandscapeProbe, UserError, ray_losses
+from landscape.ray.engines.registry import ENGINES, OPT_IN
+
+STEP_SIZES = [0.2 * k for k in range(1, 6)]
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def train(
+    make, engine, updates=4, closure=None, before=lambda model, step: None, between=lambda model: None, **options
+):
+    """Losses of every update, and all that training leaves behind; ``engine=None`` trains without a probe."""
+    torch.manual_seed(0)
+    model, criterion = make().double(), nn.CrossEntropyLoss()
+    walked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(walked, lr=0.1)
+    probe = LandscapeProbe(
+        model, optimizer, None if closure else criterion, step_sizes=STEP_SIZES, engine=engine or "loop", **options
+    )
+    if engine:
+        probe.attach()
+    for step in range(updates):
+        before(model, step)
+        x, y = torch.randn(12, 6, dtype=torch.float64), torch.arange(12) % 3
+        optimizer.zero_grad()
+        (probe.observe(closure, x, y) if closure else criterion(model(x), y)).backward()
+        between(model)
+        optimizer.step()
+    probe.detach()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()} | {"stream": torch.get_rng_state()}
+    return probe.frame().set_index("step")["losses"].map(list).to_dict() if engine else {}, state
+
+
+class Momentum(nn.Module):
+    """A momentum encoder that is written to in its forward pass, through ``.data`` or as a trained parameter is."""
+
+    def __init__(self, how, frozen):
+        super().__init__()
+        self.how, self.query, self.key = how, nn.Linear(6, 3), nn.Linear(6, 3)
+        for mine, other in zip(self.query.parameters(), self.key.parameters(), strict=True):
+            other.data.copy_(mine.data)
+            other.requires_grad_(not frozen)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for mine, other in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                if self.how == "rebound":
+                    other.data = other.data * 0.9 + mine.data * 0.1
+                elif self.how == "through data":
+                    other.data.mul_(0.9).add_(mine.data, alpha=0.1)
+                else:
+                    other.lerp_(mine, 0.1)
+            target = self.key(x)
+        return self.query(x) + target
+
+
+@pytest.mark.filterwarnings("ignore:Step . is not in the trace. The forward pass writes")
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("how", ["rebound", "through data", "in place"])
+@pytest.mark.parametrize("engine", ["loop", "affine", "auto"])
+def test_what_the_forward_pass_writes_to_is_written_to_once(engine, how, frozen):
+    make = functools.partial(Momentum, how, frozen)
+    losses, state = train(make, engine)
+    _, expected = train(make, None)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert len(losses) == 3  # one tells that there is something to be copied
+
+
+def rebind_forward(model, step):
+    layer = model[0]
+    layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)
+
+
+def hook_late(model, step):
+    if step == 2:
+        model[0].register_forward_hook(lambda module, args, outputs: 2 * outputs, prepend=True)
+
+
+def freeze(model, step):
+    model[0].requires_grad_(step < 2)
+
+
+def normalize(model, step):
+    if step == 0:
+        nn.utils.parametrizations.weight_norm(model[2])
+
+
+def old_weight_norm(model, step):
+    if step == 0:
+        model[2] = nn.utils.spectral_norm(model[2])
+
+
+def adapt(model, step):
+    if step == 2:
+        model[0].register_parameter("lora", nn.Parameter(torch.zeros(1, dtype=torch.float64)))
+
+
+CHANGES = {
+    "forward of an instance": {"before": rebind_forward},
+    "hook": {"before": hook_late},
+    "frozen later": {"before": freeze},
+    "old spectral norm": {"before": old_weight_norm},
+    "one more parameter": {"before": adapt},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", ["affine", "stacked"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_layers_that_change_during_training(name, engine):
+    losses, _ = train(mlp, engine, closure=lambda m, x, y: F.cross_entropy(m(x), y), **CHANGES[name])
+    expected, _ = train(mlp, "loop", closure=lambda m, x, y: F.cross_entropy(m(x), y), **CHANGES[name])
+    assert losses.keys() == expected.keys() == set(range(4))
+    for step in expected:
+        assert losses[step] == pytest.approx(expected[step], rel=1e-10), step
+
+
+def test_parameters_that_are_written_before_the_step_are_refused():
+    """Neither the loss nor the gradient is that of where the update starts; through ``.data``, values alone tell."""
+
+    def shrink(model):
+        model[0].weight.data.mul_(0.9)
+
+    with pytest.raises(UserError, match="step size 0"):
+        train(mlp, "loop", between=shrink)
+
+
+def test_a_mean_teacher_in_the_loss():
+    """The same layer on the same input with other weights."""
+    torch.manual_seed(1)
+    other = {name: torch.randn_like(tensor, dtype=torch.float64) for name, tensor in mlp().named_parameters()}
+
+    def closure(model, x, y):
+        return F.cross_entropy(model(x), y) + F.mse_loss(functional_call(model, other, (x,)), model(x))
+
+    losses, expected = (train(mlp, engine, closure=closure)[0] for engine in ("affine", "loop"))
+    for step in expected:
+        assert losses[step] == pytest.approx(expected[step], rel=1e-10)
+
+
+class Renormalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        self.a.weight.data = torch.renorm(self.a.weight.data, 2, 0, 0.5)
+        return self.b(self.a(x).relu())
+
+
+class Remembering(nn.Module):
+    """Feeds a layer from memory that is written to without a trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.memory = torch.zeros(12, 8, dtype=torch.float64)
+
+    def forward(self, x):
+        self.memory.data.copy_(self.a(x).detach())
+        return self.b(self.memory)
+
+
+class Conjugate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+        torch.manual_seed(3)
+        self.z = torch.randn(12, 6, dtype=torch.complex128)
+
+    def forward(self, x):
+        return self.a(self.z.imag) + 2 * self.a(self.z.conj().imag)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 2, 3, padding=1)
+        )
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.layers(x).flatten(1))
+
+
+class OwnStream(nn.Module):
+    """Moves the random stream by itself between two draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = F.dropout(self.a(x), 0.5)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            mix = torch.randn(6, 6, dtype=torch.float64)
+        state = torch.get_rng_state()
+        torch.rand(3)
+        torch.set_rng_state(state)
+        return self.b(F.dropout(hidden @ mix, 0.5))
+
+
+class Transposed(nn.Module):
+    def __init__(self, drop):
+        super().__init__()
+        self.a, self.b, self.drop = nn.Linear(6, 6), nn.Linear(6, 3), drop
+
+    def forward(self, x):
+        return self.b(self.drop(self.a(x).t().contiguous().t()))
+
+
+class Normalized(nn.Module):
+    """Drops what is contiguous by itself, but need not be where points are stacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(torch.dropout(self.norm(self.a(x)), 0.5, True))
+
+
+class Reseeding(nn.Module):
+    """Draws from another state of the stream far from the origin."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.a(x)
+        if hidden.abs().mean() > 0.9:
+            torch.manual_seed(3)
+        return self.b(F.dropout(hidden, 0.5))
+
+
+def in_place(x):
+    F.dropout(x, 0.5, inplace=True)
+    return x
+
+
+MODELS = {
+    "renormalized": Renormalized,
+    "remembering": Remembering,
+    "conjugate": Conjugate,
+    "dropping": Dropping,
+    "own stream": OwnStream,
+    "normalized": Normalized,
+    "reseeding": Reseeding,
+    **{
+        f"transposed {name}": functools.partial(Transposed, drop)
+        for name, drop in {
+            "F.dropout": lambda x: F.dropout(x, 0.5),
+            "torch.dropout": lambda x: torch.dropout(x, 0.5, True),
+            "native": lambda x: torch.native_dropout(x, 0.5, True)[0],
+            "alpha": lambda x: F.alpha_dropout(x, 0.5, True),
+            "in place": in_place,
+            "bernoulli": lambda x: x * torch.empty_like(x).bernoulli_(),
+        }.items()
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:The engine .* does not fit")
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name not in OPT_IN and name != "loop"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_could_deceive(name, engine):
+    torch.manual_seed(0)
+    model, x = MODELS[name]().double(), torch.randn(12, 6, dtype=torch.float64)
+    direction = {key: 0.3 * torch.randn_like(parameter) for key, parameter in model.named_parameters()}
+    losses = {}
+    for which in ("loop", engine):
+        torch.manual_seed(1)
+        losses[which] = ray_losses(model, lambda m: m(x).square().mean(), direction, STEP_SIZES, engine=which)
+    torch.testing.assert_close(losses[engine], losses["loop"], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("engine", ["affine", "stacked"])
+@pytest.mark.parametrize("points", [1, 2, 5])
+def test_losses_with_derivatives_by_the_input(points, engine):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double(), torch.randn(12, 6).double()
+    direction = {key: torch.randn_like(parameter) for key, parameter in model.named_parameters()}
+
+    def penalty(model):
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(model(z).sum() + z.sum(), z, create_graph=True)
+        return slope.square().mean()
+
+    def closure(model):
+        return model(x).square().mean() + penalty(model)
+
+    with pytest.warns(UserWarning, match="does not fit") if engine == "stacked" else nullcontext():
+        losses = ray_losses(model, closure, direction, STEP_SIZES[:points], engine=engine)
+    expected = ray_losses(model, closure, direction, STEP_SIZES[:points], engine="loop")
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
+
+
+def test_autocast_around_the_whole_loop_with_gradients():
+    """The cache of weights that were cast would give all points the same ones."""
+    torch.manual_seed(0)
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(12, 6), torch.arange(12) % 3
+    options = {"step_sizes": [1.0, 2.0, 4.0], "gradients": True}
+    with torch.autocast("cpu", torch.bfloat16), LandscapeProbe(model, optimizer, criterion, **options) as probe:
+        criterion(model(x), y).backward()
+        optimizer.step()
+    row = probe.frame().iloc[0]
+    assert len(set(row["losses"])) == 3
+    assert min(row["gradient_distances"]) > 0
+
+
+def test_sparse_tensors_pass_the_meter():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.edges = nn.Linear(6, 3), torch.eye(12).double().to_sparse()
+
+        def forward(self, x):
+            return torch.sparse.mm(self.edges, self.layer(x))
+
+    for engine in ("loop", "affine", "auto"):
+        assert len(train(Graph, engine)[0]) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_modules_are_probed_once_they_are_made():
+    model, criterion = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(3)), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.warns(UserWarning, match="parameters that the model does not have"):
+        probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES)
+    x, y = torch.randn(12, 6), torch.arange(12) % 3
+    with probe:
+        for step in range(3):
+            model.zero_grad()
+            criterion(model(x), y).backward()
+            if step == 0:
+                optimizer.add_param_group({"params": list(model.parameters())})
+                with pytest.warns(UserWarning, match="Step 0 is not in the trace: The forward pass has made"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    assert list(probe.frame()["step"]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overhead": "10%"}, "overhead='10%': give the share"),
+        ({"every": None}, "every=None: probe each n-th update"),
+        ({"every": "2"}, "every='2': probe each n-th update"),
+        ({"max_memory": "1GB"}, "max_memory='1GB': give the bytes"),
+        ({"max_memory": -1}, "max_memory=-1"),
+        ({"steps_per_epoch": "a"}, "steps_per_epoch='a'"),
+        ({"gradients": "no"}, "gradients='no': give True or False"),
+        ({"grad_scaler": 1}, "grad_scaler=1"),
+        ({"engine": ["affine"]}, "Unknown engine"),
+    ],
+)
+def test_mistakes(options, message):
+    model = nn.Linear(1, 1)
+    with pytest.raises(UserError, match=message):
+        LandscapeProbe(model, torch.optim.SGD(model.parameters()), **{"step_sizes": [1.0]} | options)
+
+
+def test_a_direction_with_nothing_for_a_parameter():
+    model = nn.Linear(1, 1)
+    with pytest.raises(UserError, match="direction of 'weight' is a NoneType; give a tensor, or leave it out"):
+        ray_losses(model, lambda m: m(torch.ones(1)), {"weight": None, "bias": torch.ones(1)}, [1.0])
+
+
+@pytest.mark.parametrize("engine", ["affine", "stacked", "loop", "auto"])
+def test_training_that_diverges_goes_on_and_is_recorded(engine):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 2))
+    optimizer, criterion = torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss()
+    inputs, targets = torch.randn(128, 64), torch.arange(128) % 2
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1, 0.2], engine=engine) as probe:
+        for step in range(12):
+            if step == 8:
+                with torch.no_grad():
+                    model[0].weight.fill_(torch.nan)
+            optimizer.zero_grad()
+            criterion(model(inputs), targets).backward()
+            optimizer.step()
+    losses = probe.frame()["loss_max"].to_numpy(float)
+    assert len(losses) == 12
+    assert [bool(loss != loss) for loss in losses] == [False] * 8 + [True] * 4

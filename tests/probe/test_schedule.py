@@ -1,0 +1,83 @@
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from landscape import LandscapeProbe, UserError
+from landscape.probe.schedule import Budget, Schedule, Stopwatch
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 3.0])
+@pytest.mark.parametrize("first", [1.0, 10.0])
+def test_five_hundred_steps_cost_the_share(share, first):
+    """Probes of one and a half steps, the first of them dearer by its checks."""
+    budget, probes = Budget(share), 0
+    for _ in range(500):
+        if budget.affords():
+            budget.probe(first if probes == 0 else 1.5)
+            probes += 1
+        budget.train(1.0)
+    assert budget.training == 500
+    assert 0.8 * min(share, 1.5 + (first - 1.5) / 500) <= budget.probing / budget.training <= share
+
+
+def test_every_nth_update():
+    schedule, due = Schedule(3, None, CPU), []
+    for _ in range(7):
+        due.append(schedule.due)
+        schedule.advance(0.0)
+    assert due == [True, False, False, True, False, False, True]
+    assert schedule.facts() == {}
+
+
+def test_what_is_probed_is_not_training():
+    schedule = Schedule(1, 0.5, CPU)
+    with schedule.probing():
+        time.sleep(0.05)
+    schedule.advance(0.01)
+    facts = schedule.facts()["budget"]
+    assert facts["probing_seconds"] >= 0.06
+    assert facts["training_seconds"] < facts["probing_seconds"]
+    assert (facts["share"], facts["probes"], facts["updates"]) == (0.5, 1, 1)
+    assert not schedule.due
+
+
+def test_a_stopwatch_that_is_left_by_an_error():
+    watch = Stopwatch(CPU)
+    with pytest.raises(KeyError), watch.running():
+        raise KeyError
+    assert len(watch.take()) == 1
+    assert watch.take() == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_stopwatch_on_a_gpu_does_not_wait():
+    watch = Stopwatch(torch.device("cuda"))
+    with watch.running():
+        torch.cuda._sleep(100_000_000)
+    assert watch.pending()
+    torch.cuda.synchronize()
+    assert watch.take()[0] > 0.01
+
+
+def test_a_probe_with_a_budget_skips_updates_and_says_so():
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.5, 1.0], overhead=1e-9) as probe:
+        for _ in range(20):
+            optimizer.zero_grad()
+            criterion(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+            optimizer.step()
+    assert list(probe.frame()["step"]) == [0]
+    assert list(probe.frame()["overhead"]) == [1e-9]
+
+
+@pytest.mark.parametrize("overhead", [0, -0.1, float("nan"), float("inf")])
+def test_no_share(overhead):
+    model = nn.Linear(1, 1)
+    with pytest.raises(UserError, match="share of the training time"):
+        LandscapeProbe(model, torch.optim.SGD(model.parameters()), step_sizes=[1.0], overhead=overhead)

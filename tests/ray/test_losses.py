@@ -1,0 +1,192 @@
+import copy
+import math
+import shutil
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, REFUSED
+from rays import ENGINES, STEP_SIZES, moved_losses
+from torch import nn
+
+from landscape import UserError, ray_losses
+
+
+def measured(name, case, engine):
+    """The losses by an engine; where it does not go with the case, it says so in one line and gives the loop's."""
+    refused = name in REFUSED.get(engine, ())
+    with pytest.warns(UserWarning, match=f"engine '{engine}' does not fit") if refused else nullcontext():
+        return ray_losses(case.model, case.closure, case.direction(), STEP_SIZES, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("name", CASES)
+def test_engines_give_the_losses_of_moved_copies(name, engine):
+    case = CASES[name]()
+    direction = case.direction()
+    expected = moved_losses(case, direction, STEP_SIZES)
+    torch.manual_seed(1)
+    losses = measured(name, case, engine)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
+@pytest.mark.parametrize("name", ["dropout", "branching", "SimpleNet batch", "SimpleNet ghost"])
+def test_the_compiled_engine_gives_the_losses_of_moved_copies(name):
+    case = CASES[name]()
+    expected = moved_losses(case, case.direction(), STEP_SIZES)
+    torch.manual_seed(1)
+    losses = ray_losses(case.model, case.closure, case.direction(), STEP_SIZES, engine="compiled")
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_point_is_evaluated_twice(name):
+    case, calls = CASES[name](), []
+
+    def closure(model):
+        calls.append(model)
+        return case.closure(model)
+
+    ray_losses(case.model, closure, case.direction(), STEP_SIZES, engine="affine")
+    # A use that cannot be seen shows as NaN, and then the loop has the word.
+    assert len(calls) == len(STEP_SIZES) * (2 if name == "unseen use" else 1)
+
+
+@pytest.mark.filterwarnings("ignore:The engine 'stacked' does not fit")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_moves(name, engine):
+    case = CASES[name]()
+    case.model[0].eval() if isinstance(case.model, nn.Sequential) else None
+    before, modes = copy.deepcopy(case.model.state_dict()), [module.training for module in case.model.modules()]
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    ray_losses(case.model, case.closure, case.direction(), STEP_SIZES, engine=engine)
+    assert torch.equal(torch.rand(3), expected)
+    assert modes == [module.training for module in case.model.modules()]
+    for key, tensor in case.model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert all(parameter.grad is None for parameter in case.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "func", "shape"),
+    [("batch norm", F.linear, (8, 6)), ("convolution", F.conv2d, (4, 3, 3, 3)), ("transformer", F.embedding, (11, 8))],
+)
+def test_first_layer_is_evaluated_twice_for_eight_points(name, func, shape):
+    case, calls = CASES[name](), []
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, called, types, args=(), kwargs=None):
+            calls.append(called is func and tuple(args[1].shape) == shape)
+            return called(*args, **(kwargs or {}))
+
+    with Counted():
+        ray_losses(case.model, case.closure, case.direction(), [0.1 * k for k in range(8)], engine="affine")
+    assert sum(calls) == 2
+
+
+def test_memory_that_is_reused_is_not_taken_for_the_same_input():
+    """A fresh tensor that the allocator puts where the last one was, with other values."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1)).double()
+    inputs = torch.randn(64, 64, dtype=torch.float64)
+    scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    model.register_parameter("scale", scale)
+    direction = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    closure = lambda model: model(inputs * model.scale).mean()  # noqa: E731
+    losses = [ray_losses(model, closure, direction, STEP_SIZES, engine=engine) for engine in ENGINES]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+
+
+def test_quadratic_is_exact():
+    model = nn.Module()
+    model.register_parameter("theta", nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64)))
+    curvature = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    gradient = {"theta": curvature * model.theta.detach()}
+    losses = ray_losses(model, lambda model: 0.5 * (curvature * model.theta**2).sum(), gradient, [0.0, 0.1, 0.5, 2.0])
+    expected = [0.5 * sum(c * (t * (1 - eta * c)) ** 2 for c, t in ((1, 3), (4, -2))) for eta in (0.0, 0.1, 0.5, 2.0)]
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-14)
+
+
+def test_loss_that_is_a_parameter_itself():
+    model = nn.Module()
+    model.register_parameter("theta", nn.Parameter(torch.tensor([1.0])))
+    for engine in ENGINES:
+        losses = ray_losses(model, lambda model: model.theta, {"theta": torch.ones(1)}, [1.0, 2.0, 3.0], engine=engine)
+        assert losses.tolist() == [0, -1, -2]
+
+
+def test_bfloat16_and_autocast_take_the_loops_losses():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 1)), torch.randn(16, 32)
+    direction = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [
+            ray_losses(model, lambda m: m(inputs).float().mean(), direction, STEP_SIZES, engine=e) for e in ENGINES
+        ]
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_divergence_is_kept():
+    case = CASES["mlp"]()
+    direction = {name: tensor * 1e200 for name, tensor in case.direction().items()}
+    losses = ray_losses(case.model, case.closure, direction, [1.0, 1e200, 2.0])
+    assert not math.isfinite(losses[1])
+
+
+def test_a_far_first_point_does_not_cancel_the_others():
+    case = CASES["mlp"]()
+    model, direction = case.model.float(), {name: tensor.float() for name, tensor in case.direction().items()}
+    inputs = torch.randn(12, 6)
+    losses = [ray_losses(model, lambda m: m(inputs).sum(), direction, [1e8, 0.1, 0.2, 0.3], engine=e) for e in ENGINES]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+
+
+def test_arrays_of_step_sizes_and_too_large_ones():
+    case = CASES["mlp"]()
+    steps = np.linspace(0.1, 0.8, 4)
+    a, b = (ray_losses(case.model, case.closure, case.direction(), s) for s in (steps, torch.from_numpy(steps)))
+    assert torch.equal(a, b)
+    model = nn.Linear(1, 1)
+    with pytest.raises(UserError, match=r"more than torch.float32 holds"):
+        ray_losses(model, lambda m: m(torch.ones(1)), {"bias": torch.ones(1)}, [1e300])
+
+
+def test_code_that_does_not_go_with_the_fast_engine_is_measured_by_the_loop():
+    model, inputs = nn.Linear(6, 3), torch.randn(12, 6)
+    direction = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    closure = lambda model: torch.vmap(model)(inputs).sum()  # noqa: E731
+    expected = ray_losses(model, closure, direction, STEP_SIZES, engine="loop")
+    with pytest.warns(UserWarning, match="engine 'affine' does not fit this model"):
+        losses = ray_losses(model, closure, direction, STEP_SIZES, engine="affine")
+    torch.testing.assert_close(losses, expected)
+    assert torch.equal(ray_losses(model, closure, direction, STEP_SIZES), expected)  # nobody asked, so nothing is said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"direction": {}}, "direction is empty"),
+        ({"direction": {"9.weight": torch.zeros(1)}}, "'9.weight', which model.named_parameters\\(\\) does not have"),
+        ({"direction": {"0.bias": torch.zeros(1)}}, "'0.bias' has shape \\(1,\\), the parameter \\(8,\\)"),
+        ({"step_sizes": []}, "one finite number or more"),
+        ({"step_sizes": [0.1, math.nan]}, "one finite number or more"),
+        ({"step_sizes": 0.1}, "give a list of numbers"),
+        (
+            {"engine": "warp"},
+            "Unknown engine 'warp'; choose one of auto, loop, affine, channels_last, stacked, compiled",
+        ),
+        ({"closure": lambda model: model(torch.zeros(2, 6).double())}, "must be a scalar.*shape \\(2, 3\\)"),
+        ({"closure": lambda model: 1.0}, "gave float"),
+    ],
+)
+def test_mistakes(change, message):
+    case = CASES["mlp"]()
+    arguments = {"model": case.model, "closure": case.closure, "direction": case.direction(), "step_sizes": [0.1]}
+    with pytest.raises(UserError, match=message):
+        ray_losses(**arguments | change)

@@ -1,0 +1,138 @@
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from recordings import rows
+
+from landscape.errors import UserError
+from landscape.storage.filesystem import Folder, Memory
+from landscape.storage.lock import LEASE_SECONDS, Lock
+from landscape.traces.reader import read_traces
+from landscape.traces.writer import TraceWriter
+
+HOLD = """
+import sys, time
+from landscape.traces.writer import TraceWriter
+from recordings import rows
+trace = TraceWriter(sys.argv[1], {"norm": "ghost"})
+trace.append(rows()[0])
+trace.flush()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process, which writes a trace in ``tmp_path / "run"``."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_second_writer_is_refused_with_the_owners_host_and_process(tmp_path, other, options):
+    expected = rf"run is being written by process {other.pid} on host {platform.node()}\. Wait until it has ended"
+    with pytest.raises(UserError, match=expected):
+        TraceWriter(tmp_path / "run", **options)
+    assert len(read_traces(tmp_path)) == 1
+
+
+def test_a_dead_process_holds_nothing(tmp_path, other):
+    other.kill()
+    other.wait()
+    assert (tmp_path / "run" / ".owner.json").exists()
+    with TraceWriter(tmp_path / "run", resume=True) as trace:
+        trace.append(rows()[1])
+    assert list(read_traces(tmp_path).step) == [0, 1]
+    assert not (tmp_path / "run" / ".owner.json").exists()
+
+
+def test_a_process_is_told_of_itself(tmp_path):
+    first = TraceWriter(tmp_path)
+    with pytest.raises(UserError, match=rf"process {os.getpid()} on host .*Close its writer"):
+        TraceWriter(tmp_path, overwrite=True)
+    first.close()
+    TraceWriter(tmp_path, overwrite=True).close()
+
+
+class Lockless(Memory):
+    """A place without locks, as object stores are."""
+
+    def note(self, **owner):
+        self.write(".owner.json", json.dumps(owner).encode())
+
+
+ELSEWHERE = {"host": "node17", "process": 4711, "token": "theirs"}
+
+
+def test_without_locks_a_note_says_who_writes():
+    store = Lockless()
+    store.note(**ELSEWHERE, time=time.time() - LEASE_SECONDS / 2)
+    with pytest.raises(UserError, match="process 4711 on host node17"):
+        Lock(store)
+    store.note(**ELSEWHERE, time=time.time() - LEASE_SECONDS - 1)
+    Lock(store).release()
+    assert store.names() == []
+
+
+def test_without_locks_a_dead_process_of_this_host_is_known():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    store = Lockless()
+    store.note(host=platform.node(), process=process.pid, token="theirs", time=time.time())
+    Lock(store).release()
+    store.note(host=platform.node(), process=os.getpid(), token="theirs", time=time.time())
+    with pytest.raises(UserError, match="Close its writer"):
+        Lock(store)
+
+
+@pytest.mark.parametrize("note", [b"", b"[]", b'{"process": "x"}', b'{"time": "soon"}', b"[" * 100_000])
+def test_without_locks_a_note_that_cannot_be_read_holds_nothing(note):
+    store = Lockless()
+    store.write(".owner.json", note)
+    Lock(store).release()
+
+
+def test_without_locks_a_run_that_was_taken_over_is_left_alone():
+    store = Lockless()
+    lock = Lock(store)
+    lock.refresh()
+    store.note(**ELSEWHERE, time=time.time())
+    with pytest.raises(OSError, match="taken over by process 4711 on host node17"):
+        lock.refresh()
+    lock.release()
+    assert store.names() == [".owner.json"]
+
+
+def test_a_folder_that_was_made_anew_belongs_to_who_has_it_now(tmp_path, recwarn):
+    first = TraceWriter(tmp_path / "run", {"norm": "first"}, flush_rows=1)
+    shutil.rmtree(tmp_path / "run")
+    second = TraceWriter(tmp_path / "run", {"norm": "second"}, flush_rows=1)
+    for row in rows(steps=3):
+        first.append(row)
+    assert "taken over by process" in str(recwarn.pop().message)
+    for row in rows(steps=2):
+        second.append(row)
+    second.close()
+    assert list(read_traces(tmp_path).norm) == ["second", "second"]
+    (tmp_path / "run").rename(tmp_path / "away")
+    (tmp_path / "run").mkdir()
+    first.close()  # nobody has it any more
+    assert list(read_traces(tmp_path / "run").norm) == ["first"] * 3
+
+
+def test_a_lock_of_a_folder_outlives_its_note(tmp_path):
+    lock = Lock(Folder(tmp_path))
+    (tmp_path / ".owner.json").unlink()
+    with pytest.raises(UserError, match=r"being written by process \(unknown\)"):
+        Lock(Folder(tmp_path))
+    lock.release()

@@ -1,0 +1,212 @@
+"""Traces on object storage, against a real server that speaks S3, on loopback."""
+
+import logging
+import os
+import platform
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from landscape_cli.main import main
+from recordings import rows
+from torch import nn
+
+from landscape import RECIPES, LandscapeProbe, plot_landscape, train
+from landscape.errors import UserError
+from landscape.storage.filesystem import store_at
+from landscape.traces.reader import list_runs, read_traces
+from landscape.traces.writer import TraceWriter
+
+TRACES = "s3://bucket/traces"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the server imports
+        moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").disabled = True
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    # Started again it has the same address, and what it keeps is still there.
+    server._ip_address, server._port = server.get_host_and_port()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch):
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    bucket = boto3.resource("s3").create_bucket(Bucket="bucket")
+    yield bucket
+    bucket.objects.all().delete()
+
+
+def names(bucket):
+    """Without those that stand for folders."""
+    return sorted(found.key for found in bucket.objects.all() if not found.key.endswith("/"))
+
+
+def record(trace, steps):
+    for step in steps:
+        trace.append({**rows(steps=100)[step], "step": step})
+
+
+def test_what_is_written_is_read_listed_and_drawn(bucket):
+    for name in ("a", "b"):
+        with TraceWriter(f"{TRACES}/{name}", {"norm": name}, flush_rows=4) as trace:
+            record(trace, range(10))
+    assert names(bucket)[:4] == ["traces/a/run.json", *(f"traces/a/updates-00000000{n}.parquet" for n in (0, 4, 8))]
+    assert len(names(bucket)) == 8
+    frame = read_traces(TRACES)
+    assert list(frame.run.unique()) == ["a", "b"]
+    assert list(frame.step) == 2 * list(range(10))
+    assert len(read_traces(f"{TRACES}/a/updates-000000004.parquet")) == 4
+    assert list(list_runs(TRACES).updates) == [10, 10]
+    assert plot_landscape(frame).axes
+
+
+def test_a_run_is_held_overwritten_and_goes_on(bucket):
+    trace = TraceWriter(f"{TRACES}/run")
+    record(trace, range(3))
+    trace.flush()
+    with pytest.raises(UserError, match=rf"process {os.getpid()} on host {platform.node()}"):
+        TraceWriter(f"{TRACES}/run", resume=True)
+    trace.close()
+    with pytest.raises(UserError, match="holds a run already"):
+        TraceWriter(f"{TRACES}/run")
+    with TraceWriter(f"{TRACES}/run", resume=True) as trace:
+        trace.rewind({"updates": 2})
+        record(trace, range(2, 5))
+        trace.keep("checkpoint.pt", b"state")
+        assert trace.kept("checkpoint.pt") == b"state"
+        trace.discard("checkpoint.pt")
+        assert trace.kept("checkpoint.pt") is None
+    assert list(read_traces(TRACES).step) == list(range(5))
+    with TraceWriter(f"{TRACES}/run", overwrite=True) as trace:
+        record(trace, range(1))
+    assert list(read_traces(TRACES).step) == [0]
+
+
+def test_a_server_that_stops_in_the_middle_of_a_run(server, bucket):
+    """Training goes on, and its rows arrive when the server is back."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(updates):
+        for _ in range(updates):
+            optimizer.zero_grad()
+            criterion(model(torch.randn(8, 4)), torch.randint(2, (8,))).backward()
+            optimizer.step()
+
+    probe = LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1], engine="loop", trace=f"{TRACES}/run")
+    with probe:
+        train(5)
+        assert probe.trace.flush()
+        server.stop()
+        train(5)
+        with pytest.warns(UserWarning, match="s3://bucket/traces/run cannot be written to: .*training goes on"):
+            assert not probe.trace.flush()
+        train(5)
+        assert not probe.trace.flush()
+        with pytest.raises(UserError, match="s3://bucket/traces/run cannot be read now"):
+            probe.frame()
+        server.start()
+        assert len(probe.frame()) == 15
+        assert probe.trace.flush()
+        train(5)
+    assert list(read_traces(TRACES).step) == list(range(20))
+
+
+def test_a_server_that_stays_away_is_told_at_the_end(server, bucket):
+    trace = TraceWriter(f"{TRACES}/run")
+    record(trace, range(2))
+    trace.flush()
+    server.stop()
+    record(trace, range(2, 5))
+    with (
+        pytest.warns(UserWarning, match="cannot be written to"),
+        pytest.raises(UserError, match="3 rows of updates could not be written"),
+    ):
+        trace.close()
+    with pytest.raises(UserError, match="s3://bucket/traces cannot be read: "):
+        read_traces(TRACES)
+    server.start()
+    trace.close()
+    assert list(read_traces(TRACES).step) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("s3://", "names no bucket"),
+        ("s4://bucket/run", "s4://bucket/run cannot be used"),
+        ("s3://missing/run", "No trace can be written in s3://missing/run: .*bucket does not exist"),
+    ],
+)
+def test_places_that_cannot_be_written_to(bucket, place, message):
+    with pytest.raises(UserError, match=message):
+        TraceWriter(place)
+
+
+def test_places_where_nothing_is(bucket):
+    with pytest.raises(UserError, match="There is no s3://bucket/nothing"):
+        read_traces("s3://bucket/nothing")
+
+
+def test_a_store_does_what_a_folder_does(bucket, tmp_path):
+    """The same calls on both, with the same answers."""
+    answers = []
+    for store in (store_at(tmp_path / "place"), store_at(f"{TRACES}/place")):
+        store.create()
+        inner = store.inside("inner")
+        inner.create()
+        for name, content in {"b": b"1", "a": b"22"}.items():
+            store.write(name, content)
+            inner.write(name, content)
+        store.write("a", b"333")
+        store.remove("b")
+        store.remove("never")
+        with pytest.raises(FileNotFoundError):
+            store.read("b")
+        answers.append((store.kind(), store.names(), store.tree(print), store.read("a"), inner.read("b")))
+        assert (store.inside("none").kind(), store.inside("none").names()) == (None, [])
+    assert answers[0] == answers[1]
+
+
+def test_the_command_goes_on_with_a_run_in_a_bucket(bucket):
+    recipe = replace(RECIPES["digits"], epochs=1)
+
+    def stop(probe):
+        if probe.step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, TRACES, device="cpu", on_update=stop)
+    assert f"traces/{recipe.run}/checkpoint.pt" in names(bucket)
+    command = ["probe", "--norm", "batch", "--epochs", "1", "--device", "cpu", "--resume", "--out", TRACES]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"{TRACES}/{recipe.run}: mean range ")
+    assert names(bucket) == [
+        f"traces/{recipe.run}/{name}"
+        for name in (
+            "epochs-000000000.parquet",
+            "run.json",
+            "updates-000000000.parquet",
+            "updates-000000007.parquet",
+        )
+    ]
+    assert list(read_traces(TRACES).step) == list(range(11))

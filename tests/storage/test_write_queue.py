@@ -1,0 +1,219 @@
+"""Places that do not take what is written, all of them real: full disks, vanished folders, withdrawn permissions."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+
+import pytest
+from recordings import rows
+
+from landscape.errors import UserError
+from landscape.storage import write_queue
+from landscape.traces.reader import read_traces
+from landscape.traces.writer import TraceWriter
+
+
+@contextmanager
+def mounted(folder, size="200k"):
+    """A small file system of its own, in memory; the test is skipped where one cannot be mounted."""
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if made.returncode:
+        pytest.skip("no file system can be mounted here (it takes root): " + made.stderr.decode().strip())
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder):
+    """Leave no byte free; the file that does it."""
+    with (folder / "filler").open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                pass
+    return folder / "filler"
+
+
+def record(trace, steps):
+    for step in steps:
+        trace.append({**rows(steps=100)[step], "step": step})
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(tmp_path):
+    with mounted(tmp_path / "disk") as disk:
+        trace = TraceWriter(disk / "run", flush_rows=5)
+        record(trace, range(10))
+        filler = fill(disk)
+        with pytest.warns(UserWarning, match="cannot be written to: No space left on device.*training goes on") as told:
+            record(trace, range(10, 40))
+        assert len(told) == 1
+        assert not trace.flush()
+        assert list(read_traces(disk).step) == list(range(10))
+        assert not [name for name in os.listdir(disk / "run") if name.endswith(".tmp")]
+        assert list(trace.frame().step) == list(range(40))
+        filler.unlink()
+        assert trace.flush()
+        record(trace, range(40, 50))
+        trace.close()
+        assert list(read_traces(disk).step) == list(range(50))
+
+
+def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path):
+    with mounted(tmp_path / "disk") as disk:
+        trace = TraceWriter(disk / "run", flush_rows=5)
+        record(trace, range(10))
+        filler = fill(disk)
+        with pytest.warns(UserWarning, match="No space left"):
+            record(trace, range(10, 23))
+        message = (
+            "Not all that was recorded is in .*run: 13 rows of updates could not be written .No space left on device"
+        )
+        with pytest.raises(UserError, match=message):
+            trace.close()
+        assert list(read_traces(disk).step) == list(range(10))
+        filler.unlink()
+        trace.close()
+        assert list(read_traces(disk).step) == list(range(23))
+        TraceWriter(disk / "run", resume=True).close()  # nobody holds it any more
+
+
+def test_the_error_that_ended_a_run_is_not_replaced_by_that_of_the_disk(tmp_path):
+    def train():
+        with TraceWriter(disk / "run") as trace:
+            record(trace, range(3))
+            fill(disk)
+            raise ZeroDivisionError("the training's own")
+
+    with (
+        mounted(tmp_path / "disk") as disk,
+        pytest.warns(UserWarning, match="No space left.*training goes on"),
+        pytest.warns(UserWarning, match="3 rows of updates could not be written"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        train()
+
+
+def test_a_disk_that_becomes_read_only(tmp_path):
+    with mounted(tmp_path / "disk") as disk:
+        trace = TraceWriter(disk / "run", flush_rows=5)
+        record(trace, range(5))
+        subprocess.run(["mount", "--bind", disk, disk], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", disk], check=True)
+        with pytest.warns(UserWarning, match="Read-only file system"):
+            record(trace, range(5, 12))
+        subprocess.run(["umount", "-l", disk], check=True)
+        trace.close()
+        assert list(read_traces(disk).step) == list(range(12))
+
+
+def test_a_disk_that_goes_and_comes_back(tmp_path):
+    """As a server of files does; what is written meanwhile must not land under the place where it was mounted."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with mounted(tmp_path / "disk") as disk:
+        trace = TraceWriter(disk / "run", flush_rows=5)
+        record(trace, range(5))
+        subprocess.run(["mount", "--bind", disk, elsewhere], check=True)
+        subprocess.run(["umount", "-l", disk], check=True)
+        with pytest.warns(UserWarning, match="No such file or directory"):
+            record(trace, range(5, 12))
+        assert os.listdir(disk) == []
+        subprocess.run(["mount", "--bind", elsewhere, disk], check=True)
+        trace.close()
+        assert list(read_traces(disk).step) == list(range(12))
+        subprocess.run(["umount", "-l", elsewhere], check=True)
+
+
+def test_a_folder_that_was_deleted_gets_what_is_left_and_the_rest_is_named(tmp_path):
+    trace = TraceWriter(tmp_path / "run", flush_rows=5)
+    record(trace, range(10))
+    shutil.rmtree(tmp_path / "run")
+    with pytest.warns(UserWarning, match="No such file or directory"):
+        record(trace, range(10, 17))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"10 rows of updates were written and have vanished\.$"):
+        trace.close()
+    with pytest.warns(UserWarning, match="lacks the updates in rows 0 to 9"):
+        assert list(read_traces(tmp_path).step) == list(range(10, 17))
+
+
+WITHDRAWN = """
+import sys
+from pathlib import Path
+from landscape.traces.writer import TraceWriter
+from recordings import rows
+folder = Path(sys.argv[1])
+trace = TraceWriter(folder / "run", flush_rows=5)
+for step, row in enumerate(rows(steps=20)):
+    if step == 7:
+        (folder / "run").chmod(0o500)
+    trace.append(row)
+(folder / "run").chmod(0o700)
+trace.close()
+"""
+
+
+def test_permission_that_is_withdrawn(tmp_path):
+    command = [sys.executable, "-c", WITHDRAWN, str(tmp_path)]
+    if os.geteuid() == 0:  # root may write anywhere, unless it gives that right up
+        if shutil.which("setpriv") is None:
+            pytest.skip("root cannot give up its rights here (setpriv)")
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr.count("cannot be written to: Permission denied") == 1
+    assert list(read_traces(tmp_path).step) == list(range(20))
+
+
+def test_memory_is_bounded_and_what_is_lost_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_queue, "WAITING_BYTES", 30_000)
+    monkeypatch.setattr(write_queue, "REST", 0)
+    trace = TraceWriter(tmp_path / "run", flush_rows=5)
+    record(trace, range(5))
+    (tmp_path / "run").rename(tmp_path / "away")
+    with pytest.warns(UserWarning, match="No such file or directory"):
+        record(trace, range(5, 60))
+    (tmp_path / "away").rename(tmp_path / "run")
+    record(trace, range(60, 65))
+    with pytest.raises(UserError, match="rows of updates were more than memory may hold while nothing"):
+        trace.close()
+    with pytest.warns(UserWarning, match="lacks the updates in rows"):
+        steps = list(read_traces(tmp_path).step)
+    assert 10 < len(steps) < 55
+    assert steps[: len(steps) - 5] == list(range(len(steps) - 5))  # the beginning is whole
+    assert steps[-5:] == list(range(60, 65))
+
+
+def test_facts_wait_too(tmp_path):
+    trace = TraceWriter(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "away")
+    with pytest.warns(UserWarning, match="No such file"):
+        trace.note(engine="affine")
+    (tmp_path / "away").rename(tmp_path / "run")
+    record(trace, range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace.close()
+    assert set(read_traces(tmp_path).engine) == {"affine"}
+
+
+def test_a_place_that_takes_long_to_refuse_is_let_alone_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_queue, "REST", 1e9)
+    trace = TraceWriter(tmp_path / "run", flush_rows=5)
+    (tmp_path / "run").rename(tmp_path / "away")
+    with pytest.warns(UserWarning, match="No such file or directory"):
+        record(trace, range(7))
+    (tmp_path / "away").rename(tmp_path / "run")
+    record(trace, range(7, 12))
+    assert not list((tmp_path / "run").glob("updates-*"))
+    assert trace.flush()  # whoever asks for it gets it tried
+    trace.close()
+    assert list(read_traces(tmp_path).step) == list(range(12))

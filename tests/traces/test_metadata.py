@@ -1,0 +1,57 @@
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from landscape.errors import UserError
+from landscape.traces.metadata import environment, plain
+
+
+@pytest.mark.parametrize(
+    ("fact", "expected"),
+    [
+        (True, True),
+        (None, None),
+        (Path("a") / "b", str(Path("a") / "b")),
+        ((1, (2.5, "x")), [1, [2.5, "x"]]),
+        (np.float32(0.5), 0.5),
+        (np.array([[1, 2]]), [[1, 2]]),
+        (float("nan"), "nan"),
+        (np.array([1.0, -np.inf]), [1.0, "-inf"]),
+        ({"lr": {1: np.int64(3)}}, {"lr": {"1": 3}}),
+    ],
+)
+def test_facts_become_what_json_holds(fact, expected):
+    result = plain(fact)
+    assert result == expected
+    assert json.loads(json.dumps(result, allow_nan=False)) == expected
+
+
+def test_a_fact_that_json_cannot_hold_is_named():
+    with pytest.raises(UserError, match=r"recipe\.layers\[1\] is a object"):
+        plain({"recipe": {"layers": [1, object()]}})
+
+
+def git(*arguments):
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
+
+
+def test_the_commit_is_that_of_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert environment()["git"] is None
+    git("init")
+    Path("code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-m", "first")
+    Path("trace.parquet").write_text("an untracked file does not make the code dirty")
+    assert environment()["git"]["dirty"] is False
+    assert len(environment()["git"]["commit"]) == 40
+    Path("code.py").write_text("2")
+    assert environment()["git"]["dirty"] is True
+
+
+def test_the_versions_are_those_installed():
+    assert environment()["versions"]["numpy"] == np.__version__

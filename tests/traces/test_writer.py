@@ -1,0 +1,358 @@
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from recordings import rows
+
+from landscape.errors import UserError
+from landscape.traces.reader import read_traces
+from landscape.traces.schema import EPOCHS, UPDATES, VERSION
+from landscape.traces.writer import TraceWriter
+
+EPOCH = {
+    "epoch": 1,
+    "step": 40,
+    "train_loss": 0.5,
+    "validation_loss": 0.55,
+    "validation_accuracy": 0.91,
+    "test_loss": 0.6,
+    "test_accuracy": 0.9,
+}
+
+
+def record(folder, facts=None, steps=10, **options):
+    with TraceWriter(folder, facts, **options) as trace:
+        for row in rows(steps=steps):
+            trace.append(row)
+    return trace
+
+
+def files(folder):
+    """All but the lock, which stays, as taking it away would make two of it."""
+    return sorted(set(os.listdir(folder)) - {".lock"})
+
+
+def parts(folder):
+    return sorted(path.name for path in Path(folder).glob("*.parquet"))
+
+
+def test_what_is_written_is_read(tmp_path):
+    trace = record(tmp_path / "run", {"norm": "ghost", "groups": 16}, flush_rows=4)
+    assert parts(tmp_path / "run") == [f"updates-{first:09d}.parquet" for first in (0, 4, 8)]
+    frame = read_traces(tmp_path / "run")
+    assert list(frame)[-len(UPDATES) :] == [column.name for column in UPDATES]
+    assert set(frame["run"]) == {"run"}
+    assert (set(frame["norm"]), set(frame["groups"])) == ({"ghost"}, {16})
+    for name, values in pd.DataFrame(rows(steps=10)).items():
+        np.testing.assert_array_equal(np.array(frame[name].to_list()), np.array(values.to_list()))
+    pd.testing.assert_frame_equal(trace.frame(), frame.drop(columns="run"))
+
+
+def test_nan_and_inf_stay_as_they_are(tmp_path):
+    with TraceWriter(tmp_path) as trace:
+        trace.append({"step": 0, "loss": np.nan, "losses": [1.0, np.nan, np.inf]})
+        trace.append({"step": 1, "loss": -np.inf, "losses": [1.0, np.inf]})
+    frame = read_traces(tmp_path)
+    np.testing.assert_array_equal(frame["loss"], [np.nan, -np.inf])
+    np.testing.assert_array_equal(frame["losses"][0], [1.0, np.nan, np.inf])
+    np.testing.assert_array_equal(frame["loss_max"], [np.nan, np.inf])
+
+
+def test_rows_in_memory_need_no_folder():
+    with TraceWriter(None, flush_rows=3) as trace:
+        assert trace.frame().empty
+        for row in rows(steps=8):
+            trace.append(row)
+        assert list(trace.frame()["step"]) == list(range(8))
+    assert list(trace.frame()["step"]) == list(range(8))
+
+
+def test_the_frame_holds_pending_rows_too(tmp_path):
+    with TraceWriter(tmp_path, flush_rows=4) as trace:
+        for row in rows(steps=6):
+            trace.append(row)
+        assert list(trace.frame()["step"]) == list(range(6))
+
+
+def test_rows_are_flushed_when_time_has_passed(tmp_path):
+    trace = TraceWriter(tmp_path, flush_seconds=0.05)
+    first, second, third = rows(steps=3)
+    trace.append(first)
+    assert parts(tmp_path) == []
+    time.sleep(0.06)
+    trace.append(second)
+    trace.append(third)
+    assert parts(tmp_path) == ["updates-000000000.parquet"]
+    assert len(read_traces(tmp_path)) == 2
+    trace.close()
+
+
+def test_epochs_are_a_table_of_their_own(tmp_path):
+    with TraceWriter(tmp_path, {"seed": 3}) as trace:
+        trace.append(rows()[0])
+        trace.append(EPOCH, "epochs")
+    frame = read_traces(tmp_path, "epochs")
+    assert frame[[column.name for column in EPOCHS]].to_dict("records") == [EPOCH]
+    assert list(frame["seed"]) == [3]
+    assert len(read_traces(tmp_path)) == 1
+
+
+def test_rows_are_resolved_in_bulk_and_once(tmp_path):
+    calls = []
+
+    def resolve(pending):
+        calls.append(len(pending))
+        return [{**row, "loss": row["loss"]()} for row in pending]
+
+    with TraceWriter(tmp_path, flush_rows=3, resolve=resolve) as trace:
+        for step in range(5):
+            trace.append({"step": step, "loss": lambda step=step: step / 2})
+    assert calls == [3, 2]
+    assert list(read_traces(tmp_path)["loss"]) == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_rows_that_could_not_be_written_stay_pending(tmp_path):
+    def resolve(pending):
+        if not ready:
+            raise RuntimeError("the device is busy")
+        return pending
+
+    ready = []
+    trace = TraceWriter(tmp_path, resolve=resolve)
+    trace.append(rows()[0])
+    with pytest.raises(RuntimeError):
+        trace.flush()
+    ready.append(True)
+    trace.close()
+    assert len(read_traces(tmp_path)) == 1
+
+
+def test_the_run_says_what_made_it(tmp_path):
+    trace = TraceWriter(tmp_path, {"recipe": {"layers": (512, 300)}, "data": Path("digits.npz")})
+    trace.note(engine="affine", data="mnist")
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert "ended" not in facts
+    trace.close()
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert next(iter(facts.items())) == ("version", VERSION)
+    assert facts["recipe"] == {"layers": [512, 300]}
+    assert (facts["engine"], facts["data"]) == ("affine", "mnist")
+    assert facts["environment"]["versions"]["numpy"] == np.__version__
+    assert facts["started"] <= facts["ended"]
+
+
+def test_a_run_is_overwritten_only_when_asked(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    record(tmp_path, flush_rows=2, steps=10)
+    with pytest.raises(UserError, match="holds a run already; give another folder, overwrite=True to replace"):
+        TraceWriter(tmp_path)
+    assert len(read_traces(tmp_path)) == 10
+    record(tmp_path, steps=3, overwrite=True)
+    assert len(read_traces(tmp_path)) == 3
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_fact_that_cannot_be_kept_is_told_before_anything_is_removed(tmp_path):
+    record(tmp_path)
+    with pytest.raises(UserError, match="run fact model"):
+        TraceWriter(tmp_path, {"model": object()}, overwrite=True)
+    assert len(read_traces(tmp_path)) == 10
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="No trace can be written in"):
+            TraceWriter(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    for folder in (tmp_path, tmp_path / "run"):
+        with pytest.raises(UserError, match="Permission denied"):
+            TraceWriter(folder)
+
+
+def test_unknown_tables_and_columns_are_named(tmp_path):
+    trace = TraceWriter(None)
+    with pytest.raises(UserError, match="no column accuracy; it has step, epoch"):
+        trace.append({"step": 0, "accuracy": 1.0})
+    with pytest.raises(UserError, match="no table batches; the tables of a trace are updates, epochs"):
+        trace.append({"step": 0}, "batches")
+    with pytest.raises(UserError, match="no table batches"):
+        read_traces(tmp_path, "batches")
+
+
+WRITE_FOREVER = """
+import itertools, sys
+from landscape.traces.writer import TraceWriter
+from recordings import rows
+trace = TraceWriter(sys.argv[1], {"norm": "ghost"}, flush_rows=3)
+print("ready", flush=True)
+for step, row in enumerate(itertools.cycle(rows())):
+    trace.append({**row, "step": step})
+    trace.note(step=step)
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_process_leaves_only_readable_files(tmp_path, seed):
+    command = [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        while len(parts(tmp_path)) < 2:
+            time.sleep(0.001)
+        time.sleep(random.Random(seed).uniform(0, 0.05))
+        process.kill()
+    steps = read_traces(tmp_path)["step"]
+    assert list(steps) == list(range(len(steps)))
+    assert json.loads((tmp_path / "run.json").read_text())["norm"] == "ghost"
+    record(tmp_path, steps=2, overwrite=True)
+    assert files(tmp_path) == ["run.json", "updates-000000000.parquet"]
+
+
+def test_leftovers_of_a_killed_process_disturb_nobody(tmp_path):
+    for name in (".run.json.tmp", ".updates-000000000.parquet.tmp", ".updates-000000004.parquet.tmp"):
+        (tmp_path / name).write_bytes(b"half a file")
+    record(tmp_path, flush_rows=10)
+    assert files(tmp_path) == ["run.json", "updates-000000000.parquet"]
+    assert len(read_traces(tmp_path)) == 10
+
+
+def test_a_run_goes_on_behind_its_rows(tmp_path):
+    record(tmp_path, {"norm": "ghost", "engine": "loop"}, flush_rows=4)
+    before = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / ".updates-000000012.parquet.tmp").write_bytes(b"half a file")
+    trace = TraceWriter(tmp_path, {"norm": "ghost", "device": "cpu"}, resume=True)
+    assert trace.written == {"updates": 10, "epochs": 0}
+    for row in rows(steps=15)[10:]:
+        trace.append(row)
+    trace.close()
+    assert files(tmp_path) == ["run.json", *(f"updates-{first:09d}.parquet" for first in (0, 4, 8, 10))]
+    assert list(read_traces(tmp_path).step) == list(range(15))
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert [facts[name] for name in ("id", "started", "engine")] == [
+        before[name] for name in ("id", "started", "engine")
+    ]
+    assert facts["device"] == "cpu"
+    assert len(facts["resumed"]) == 1
+    TraceWriter(tmp_path, resume=True).close()
+    assert len(json.loads((tmp_path / "run.json").read_text())["resumed"]) == 2
+
+
+def test_a_checkpoint_counts_also_where_no_row_was_recorded(tmp_path):
+    with TraceWriter(tmp_path) as trace:
+        trace.keep("checkpoint.pt", b"state")
+    (tmp_path / ".checkpoint.pt.tmp").write_bytes(b"half a file")
+    with TraceWriter(tmp_path, resume=True) as trace:
+        assert trace.kept("checkpoint.pt") == b"state"
+        assert trace.kept(".checkpoint.pt.tmp") is None
+
+
+def test_resuming_what_was_never_begun_begins_it(tmp_path):
+    trace = record(tmp_path / "run", resume=True)
+    assert "resumed" not in json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(trace.frame()) == 10
+
+
+@pytest.mark.parametrize("kept", range(11))
+def test_later_rows_are_forgotten(tmp_path, kept):
+    record(tmp_path, flush_rows=4)
+    trace = TraceWriter(tmp_path, resume=True)
+    for row in rows(steps=12)[10:]:
+        trace.append(row)
+    trace.rewind({"updates": kept})
+    assert trace.written["updates"] == kept
+    for row in rows(steps=14)[kept:]:
+        trace.append(row)
+    trace.close()
+    frame = read_traces(tmp_path)
+    assert list(frame.step) == list(range(14))
+    expected = rows(steps=10)[:kept] + rows(steps=14)[kept:]
+    np.testing.assert_array_equal(frame.loss, [row["loss"] for row in expected])
+
+
+def test_a_run_that_goes_on_has_not_ended(tmp_path):
+    """Not even with the rows that it had when it was closed before."""
+    record(tmp_path, flush_rows=4)
+    trace = TraceWriter(tmp_path, resume=True)
+    trace.rewind({"updates": 4})
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert not {"ended", "rows"} & set(facts)
+    assert list(read_traces(tmp_path).step) == list(range(4))
+    trace.close()
+
+
+@pytest.mark.parametrize("written", [{"updates": -1}, {"update": 3}, {"updates": "3"}])
+def test_a_trace_is_not_cut_by_mistake(tmp_path, written):
+    record(tmp_path)
+    with (
+        TraceWriter(tmp_path, resume=True) as trace,
+        pytest.raises(UserError, match="give what TraceWriter"),
+    ):
+        trace.rewind(written)
+    assert len(read_traces(tmp_path)) == 10
+
+
+def test_a_trace_with_a_gap_does_not_go_on(tmp_path):
+    record(tmp_path, flush_rows=4)
+    (tmp_path / "updates-000000000.parquet").unlink()
+    with TraceWriter(tmp_path, resume=True) as trace, pytest.raises(UserError, match="has 0 rows of updates"):
+        trace.rewind({"updates": 9})
+
+
+def test_a_run_that_an_error_stopped_has_not_ended(tmp_path):
+    with pytest.raises(ZeroDivisionError), TraceWriter(tmp_path):
+        raise ZeroDivisionError
+    assert "ended" not in json.loads((tmp_path / "run.json").read_text())
+
+
+def test_going_on_and_starting_anew_are_not_one_thing(tmp_path):
+    with pytest.raises(UserError, match="choose one of them"):
+        TraceWriter(tmp_path, overwrite=True, resume=True)
+
+
+def test_what_is_replaced_is_not_gone_on_with(tmp_path):
+    with TraceWriter(tmp_path) as trace:
+        trace.append(rows()[0])
+        trace.keep("checkpoint.pt", b"of the earlier run")
+    TraceWriter(tmp_path, overwrite=True).close()
+    assert files(tmp_path) == ["run.json"]
+
+
+def test_rows_in_memory_are_forgotten_too():
+    trace = TraceWriter(None)
+    for row in rows(steps=5):
+        trace.append(row)
+    trace.rewind({"updates": 3})
+    assert list(trace.frame().step) == [0, 1, 2]
+
+
+def test_a_trace_that_has_lost_rows_does_not_go_on(tmp_path):
+    record(tmp_path, flush_rows=4)
+    (tmp_path / "updates-000000008.parquet").unlink()
+    with (
+        TraceWriter(tmp_path, resume=True) as trace,
+        pytest.raises(UserError, match="has 8 rows of updates, and should go on after 10: some were lost since"),
+    ):
+        trace.rewind({"updates": 10})
+
+
+def test_other_files_beside_a_run(tmp_path):
+    with TraceWriter(tmp_path) as trace:
+        assert trace.kept("checkpoint.pt") is None
+        trace.keep("checkpoint.pt", b"state")
+        assert trace.kept("checkpoint.pt") == b"state"
+        trace.discard("checkpoint.pt")
+        assert files(tmp_path) == [".owner.json", "run.json"]
+    with pytest.raises(OSError, match="directory"):
+        trace.keep("no/such/folder", b"")

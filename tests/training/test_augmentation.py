@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from landscape.errors import UserError
+from landscape.training.augmentation import augmentation
+from landscape.training.recipe import AUGMENTATIONS
+
+pytest.importorskip("kornia", reason="the extra landscape[augment]")
+IMAGES = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def test_crop_is_a_window_of_the_padded_image():
+    cropped, places = augmentation(["crop"], 32)(IMAGES), set()
+    for image, padded in zip(cropped, pad(IMAGES, (4, 4, 4, 4)), strict=True):
+        windows = {(y, x): padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)}
+        found = [place for place, window in windows.items() if torch.equal(window, image)]
+        assert len(found) == 1
+        places.update(found)
+    assert len(places) > 30
+    assert {y for y, _ in places} == {x for _, x in places} == set(range(9))
+
+
+def test_flip_mirrors_half_of_the_images():
+    flipped = augmentation(["flip"], 32)(IMAGES)
+    mirrored = [torch.equal(new, old.flip(-1)) for new, old in zip(flipped, IMAGES, strict=True)]
+    kept = [torch.equal(new, old) for new, old in zip(flipped, IMAGES, strict=True)]
+    assert all(one != other for one, other in zip(mirrored, kept, strict=True))
+    assert 16 < sum(mirrored) < 48
+
+
+def test_cutout_sets_one_square_to_the_mean():
+    cut = augmentation(["cutout"], 32)(IMAGES)
+    for new, old in zip(cut, IMAGES, strict=True):
+        rows, columns = (new == 0).all(0).nonzero(as_tuple=True)
+        assert len(rows) == 16 * 16
+        assert rows.max() - rows.min() == columns.max() - columns.min() == 15
+        kept = new != 0
+        assert torch.equal(new[kept], old[kept])
+
+
+def test_a_seed_gives_the_same_images_and_the_next_batch_others():
+    augment = augmentation(AUGMENTATIONS, 32)
+    torch.manual_seed(1)
+    first, second = augment(IMAGES), augment(IMAGES)
+    torch.manual_seed(1)
+    assert torch.equal(augment(IMAGES), first)
+    assert not torch.equal(first, second)
+
+
+def test_small_images_of_one_channel():
+    assert augmentation(AUGMENTATIONS, 8)(IMAGES[:, :1, :8, :8]).shape == (64, 1, 8, 8)
+
+
+def test_nothing_asked_is_nothing_done():
+    assert augmentation((), 32)(IMAGES) is IMAGES
+
+
+def test_without_kornia_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "kornia.augmentation", None)
+    with pytest.raises(UserError, match=r"pip install 'landscape\[augment\]'"):
+        augmentation(["flip"], 32)
