@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from landscape.plotting.figure import footnote, save
+from landscape.plotting.figure import footnote, save_figure
 
 COLUMNS, LIMIT = 3, 2.5
 OURS, OTHERS, GOAL = sns.color_palette("colorblind")[0], "0.7", sns.color_palette("colorblind")[3]
@@ -97,7 +97,7 @@ def chart(table: pd.DataFrame, path: Path | None) -> None:
             title = [textwrap.fill(str(part), 22) for part in (key if isinstance(key, tuple) else (key,))]
             _draw_norms(axes, "\n".join(title), panel, names)
         footnote(figure, NORMS_CAPTION, 150)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_norms(axes: Axes, title: str, panel: pd.DataFrame, names: list[str]) -> None:

@@ -25,7 +25,7 @@ from benchmarks.methods import WAYS, NotRunError, Setting, Twin, Way
 from benchmarks.side_effects import Footprint
 from benchmarks.timing import against, interleaved, keep_memory, machine
 from benchmarks.workloads import BARE, PROBE, PROBED, UNPROBED, WORKLOADS, Workload
-from landscape.plotting.figure import save
+from landscape.plotting.figure import save_figure
 from landscape.ray.engines.registry import OPT_IN
 
 REFERENCE = "landscape, loop"
@@ -33,7 +33,7 @@ SECONDS, FEWEST, MOST = 40.0, 2, 40
 
 
 @dataclass(frozen=True)
-class Finding:
+class Measurement:
     """What one look at a way has shown: its losses and its footprint, or why there are none."""
 
     losses: Tensor | None = None
@@ -48,7 +48,7 @@ class Finding:
         return float(((self.losses.cpu().double() - expected.cpu().double()) / expected.cpu().double()).abs().max())
 
 
-def look(way: Way, setting: Setting) -> Finding:
+def look(way: Way, setting: Setting) -> Measurement:
     """Run a way once from the start, and compare the state after it with that before it."""
     setting.start.restore(setting.model)
     try:
@@ -56,11 +56,11 @@ def look(way: Way, setting: Setting) -> Finding:
         losses = way.run(setting)
         seconds = time.perf_counter() - started
     except (RuntimeError, UserWarning) as error:
-        return Finding(note=_reason(error))
+        return Measurement(note=_reason(error))
     finally:
         after = Footprint.of(setting.model)
         setting.start.restore(setting.model)
-    return Finding(losses, ", ".join(setting.start.changes(after)) or "nothing", way.note, seconds)
+    return Measurement(losses, ", ".join(setting.start.changes(after)) or "nothing", way.note, seconds)
 
 
 def _reason(error: Exception) -> str:
@@ -71,7 +71,7 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(f"refused: {refused[1]}" if refused else f"fails: {text}", 100, placeholder=" ...")
 
 
-def look_at_probe(twin: Twin, setting: Setting) -> Finding:
+def look_at_probe(twin: Twin, setting: Setting) -> Measurement:
     """Compare the state after an update with the probe with that after the same update without it."""
     note = f"engine {twin.settle()}"
     ends, seconds = [], 0.0
@@ -85,13 +85,13 @@ def look_at_probe(twin: Twin, setting: Setting) -> Finding:
     if unsteady := ends[0].changes(ends[1]):
         note += f"; the update alone is not repeatable ({', '.join(unsteady)})"
     losses = torch.tensor(twin.probe.last()["losses"])
-    return Finding(losses, ", ".join(ends[0].changes(ends[2])) or "nothing", note, seconds)
+    return Measurement(losses, ", ".join(ends[0].changes(ends[2])) or "nothing", note, seconds)
 
 
 def measure(workload: Workload, rounds: int | None, device: str, opt_in: bool = False) -> pd.DataFrame:
     """The table of one workload, a row for each way; without ``rounds``, as many as fit some forty seconds."""
     setting = Setting(workload, device)
-    found: dict[str, Finding] = {}
+    found: dict[str, Measurement] = {}
     for way in WAYS:
         if not way.replaces or found[way.replaces].seconds is None:
             found[way.name] = look(way, setting)
@@ -103,7 +103,7 @@ def measure(workload: Workload, rounds: int | None, device: str, opt_in: bool = 
     if workload.base == BARE:
         seconds = seconds.drop(columns=[UNPROBED, PROBED])
     table = against(seconds, workload.base).reindex(_order(found, list(seconds)))
-    looks = {name: found.get(name, Finding()) for name in table.index}
+    looks = {name: found.get(name, Measurement()) for name in table.index}
     return table.assign(
         goal=[workload.goal if name == workload.judged else float("nan") for name in table.index],
         differs=[look.differs(found[REFERENCE].losses) for look in looks.values()],
@@ -114,7 +114,7 @@ def measure(workload: Workload, rounds: int | None, device: str, opt_in: bool = 
     )
 
 
-def _timed(setting: Setting, found: dict[str, Finding], twins: dict[str, Twin], rounds: int) -> pd.DataFrame:
+def _timed(setting: Setting, found: dict[str, Measurement], twins: dict[str, Twin], rounds: int) -> pd.DataFrame:
     """Seconds of all that can be timed; a whole probe is what an update costs more with it than without."""
     candidates: dict[str, Callable[[], object]] = {
         way.name: partial(way.run, setting) for way in WAYS if way.name in found and found[way.name].seconds is not None
@@ -128,12 +128,12 @@ def _timed(setting: Setting, found: dict[str, Finding], twins: dict[str, Twin], 
     return seconds.assign(**{name: seconds[name] - seconds[UNPROBED] for name in twins})
 
 
-def _rounds(found: dict[str, Finding]) -> int:
+def _rounds(found: dict[str, Measurement]) -> int:
     one = sum(look.seconds or 0.0 for look in found.values())
     return max(FEWEST, min(MOST, int(SECONDS / one)))
 
 
-def _order(found: dict[str, Finding], timed: list[str]) -> list[str]:
+def _order(found: dict[str, Measurement], timed: list[str]) -> list[str]:
     """Rows as they are read: the bare passes, all that is this package's, all else."""
     names = [*found, *(name for name in timed if name not in found)]
     return sorted(names, key=lambda name: (name != BARE, not name.startswith("landscape"), names.index(name)))
@@ -211,7 +211,7 @@ def main(
         click.echo(f"{heading(workload, table['rounds'].iloc[0])}\n{as_text(table)}")
         write(path, pd.concat(tables, names=["workload", "way"]))
     if picture is not None and tables:
-        save(draw(tables), picture)
+        save_figure(draw(tables), picture)
 
 
 if __name__ == "__main__":

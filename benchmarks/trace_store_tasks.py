@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from landscape.analysis.summary import summarize
 from landscape.names import MEASURES
-from landscape.plotting.figure import save
+from landscape.plotting.figure import save_figure
 from landscape.plotting.landscape import plot_landscape
 from landscape.traces.reader import list_runs, read_traces
 from landscape.traces.writer import TraceWriter
@@ -117,7 +117,7 @@ def _drawn(folder: Path, number: int, measures: list[str]) -> Cost:
     """What drawing costs once the frame is there; its memory counts."""
     frame = read_traces(folder / "run")
     started = time.perf_counter()
-    save(plot_landscape(frame, measure=measures), folder / "landscape.png")
+    save_figure(plot_landscape(frame, measure=measures), folder / "landscape.png")
     return {"seconds": time.perf_counter() - started}
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from landscape.errors import UserError
-from landscape.training.presets import RECIPES, named
+from landscape.errors import LandscapeError
+from landscape.training.presets import RECIPES, recipe_named
 from landscape.training.recipe import Recipe
 
 from .runner import Places, prepare, record
@@ -22,7 +22,7 @@ SCALES = ("small", "paper")
 
 
 @dataclass(frozen=True)
-class Request:
+class FigureRequest:
     """What was asked for on the command line."""
 
     out: Path
@@ -33,43 +33,43 @@ class Request:
     device: str | None
 
 
-def _figure1(request: Request) -> "tuple[Figure, pd.DataFrame | None]":
+def _figure1(request: FigureRequest) -> "tuple[Figure, pd.DataFrame | None]":
     from landscape.paper.figure1 import figure1_blocks, plot_blocks
 
     if request.recipes:
-        raise UserError("Figure 1 shows the norms themselves and trains nothing; leave --recipe out.")
+        raise LandscapeError("Figure 1 shows the norms themselves and trains nothing; leave --recipe out.")
     return plot_blocks({title: steps.numpy() for title, steps in figure1_blocks().items()}), None
 
 
-def _comparison(number: str, request: Request) -> "tuple[Figure, pd.DataFrame | None]":
+def _comparison(number: str, request: FigureRequest) -> "tuple[Figure, pd.DataFrame | None]":
     """Figure 4 or 5: what is not recorded yet is trained first."""
-    from landscape.paper.figures4_5 import COMPARISONS, missing, roughness
+    from landscape.paper.figures4_5 import COMPARISONS, pending, roughness
     from landscape.plotting.landscape import plot_landscape
     from landscape.traces.reader import read_traces
 
     if request.recipes:
-        raise UserError(f"Figure {number} has recipes of its own, at two scales; leave --recipe out.")
+        raise LandscapeError(f"Figure {number} has recipes of its own, at two scales; leave --recipe out.")
     runs = COMPARISONS[number, request.scale]
     folder = request.traces or request.out / "traces" / runs[0].recipe
-    if left := missing(runs, folder):
+    if left := pending(runs, folder):
         click.echo(f"{len(left)} of {len(runs)} runs are to be trained, into {folder}.", err=True)
         places = Places(folder, request.data_dir, request.device, resume=True)
         for run in prepare(left, places):
             record(run, places, {})
-    recorded = [folder / run.run for run in runs]
+    recorded = [folder / run.run_name for run in runs]
     frame = read_traces(recorded)
     return plot_landscape(frame, x="epoch", layout="multiples"), roughness(frame, read_traces(recorded, table="epochs"))
 
 
-def _ranking(request: Request) -> "tuple[Figure, pd.DataFrame | None]":
+def _ranking(request: FigureRequest) -> "tuple[Figure, pd.DataFrame | None]":
     import pandas as pd
 
     from landscape.paper.rank_changes import plot_orders, ranking
-    from landscape.training.train import rehearse
+    from landscape.training.train import dry_run
 
     recipes = _ranking_recipes(request)
     for recipe in recipes:  # before the first is trained, find out whether a later one cannot be
-        rehearse(recipe, request.data_dir, request.device)
+        dry_run(recipe, request.data_dir, request.device)
     frames = []
     for recipe in recipes:
         click.echo(f"Training {recipe.model} on {recipe.dataset} ...", err=True)
@@ -80,9 +80,9 @@ def _ranking(request: Request) -> "tuple[Figure, pd.DataFrame | None]":
     return plot_orders(frame), table.rename_axis(columns="% at G =")
 
 
-def _ranking_recipes(request: Request) -> list[Recipe]:
+def _ranking_recipes(request: FigureRequest) -> list[Recipe]:
     """What was asked for; else SimpleNet on MNIST and, if not small, a ResNet in minutes of one CPU core."""
-    recipes = [named(name) for name in dict.fromkeys(request.recipes or ["mnist"])]
+    recipes = [recipe_named(name) for name in dict.fromkeys(request.recipes or ["mnist"])]
     if request.scale == "small":
         return [replace(recipe, epochs=1) for recipe in recipes]
     cifar = replace(RECIPES["cifar10-small"], model="resnet20", schedule="constant", lr=0.1, augment=(), epochs=4)
@@ -90,27 +90,27 @@ def _ranking_recipes(request: Request) -> list[Recipe]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class FigureSpec:
     """A figure: its files' names by scale, what it shows, and what draws it, with a table where it has numbers."""
 
     stems: Mapping[str, str]
     help: str
-    draw: "Callable[[Request], tuple[Figure, pd.DataFrame | None]]"
+    draw: "Callable[[FigureRequest], tuple[Figure, pd.DataFrame | None]]"
 
 
 FIGURES = {
-    "1": Entry(dict.fromkeys(SCALES, "figure1"), "which values each norm normalizes together", _figure1),
-    "ranking": Entry(
+    "1": FigureSpec(dict.fromkeys(SCALES, "figure1"), "which values each norm normalizes together", _figure1),
+    "ranking": FigureSpec(
         {"paper": "ranking", "small": "ranking-small"},
         "how many pairs of activations GhostNorm puts in another order (section 2.2)",
         _ranking,
     ),
-    "4": Entry(
+    "4": FigureSpec(
         {"paper": "figure4-mnist", "small": "figure4-digits"},
         "the loss landscape of SimpleNet on MNIST; small: on digits",
         partial(_comparison, "4"),
     ),
-    "5": Entry(
+    "5": FigureSpec(
         dict.fromkeys(SCALES, "figure5-cifar10"),
         "the loss landscape of ResNet-56 on CIFAR-10; small: on a part of it",
         partial(_comparison, "5"),
@@ -162,15 +162,15 @@ def command(
 ) -> None:
     """Draw one figure, write it twice, and print its numbers."""
     if name not in FIGURES:
-        raise UserError(f"There is no figure {name!r}; choose one of {', '.join(FIGURES)}.")
+        raise LandscapeError(f"There is no figure {name!r}; choose one of {', '.join(FIGURES)}.")
     if scale not in SCALES:
-        raise UserError(f"scale is {scale!r}; it can be {', '.join(SCALES)}.")
+        raise LandscapeError(f"scale is {scale!r}; it can be {', '.join(SCALES)}.")
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a folder as --out.")
+        raise LandscapeError(f"{out} is a file; give a folder as --out.")
     if traces and name not in ("4", "5"):
-        raise UserError(f"Figure {name} is not drawn from traces; leave --traces out.")
-    figure, table = FIGURES[name].draw(Request(out, scale, traces, recipes, data_dir, device))
-    from landscape.plotting.figure import save
+        raise LandscapeError(f"Figure {name} is not drawn from traces; leave --traces out.")
+    figure, table = FIGURES[name].draw(FigureRequest(out, scale, traces, recipes, data_dir, device))
+    from landscape.plotting.figure import save_figure
 
     # What was asked for otherwise does not take the place of the paper's figure.
     stem = "-".join([FIGURES[name].stems[scale], *dict.fromkeys(recipes)])
@@ -178,5 +178,5 @@ def command(
         click.echo(table.to_string(float_format="{:.4g}".format) + "\n")
     for suffix in ("png", "svg"):
         path = out / f"{stem}.{suffix}"
-        save(figure, path)
+        save_figure(figure, path)
         click.echo(f"Figure: {path}")

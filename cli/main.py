@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.text import one_line
 
 COMMANDS = {
@@ -21,7 +21,7 @@ COMMANDS = {
 }
 
 
-class Mistake(click.ClickException):
+class UsageMistake(click.ClickException):
     """A mistake of the user's: one line, exit code 2."""
 
     exit_code = 2
@@ -47,10 +47,10 @@ class Commands(click.Group):
                 return super().invoke(ctx)
         except click.UsageError as error:
             raise click.UsageError(one_line(error.format_message()), error.ctx) from error
-        except UserError as error:
-            raise Mistake(one_line(str(error))) from error
+        except LandscapeError as error:
+            raise UsageMistake(one_line(str(error))) from error
         except OSError as error:
-            raise Mistake(one_line(f"{error.filename or 'The system'}: {error.strerror or error}")) from error
+            raise UsageMistake(one_line(f"{error.filename or 'The system'}: {error.strerror or error}")) from error
 
 
 def _say(message: Warning | str, *details: Any, **options: Any) -> None:

@@ -55,12 +55,12 @@ def command(
     curvature       mean curvature of the loss on the way there
     """  # noqa: D301 (click looks for the character \b)
     # Imported here, so that --help does not wait for pandas and matplotlib.
-    from landscape.plotting.figure import save
+    from landscape.plotting.figure import save_figure
     from landscape.plotting.landscape import plot_landscape
     from landscape.traces.reader import read_traces
 
     frame = read_traces(paths)
-    save(plot_landscape(frame, measure=measures, x=x, scale=scale, layout=layout), out)
+    save_figure(plot_landscape(frame, measure=measures, x=x, scale=scale, layout=layout), out)
     for measure in dict.fromkeys(measures):
         for table in _tables(frame, measure, per_epoch=x == "epoch"):
             click.echo(table.to_string(float_format="{:.4g}".format) + "\n")

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import NORMS, options_of
-from landscape.training.presets import RECIPES, named
+from landscape.training.presets import RECIPES, recipe_named
 from landscape.training.recipe import GHOST_BY, PRECISIONS, Recipe
 
 from .params import PlaceType
@@ -131,7 +131,7 @@ def command(
     given = {"groups": groups, "channel_groups": channel_groups, "ghost_by": ghost_by}
     for option in (option for option, values in given.items() if values):
         if not any(option in _variants(norm) for norm in norms):
-            raise UserError(f"{option} is given, but none of the norms {', '.join(norms)} takes it; leave it out.")
+            raise LandscapeError(f"{option} is given, but none of the norms {', '.join(norms)} takes it; leave it out.")
     runs = _runs(base, norms, seeds, {name: values or (getattr(base, name),) for name, values in given.items()})
     places = Places(out, data_dir, device, overwrite, resume, checkpoint_seconds)
     for run in prepare(runs, places):
@@ -144,7 +144,7 @@ def _base(name: str, options: Mapping[str, Any]) -> Recipe:
     """The recipe of that name with the options that were given."""
     given = {option: value for option, value in options.items() if value is not None}
     # A learning rate that is asked for is that of all runs.
-    return replace(named(name), **given, **({"lr_without_norm": None} if "lr" in given else {}))
+    return replace(recipe_named(name), **given, **({"lr_without_norm": None} if "lr" in given else {}))
 
 
 def _variants(norm: str) -> tuple[str, ...]:
@@ -161,5 +161,5 @@ def _runs(
         names = _variants(norm)
         for values in product(*(variants[name] for name in names), seeds):
             chosen = dict(zip((*names, "seed"), values, strict=True))
-            runs.append(replace(base, norm=norm, **chosen).checked())
+            runs.append(replace(base, norm=norm, **chosen).resolve())
     return list(dict.fromkeys(runs))

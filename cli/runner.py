@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from landscape.errors import Stopped, UserError
+from landscape.errors import LandscapeError, TrainingInterrupted
 from landscape.training.recipe import Recipe
 
-from .signals import Interruptions
+from .signals import SignalGuard
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
     from landscape.probe.landscape_probe import LandscapeProbe
@@ -39,7 +39,7 @@ class Places:
         """The folder or URL of a run."""
         from landscape.storage.filesystem import inside
 
-        return inside(self.out, run.run)
+        return inside(self.out, run.run_name)
 
 
 def rank() -> int | None:
@@ -53,7 +53,7 @@ def prepare(runs: Sequence[Recipe], places: Places) -> list[Recipe]:
     Returns:
         The runs that are to be trained; of those that are recorded to their end, and to be resumed, one line is said.
     """
-    from landscape.training.train import check_processes, check_resuming, rehearse
+    from landscape.training.train import check_processes, check_resuming, dry_run
 
     check_resuming(places.resume, places.overwrite, places.checkpoint_seconds)
     left = _unrecorded(runs, places)
@@ -61,12 +61,12 @@ def prepare(runs: Sequence[Recipe], places: Places) -> list[Recipe]:
         for run in left:
             check_processes(run)
     for run in {replace(run, seed=0): run for run in left}.values():
-        rehearse(run, places.data_dir, places.device)
+        dry_run(run, places.data_dir, places.device)
     return left
 
 
 def _unrecorded(runs: Sequence[Recipe], places: Places) -> list[Recipe]:
-    from landscape.traces.folder import holds_rows
+    from landscape.traces.folder import has_rows
     from landscape.training.completed import is_recorded
 
     if places.resume:
@@ -74,9 +74,9 @@ def _unrecorded(runs: Sequence[Recipe], places: Places) -> list[Recipe]:
         for run in [] if rank() else ended:
             click.echo(f"{_smoothness(places.of(run))} (recorded before)")
         return [run for run in runs if run not in ended]
-    taken = [str(places.of(run)) for run in runs if holds_rows(places.of(run))]
+    taken = [str(places.of(run)) for run in runs if has_rows(places.of(run))]
     if taken and not places.overwrite:
-        raise UserError(
+        raise LandscapeError(
             f"Recorded already: {', '.join(taken)}. Give another --out, --resume to go on with what came to no end, or "
             "--overwrite to replace."
         )
@@ -99,10 +99,10 @@ def record(run: Recipe, places: Places, options: Mapping[str, Any]) -> None:
             raise SystemExit(code)
         return
     folder, number = places.of(run), None
-    with Interruptions() as interruptions:
+    with SignalGuard() as interruptions:
         try:
             _train(run, places, interruptions)
-        except Stopped:
+        except TrainingInterrupted:
             number = interruptions.signal or signal.SIGTERM  # that of another rank
         except KeyboardInterrupt:
             number = signal.SIGINT
@@ -130,7 +130,7 @@ def _what_resuming_does(folder: str | Path) -> str:
     return "goes on" if there else "starts it anew, as no checkpoint could be written"
 
 
-def _train(run: Recipe, places: Places, interruptions: Interruptions) -> None:
+def _train(run: Recipe, places: Places, interruptions: SignalGuard) -> None:
     """Train under a progress bar."""
     from landscape.training.train import train
 
@@ -188,7 +188,7 @@ class _Progress:
         from tqdm import tqdm
 
         self.epochs = run.epochs
-        self.bar = tqdm(desc=run.run, unit=" updates", disable=True if rank() else None)
+        self.bar = tqdm(desc=run.run_name, unit=" updates", disable=True if rank() else None)
         self.shown = 0.0
 
     def __enter__(self) -> "_Progress":

@@ -3,12 +3,12 @@
 import signal
 from typing import Any
 
-from landscape.errors import Stopped
+from landscape.errors import TrainingInterrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interruptions:
+class SignalGuard:
     """From the first update on, a signal waits until an update is done. A second one does what it always does."""
 
     def __init__(self) -> None:
@@ -26,9 +26,9 @@ class Interruptions:
             listened = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._note) for number in listened}
         if self.signal:
-            raise Stopped(self.signal.name)
+            raise TrainingInterrupted(self.signal.name)
 
-    def __enter__(self) -> "Interruptions":
+    def __enter__(self) -> "SignalGuard":
         return self
 
     def __exit__(self, *exception: object) -> None:

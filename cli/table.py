@@ -5,26 +5,26 @@ from pathlib import Path
 import click
 
 from landscape.training.presets import RECIPES
-from landscape.tuning.plan import Tuning
+from landscape.tuning.plan import TuningConfig
 
-from .tune import Workshop, run, workshop_options
+from .tune import WorkerOptions, run, workshop_options
 
 _SMALL = {"groups": (2, 4, 8, 16), "channel_groups": (2, 4, 8)}
 TABLES = {
     ("1", "paper"): (
-        Tuning(RECIPES["classify-cifar100"]),
+        TuningConfig(RECIPES["classify-cifar100"]),
         "Table 1: classification of CIFAR-100, WideResNet-28-10.",
     ),
     ("2", "paper"): (
-        Tuning(RECIPES["classify-cifar10"]),
+        TuningConfig(RECIPES["classify-cifar10"]),
         "Table 2: classification of CIFAR-10, WideResNet-28-10.",
     ),
     ("1", "small"): (
-        Tuning(RECIPES["classify-mnist"], **_SMALL),
+        TuningConfig(RECIPES["classify-mnist"], **_SMALL),
         "In the place of table 1 (CIFAR-100, WideResNet-28-10), small enough for a CPU: SimpleNet on MNIST.",
     ),
     ("2", "small"): (
-        Tuning(RECIPES["classify-cifar10-small"], **_SMALL),
+        TuningConfig(RECIPES["classify-cifar10-small"], **_SMALL),
         "In the place of table 2 (CIFAR-10, WideResNet-28-10), small enough for a CPU: ResNet-20, part of the images.",
     ),
 }
@@ -43,7 +43,7 @@ TABLES = {
     "--out", type=click.Path(path_type=Path), default=Path("figures"), show_default=True, help="Parent of the folder."
 )
 @workshop_options
-def command(number: str, scale: str, out: Path, workshop: Workshop) -> None:
+def command(number: str, scale: str, out: Path, workshop: WorkerOptions) -> None:
     """Train what table NUMBER of the paper compares: 1 for CIFAR-100, 2 for CIFAR-10.
 
     The same as `landscape tune` with the recipe of the table, the paper's groups and two seeds; the results are in the

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -37,7 +37,7 @@ def torchrun(arguments: Sequence[str], processes: int, afterwards: str = "") -> 
         all of them.
 
     Raises:
-        UserError: What the processes say that the user should do.
+        LandscapeError: What the processes say that the user should do.
     """
     # torchrun as a function, because as a command it adds two tracebacks of its own to an error.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -70,11 +70,11 @@ def torchrun(arguments: Sequence[str], processes: int, afterwards: str = "") -> 
 
 
 def _failed(failures: "Collection[ProcessFailure]", folder: Path, afterwards: str) -> int:
-    """The exit code of the process that failed by itself, after what it has printed; a UserError if it says so."""
+    """The exit code of the process that failed by itself, after what it has printed; a LandscapeError if it says so."""
     first = min(failures, key=_consequence)
     code = first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     if code == MISTAKE:
-        raise UserError(first.message)
+        raise LandscapeError(first.message)
     if code == 128 + signal.SIGTERM:  # nobody has failed; they were told to stop
         return code
     for printed in folder.rglob(f"{first.local_rank}/stderr.log"):

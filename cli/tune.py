@@ -11,18 +11,18 @@ import click
 from landscape.names import NORMS
 from landscape.training.presets import RECIPES
 from landscape.training.recipe import Recipe
-from landscape.tuning.plan import Tuning
+from landscape.tuning.plan import TuningConfig
 from landscape.tuning.strategies import STRATEGIES, Configuration
 
 if TYPE_CHECKING:  # --help waits for neither torch nor pandas
-    from landscape.tuning.plan import Plan
+    from landscape.tuning.plan import TuningPlan
     from landscape.tuning.tune import Outcome
 
 TUNABLE = [name for name, recipe in RECIPES.items() if recipe.validation]
 
 
 @dataclass(frozen=True)
-class Workshop:
+class WorkerOptions:
     """Where the trainings run, and where they are kept."""
 
     storage: str | None
@@ -37,8 +37,8 @@ def workshop_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def with_workshop(**given: Any) -> None:
-        names = [field.name for field in fields(Workshop)]
-        command(workshop=Workshop(**{name: given.pop(name) for name in names}), **given)
+        names = [field.name for field in fields(WorkerOptions)]
+        command(workshop=WorkerOptions(**{name: given.pop(name) for name in names}), **given)
 
     options = [
         click.option("--storage", help="Database that workers share, postgresql:// or sqlite:///.  [default: in OUT]"),
@@ -69,38 +69,38 @@ def workshop_options(command: Callable[..., None]) -> Callable[..., None]:
     "--norm",
     "norms",
     multiple=True,
-    default=Tuning.norms,
-    help=f"Normalization: {', '.join(NORMS)}. Repeatable.  [default: {', '.join(Tuning.norms)}]",
+    default=TuningConfig.norms,
+    help=f"Normalization: {', '.join(NORMS)}. Repeatable.  [default: {', '.join(TuningConfig.norms)}]",
 )
 @click.option(
     "--groups",
     multiple=True,
     type=int,
-    default=Tuning.groups,
-    help=f"Groups G_M of the batch to try. Repeatable.  [default: {', '.join(map(str, Tuning.groups))}]",
+    default=TuningConfig.groups,
+    help=f"Groups G_M of the batch to try. Repeatable.  [default: {', '.join(map(str, TuningConfig.groups))}]",
 )
 @click.option(
     "--channel-groups",
     multiple=True,
     type=int,
-    default=Tuning.channel_groups,
-    help=f"Groups G_C of the channels to try. Repeatable.  [default: {', '.join(map(str, Tuning.channel_groups))}]",
+    default=TuningConfig.channel_groups,
+    help=f"Groups G_C of the channels to try. Repeatable.  [default: {', '.join(map(str, TuningConfig.channel_groups))}]",
 )
 @click.option(
     "--strategy",
     type=click.Choice(list(STRATEGIES)),
-    default=Tuning.strategy,
+    default=TuningConfig.strategy,
     show_default=True,
     help="sequential: G_M on GhostNorm alone, then G_C; grid: every combination.",
 )
 @click.option(
     "--tolerance",
     type=float,
-    default=Tuning.tolerance,
+    default=TuningConfig.tolerance,
     show_default=True,
     help="sequential takes the largest G_M whose accuracy is this close to the best.",
 )
-@click.option("--runs", type=int, default=Tuning.runs, show_default=True, help="Seeds for each configuration.")
+@click.option("--runs", type=int, default=TuningConfig.runs, show_default=True, help="Seeds for each configuration.")
 @click.option("--epochs", type=int, help="Passes over the training set.  [default: the recipe's]")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("tuning"), show_default=True, help="Folder of results."
@@ -110,7 +110,7 @@ def command(
     recipe: str,
     epochs: int | None,
     out: Path,
-    workshop: Workshop,
+    workshop: WorkerOptions,
     **search: Any,
 ) -> None:
     """Choose the groups of each norm by validation accuracy, then train with them for the test accuracy.
@@ -119,15 +119,15 @@ def command(
     are given the same --storage share them. Writes table.md, table.parquet and trials.parquet into OUT.
     """
     base = RECIPES[recipe] if epochs is None else replace(RECIPES[recipe], epochs=epochs)
-    run(Tuning(base, **search), out, workshop)
+    run(TuningConfig(base, **search), out, workshop)
 
 
-def run(tuning: Tuning, out: Path, workshop: Workshop, title: str = "") -> None:
+def run(tuning: TuningConfig, out: Path, workshop: WorkerOptions, title: str = "") -> None:
     """Tune, write the table and print it; or only say what that would take."""
-    from landscape.tuning.feasibility import rehearsed
+    from landscape.tuning.feasibility import check_feasible
     from landscape.tuning.report import abridged, reasons
 
-    plan = rehearsed(tuning, workshop.data_dir, workshop.device)
+    plan = check_feasible(tuning, workshop.data_dir, workshop.device)
     for why, left_out in reasons(plan).items():
         click.echo(f"Left out: {abridged(left_out)}: {why}")
     choosing, testing = plan.counts()
@@ -138,7 +138,7 @@ def run(tuning: Tuning, out: Path, workshop: Workshop, title: str = "") -> None:
         _write(plan, _tune(plan, out, workshop), out, title)
 
 
-def _tell(plan: "Plan", workshop: Workshop) -> None:
+def _tell(plan: "TuningPlan", workshop: WorkerOptions) -> None:
     """Which trainings there are, and how long they take on this device."""
     from landscape.tuning.feasibility import seconds_per_training
     from landscape.tuning.report import duration
@@ -158,13 +158,13 @@ def _tell(plan: "Plan", workshop: Workshop) -> None:
     )
 
 
-def _tune(plan: "Plan", out: Path, workshop: Workshop) -> "Outcome":
-    from landscape.tuning.tune import Place, tune
+def _tune(plan: "TuningPlan", out: Path, workshop: WorkerOptions) -> "Outcome":
+    from landscape.tuning.tune import TuningBackend, tune
 
     out.mkdir(parents=True, exist_ok=True)
     storage = workshop.storage or f"sqlite:///{out / 'tuning.sqlite3'}"
     try:
-        place = Place(storage, workshop.data_dir, workshop.device)
+        place = TuningBackend(storage, workshop.data_dir, workshop.device)
         return tune(plan, place, jobs=workshop.jobs, on_trained=_say)
     except KeyboardInterrupt:
         click.echo("Interrupted. What has been trained is kept; the same command goes on from there.", err=True)
@@ -181,7 +181,7 @@ def _say(recipe: Recipe, row: Mapping[str, Any]) -> None:
     )
 
 
-def _write(plan: "Plan", outcome: "Outcome", out: Path, title: str) -> None:
+def _write(plan: "TuningPlan", outcome: "Outcome", out: Path, title: str) -> None:
     from landscape.files import whole_file
     from landscape.tuning.report import accuracies, caption, markdown, write_parquet
 

@@ -1,6 +1,6 @@
 from .analysis.measures import measured as measured
 from .analysis.summary import summarize as summarize
-from .errors import UserError as UserError
+from .errors import LandscapeError as LandscapeError
 from .norms.functional import ghost_norm as ghost_norm
 from .norms.functional import seq_norm as seq_norm
 from .norms.layers import GhostNorm as GhostNorm

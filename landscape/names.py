@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 
 @dataclass(frozen=True)
-class NormName:
+class NormInfo:
     """How a norm is written in figures and tables, and the paper's symbol of each option that makes a variant of it."""
 
     title: str
@@ -14,18 +14,18 @@ class NormName:
 
 
 NORMS = {
-    "none": NormName("No normalization"),
-    "batch": NormName("BatchNorm"),
-    "ghost": NormName("GhostNorm", {"groups": "G"}),
-    "seq": NormName("SeqNorm", {"channel_groups": "G_C", "groups": "G_M"}),
-    "group": NormName("GroupNorm", {"channel_groups": "G_C"}),
-    "layer": NormName("LayerNorm"),
-    "instance": NormName("InstanceNorm"),
-    "seq-reversed": NormName("SeqNorm reversed", {"groups": "G_M", "channel_groups": "G_C"}),
-    "ghost-ws": NormName("GhostNorm + WS", {"groups": "G"}),
-    "seq-ws": NormName("SeqNorm + WS", {"channel_groups": "G_C", "groups": "G_M"}),
-    "ghost-mean": NormName("GhostNorm, batch variance", {"groups": "G"}),
-    "batch-group": NormName("Batch/GroupNorm", {"channel_groups": "G_C", "groups": "G_M"}),
+    "none": NormInfo("No normalization"),
+    "batch": NormInfo("BatchNorm"),
+    "ghost": NormInfo("GhostNorm", {"groups": "G"}),
+    "seq": NormInfo("SeqNorm", {"channel_groups": "G_C", "groups": "G_M"}),
+    "group": NormInfo("GroupNorm", {"channel_groups": "G_C"}),
+    "layer": NormInfo("LayerNorm"),
+    "instance": NormInfo("InstanceNorm"),
+    "seq-reversed": NormInfo("SeqNorm reversed", {"groups": "G_M", "channel_groups": "G_C"}),
+    "ghost-ws": NormInfo("GhostNorm + WS", {"groups": "G"}),
+    "seq-ws": NormInfo("SeqNorm + WS", {"channel_groups": "G_C", "groups": "G_M"}),
+    "ghost-mean": NormInfo("GhostNorm, batch variance", {"groups": "G"}),
+    "batch-group": NormInfo("Batch/GroupNorm", {"channel_groups": "G_C", "groups": "G_M"}),
 }
 """Every norm that ``make_norm`` knows, in the order in which figures show them."""
 
@@ -43,19 +43,19 @@ TITLES = {
 
 
 def check_norm(name: str) -> None:
-    """Raise a UserError unless there is a norm of that name."""
+    """Raise a LandscapeError unless there is a norm of that name."""
     if not isinstance(name, str) or name not in NORMS:
-        raise UserError(f"Unknown norm {name!r}; choose one of {', '.join(NORMS)}.")
+        raise LandscapeError(f"Unknown norm {name!r}; choose one of {', '.join(NORMS)}.")
 
 
 def options_of(norm: str) -> tuple[str, ...]:
-    """The options that make variants of a norm; a UserError if there is no such norm."""
+    """The options that make variants of a norm; a LandscapeError if there is no such norm."""
     check_norm(norm)
     return tuple(NORMS[norm].symbols)
 
 
 @dataclass(frozen=True)
-class MeasureName:
+class MeasureInfo:
     """How a measure of smoothness is written under and beside a figure, and what it asks of a trace."""
 
     title: str
@@ -74,29 +74,29 @@ class MeasureName:
 
 
 MEASURES = {
-    "loss": MeasureName(
+    "loss": MeasureInfo(
         "loss", "losses", "smallest to largest loss", "the loss before the step, at step size 0", has_origin=False
     ),
-    "predictiveness": MeasureName(
+    "predictiveness": MeasureInfo(
         "gradient predictiveness",
         "gradient_distances",
         band="smallest to largest l2 distance from the gradient before the step to the gradient there",
         needs=("gradient_distances",),
     ),
-    "beta": MeasureName(
+    "beta": MeasureInfo(
         "effective β-smoothness",
         "gradient_distances",
         line="largest ratio of the change of the gradient to the distance moved (l2 norms)",
         needs=("gradient_distances", "direction_norm"),
         at_zero=False,
     ),
-    "gap": MeasureName(
+    "gap": MeasureInfo(
         "gap to the linear prediction",
         "losses",
         band="smallest to largest difference between the loss and its linear prediction by the gradient",
         needs=("slope",),
     ),
-    "curvature": MeasureName(
+    "curvature": MeasureInfo(
         "curvature along the ray",
         "losses",
         band="smallest to largest mean curvature of the loss on the way there",
@@ -108,6 +108,6 @@ MEASURES = {
 
 
 def check_measure(name: str) -> None:
-    """Raise a UserError unless there is a measure of that name."""
+    """Raise a LandscapeError unless there is a measure of that name."""
     if not isinstance(name, str) or name not in MEASURES:
-        raise UserError(f"Unknown measure {name!r}; choose one of {', '.join(MEASURES)}.")
+        raise LandscapeError(f"Unknown measure {name!r}; choose one of {', '.join(MEASURES)}.")

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from landscape.errors import UserError
-from landscape.names import NORMS, NormName
+from landscape.errors import LandscapeError
+from landscape.names import NORMS, NormInfo
 from landscape.text import short
 
 SETTINGS = ("dataset", "model", "batch_size", "base_lr", "direction")
@@ -44,7 +44,7 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
 def _label(facts: Mapping[str, Any], differing: Sequence[str]) -> str:
     if facts["norm"] is None:
         return str(facts["run"])
-    norm = NORMS.get(facts["norm"], NormName(str(facts["norm"])))
+    norm = NORMS.get(facts["norm"], NormInfo(str(facts["norm"])))
     options = ", ".join(
         f"{sign}={_number(facts[fact])}" for fact, sign in norm.symbols.items() if facts.get(fact) is not None
     )
@@ -73,5 +73,7 @@ def group_keys(frame: pd.DataFrame, by: str | Sequence[str], *others: str) -> pd
     if "band" in names and "band" not in frame:
         frame = frame.assign(band=band_labels(frame))
     if missing := [name for name in (*names, *others) if name not in frame]:
-        raise UserError(f"The frame has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}.")
+        raise LandscapeError(
+            f"The frame has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}."
+        )
     return pd.DataFrame(frame[names])

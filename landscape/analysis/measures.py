@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import MEASURES, check_measure
 
 REMEDIES = {
@@ -43,12 +43,12 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
         none. With ``beta``, which is a maximum already, both are the column ``beta``. What is there is kept.
 
     Raises:
-        UserError: There is no such measure, no row holds what it needs, or a row has not one value per step size.
+        LandscapeError: There is no such measure, no row holds what it needs, or a row has not one value per step size.
     """
     check_measure(measure)
     needs = MEASURES[measure].needs
-    if needs and not holds(frame, measure).any():
-        raise UserError(
+    if needs and not has_inputs(frame, measure).any():
+        raise LandscapeError(
             f"The measure {measure} needs {' and '.join(needs)}, which all rows lack (missing or NaN); "
             f"{REMEDIES[needs[0]]}, or choose another measure, such as loss."
         )
@@ -63,7 +63,7 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     return frame.assign(**{low: smallest, high: largest})
 
 
-def flat(frame: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
+def flatten_lists(frame: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
     """A column of lists as all values, one after the other, and their number in each row; a missing list has none."""
     lists = (
         pa.Table.from_pandas(frame[[name]], preserve_index=False)
@@ -75,7 +75,7 @@ def flat(frame: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
     return lists.flatten().to_numpy(zero_copy_only=False), counts
 
 
-def holds(frame: pd.DataFrame, measure: str) -> np.ndarray:
+def has_inputs(frame: pd.DataFrame, measure: str) -> np.ndarray:
     """Whether each row holds what the measure needs; bool (rows,)."""
     held = np.ones(len(frame), bool)
     for name in MEASURES[measure].needs:
@@ -97,9 +97,9 @@ class _Rays:
     @classmethod
     def of(cls, frame: pd.DataFrame, along: str, at_zero: bool) -> Self:
         """The points of the rows that have values, without those at step size 0 unless ``at_zero``."""
-        (value, counts), (eta, expected) = flat(frame, along), flat(frame, "step_sizes")
+        (value, counts), (eta, expected) = flatten_lists(frame, along), flatten_lists(frame, "step_sizes")
         if (wrong := np.flatnonzero((counts > 0) & (counts != expected))).size:
-            raise UserError(
+            raise LandscapeError(
                 f"Row {wrong[0]} has {counts[wrong[0]]} {along} at {expected[wrong[0]]} step sizes; "
                 "give rows of read_traces or LandscapeProbe.frame."
             )

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from landscape.analysis.labels import group_keys
-from landscape.analysis.measures import holds, measured
-from landscape.errors import UserError
+from landscape.analysis.measures import has_inputs, measured
+from landscape.errors import LandscapeError
 from landscape.names import MEASURES
 
 
@@ -35,13 +35,13 @@ def envelope(
         that name, the mean over what is finite.
 
     Raises:
-        UserError: A column is missing, ``x`` was not recorded, or there is no such measure or nothing that it needs.
+        LandscapeError: A column is missing, ``x`` was not recorded, or there is no such measure or nothing that it needs.
     """
     keys = group_keys(frame, by, x)
     if pd.isna(frame[x].to_numpy()).any():
-        raise UserError(f"The trace does not know the {x} of every update; choose another x, such as step.")
+        raise LandscapeError(f"The trace does not know the {x} of every update; choose another x, such as step.")
     frame = measured(frame, measure)
-    names, whole = [measure, f"{measure}_min", f"{measure}_max"], finite(frame, measure)
+    names, whole = [measure, f"{measure}_min", f"{measure}_max"], is_finite(frame, measure)
     rows = keys.assign(
         x=frame[x],
         bin=_bins(frame[x].to_numpy(), bins),
@@ -50,7 +50,9 @@ def envelope(
         high=frame[names[2]].where(whole),
         not_finite=~whole,
     )
-    groups = pd.DataFrame(rows[recorded(frame, measure)]).groupby([*keys.columns, "bin"], observed=True, dropna=False)
+    groups = pd.DataFrame(rows[has_measure(frame, measure)]).groupby(
+        [*keys.columns, "bin"], observed=True, dropna=False
+    )
     joined = groups.agg(
         x=("x", "min"),
         line=("line", "mean"),
@@ -89,13 +91,13 @@ def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str
         what the measure needs (:func:`recorded`) are not counted.
 
     Raises:
-        UserError: A column is missing, or there is no such measure or nothing that it needs.
+        LandscapeError: A column is missing, or there is no such measure or nothing that it needs.
     """
     keys = group_keys(frame, by, "step", "loss", "seconds")
     if "epoch" in keys:
         keys["epoch"] = np.floor(keys["epoch"]).astype("Int64")
     frame = measured(frame, measure)
-    known, whole = recorded(frame, measure), finite(frame, measure)
+    known, whole = has_measure(frame, measure), is_finite(frame, measure)
     loss = frame["loss"].where(np.isfinite(frame["loss"]))
     rows = keys.assign(
         _known=known,
@@ -125,7 +127,7 @@ def _size(frame: pd.DataFrame, measure: str) -> pd.Series:
     return pd.Series(np.maximum(low.abs(), high.abs()) if MEASURES[measure].has_origin else high - low)
 
 
-def finite(frame: pd.DataFrame, measure: str) -> np.ndarray:
+def is_finite(frame: pd.DataFrame, measure: str) -> np.ndarray:
     """Whether all that the measure says of each update is finite, the line as well as the K values; bool (rows,).
 
     Args:
@@ -137,9 +139,9 @@ def finite(frame: pd.DataFrame, measure: str) -> np.ndarray:
     return np.logical_and.reduce([np.isfinite(frame[column].to_numpy()) for column in columns])
 
 
-def recorded(frame: pd.DataFrame, measure: str) -> np.ndarray:
+def has_measure(frame: pd.DataFrame, measure: str) -> np.ndarray:
     """Whether each row is of a run that recorded what the measure needs, at any of its updates; bool (rows,)."""
-    known = holds(frame, measure)
+    known = has_inputs(frame, measure)
     if known.all():
         return known
     keys = group_keys(frame, ("run", "band")).assign(known=known)

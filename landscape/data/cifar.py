@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from landscape.data.download import Labelled, Source, find_file, read_files
-from landscape.errors import UserError
+from landscape.data.download import ImagesAndLabels, Source, find_file, read_files
+from landscape.errors import LandscapeError
 
 SHAPE = (3, 32, 32)
 MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
@@ -64,14 +64,14 @@ CIFAR100 = Cifar(
 )
 
 
-def read_cifar(cifar: Cifar, folder: Path) -> tuple[Labelled, Labelled]:
+def read_cifar(cifar: Cifar, folder: Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
     """Training and test images (N, 3, 32, 32) with their labels (N,).
 
     Files that were unpacked are taken as they are; a test file that is then missing leaves an empty test set, since a
     landscape needs none. Otherwise the archive is read, and fetched where it is missing.
 
     Raises:
-        UserError: A file is damaged or not to be had.
+        LandscapeError: A file is damaged or not to be had.
     """
     unpacked = all(find_file(name, folder, cifar.source) for name in cifar.train)
     tests = [name for name in cifar.tests if find_file(name, folder, cifar.source)][:1] if unpacked else cifar.tests[:1]
@@ -86,12 +86,12 @@ def read_cifar(cifar: Cifar, folder: Path) -> tuple[Labelled, Labelled]:
     return _joined(parts[:split]), _joined(parts[split:])
 
 
-def _joined(parts: list[Labelled]) -> Labelled:
+def _joined(parts: list[ImagesAndLabels]) -> ImagesAndLabels:
     images = np.concatenate([np.empty((0, *SHAPE), np.uint8), *(images for images, _ in parts)])
     return images, np.concatenate([np.empty(0, np.uint8), *(labels for _, labels in parts)])
 
 
-def parse_cifar(content: bytes, labels: tuple[int, ...], name: str) -> Labelled:
+def parse_cifar(content: bytes, labels: tuple[int, ...], name: str) -> ImagesAndLabels:
     """Images (N, 3, 32, 32) and labels (N,) in a file of the binary version.
 
     Its records, one after the other and without a header, are a byte for each label and 3,072 bytes of pixels, the red
@@ -103,15 +103,17 @@ def parse_cifar(content: bytes, labels: tuple[int, ...], name: str) -> Labelled:
         name: What to call the file in an error.
 
     Raises:
-        UserError: The file is empty or ends within a record, or a label is out of range.
+        LandscapeError: The file is empty or ends within a record, or a label is out of range.
     """
     size = len(labels) + int(np.prod(SHAPE))
     if not content or len(content) % size:
-        raise UserError(f"{name} is damaged: {len(content)} bytes, expected whole records of {size} bytes; replace it")
+        raise LandscapeError(
+            f"{name} is damaged: {len(content)} bytes, expected whole records of {size} bytes; replace it"
+        )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     found, allowed = records[:, : len(labels)], np.array(labels)
     if (found >= allowed).any():
-        raise UserError(
+        raise LandscapeError(
             f"{name} holds the labels {found.max(0).tolist()}, allowed are less than {list(labels)}; replace it"
         )
     return records[:, len(labels) :].reshape(-1, *SHAPE), found[:, -1]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from landscape.data.cifar import CIFAR10, CIFAR100, Cifar, read_cifar
-from landscape.data.download import Labelled
+from landscape.data.download import ImagesAndLabels
 from landscape.data.mnist import read_mnist
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +66,11 @@ class Dataset:
             train: How many of the others stay; by default all.
 
         Raises:
-            UserError: The training set has not as many.
+            LandscapeError: The training set has not as many.
         """
         last = len(self.train) if train is None else validation + train
         if last > len(self.train) or validation >= last:
-            raise UserError(
+            raise LandscapeError(
                 f"{train or 'all other'} samples to train on and {validation} held out of the {len(self.train)} of "
                 f"{self.name!r}: there are not that many; take fewer."
             )
@@ -103,20 +103,22 @@ def load_dataset(name: str, data_dir: str | Path | None = None, device: str | to
         device: Where the tensors are put.
 
     Raises:
-        UserError: If there is no such data set, or a file is damaged, or missing and not to be had.
+        LandscapeError: If there is no such data set, or a file is damaged, or missing and not to be had.
     """
     if not isinstance(name, str) or name not in LOADERS:
-        raise UserError(f"there is no data set {name!r}; choose one of: {', '.join(LOADERS)}")
+        raise LandscapeError(f"there is no data set {name!r}; choose one of: {', '.join(LOADERS)}")
     classes, load = LOADERS[name]
     folder = Path(pooch.os_cache("landscape") if data_dir is None else data_dir).expanduser()
     try:
         train, test = load(folder)
     except OSError as error:
-        raise UserError(f"cannot get the files of {name!r} in {folder}: {error}") from error
+        raise LandscapeError(f"cannot get the files of {name!r} in {folder}: {error}") from error
     return _normalized(name, classes, train, test, device)
 
 
-def _normalized(name: str, classes: int, train: Labelled, test: Labelled, device: str | torch.device) -> Dataset:
+def _normalized(
+    name: str, classes: int, train: ImagesAndLabels, test: ImagesAndLabels, device: str | torch.device
+) -> Dataset:
     # On the CPU whatever the device is, so that a seed starts from the same bits everywhere.
     images, targets = zip(
         *[(torch.from_numpy(part[0].astype(np.float32)), part[1]) for part in (train, test)], strict=True
@@ -131,23 +133,23 @@ def _normalized(name: str, classes: int, train: Labelled, test: Labelled, device
     )
 
 
-def _load_digits(_folder: Path) -> tuple[Labelled, Labelled]:
+def _load_digits(_folder: Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
         images, labels = file["images"].reshape(-1, 1, 8, 8), file["targets"]
     # The images are grouped by writer, so most of the last 297 are by hands that were not trained on.
     return (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
 
 
-def _load_mnist(folder: Path) -> tuple[Labelled, Labelled]:
+def _load_mnist(folder: Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
     images, labels = read_mnist("train", folder)
     return (images[:50_000], labels[:50_000]), read_mnist("t10k", folder)
 
 
-def _cifar(cifar: Cifar) -> tuple[int, Callable[[Path], tuple[Labelled, Labelled]]]:
+def _cifar(cifar: Cifar) -> tuple[int, Callable[[Path], tuple[ImagesAndLabels, ImagesAndLabels]]]:
     return cifar.labels[-1], lambda folder: read_cifar(cifar, folder)
 
 
-LOADERS: dict[str, tuple[int, Callable[[Path], tuple[Labelled, Labelled]]]] = {
+LOADERS: dict[str, tuple[int, Callable[[Path], tuple[ImagesAndLabels, ImagesAndLabels]]]] = {
     "digits": (10, _load_digits),
     "mnist": (10, _load_mnist),
     "cifar10": _cifar(CIFAR10),

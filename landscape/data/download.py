@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pooch
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 TIMEOUT = (3, 15)
 """Seconds to wait for a connection (to each address of a mirror), and for the next bytes."""
@@ -20,7 +20,7 @@ TIMEOUT = (3, 15)
 LARGEST = 1 << 30
 """Bytes of a file that is read into memory to be checked."""
 
-Labelled = tuple[np.ndarray, np.ndarray]
+ImagesAndLabels = tuple[np.ndarray, np.ndarray]
 """Images (N, C, H, W) and their labels (N,), both uint8."""
 
 
@@ -56,7 +56,7 @@ def read_files(names: Sequence[str], folder: Path, source: Source) -> list[bytes
     """Contents of files, unpacked: found in the folder or fetched, and hash-checked before anything interprets them.
 
     Raises:
-        UserError: A file is damaged, or missing and not to be had.
+        LandscapeError: A file is damaged, or missing and not to be had.
     """
     found = [find_file(name, folder, source) for name in names]
     if source.archive and None in found:
@@ -77,17 +77,19 @@ def _members(archive: bytes, names: Sequence[str], source: Source) -> list[bytes
             if member.name in wanted and member.isreg() and (content := file.extractfile(member)) is not None:
                 contents[wanted[member.name]] = content.read()
     if missing := [path for path, name in wanted.items() if name not in contents]:
-        raise UserError(f"The archive {source.archive} has no file {', '.join(missing)}; replace it.")
+        raise LandscapeError(f"The archive {source.archive} has no file {', '.join(missing)}; replace it.")
     return [contents[name] for name in names]
 
 
 def _checked(path: Path, source: Source) -> bytes:
     if (size := path.stat().st_size) > LARGEST:
-        raise UserError(f"{path} is damaged: it has {size} bytes, no file of {source.name} has more than {LARGEST}.")
+        raise LandscapeError(
+            f"{path} is damaged: it has {size} bytes, no file of {source.name} has more than {LARGEST}."
+        )
     content = path.read_bytes()
     expected, found = source.sha256[path.name], hashlib.sha256(content).hexdigest()
     if found != expected:
-        raise UserError(
+        raise LandscapeError(
             f"{path} is damaged: SHA-256 {expected} expected, {found} found; "
             "put the original in its place, or delete it to have it fetched again"
         )
@@ -105,7 +107,7 @@ def _fetch(path: Path, source: Source) -> Path:
             return path
         except (OSError, ValueError) as error:
             failures.append(f"{mirror}: {error}")
-    raise UserError(
+    raise LandscapeError(
         f"{path} is missing and cannot be fetched; put the file there (SHA-256 {expected}) "
         f"or give the folder that holds it as data_dir; tried {'; '.join(failures)}"
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from landscape.data.download import Labelled, Source, read_files
-from landscape.errors import UserError
+from landscape.data.download import ImagesAndLabels, Source, read_files
+from landscape.errors import LandscapeError
 
 CLASSES = 10
 MNIST = Source(
@@ -25,19 +25,21 @@ MNIST = Source(
 )
 
 
-def read_mnist(part: str, folder: Path, source: Source = MNIST) -> Labelled:
+def read_mnist(part: str, folder: Path, source: Source = MNIST) -> ImagesAndLabels:
     """Images (N, 1, H, W) and labels (N,) of one part, ``"train"`` or ``"t10k"``.
 
     Raises:
-        UserError: A file is damaged or not to be had, or the two do not match.
+        LandscapeError: A file is damaged or not to be had, or the two do not match.
     """
     names = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
     contents = read_files(names, folder, source)
     images, labels = parse_idx(contents[0], 3, names[0]), parse_idx(contents[1], 1, names[1])
     if len(images) != len(labels):
-        raise UserError(f"{names[0]} holds {len(images)} images, but {names[1]} {len(labels)} labels; replace them")
+        raise LandscapeError(
+            f"{names[0]} holds {len(images)} images, but {names[1]} {len(labels)} labels; replace them"
+        )
     if (labels >= CLASSES).any():
-        raise UserError(f"{names[1]} holds the label {labels.max()}, expected 0 to {CLASSES - 1}; replace it")
+        raise LandscapeError(f"{names[1]} holds the label {labels.max()}, expected 0 to {CLASSES - 1}; replace it")
     return images[:, None], labels
 
 
@@ -54,13 +56,15 @@ def parse_idx(content: bytes, dimensions: int, name: str) -> np.ndarray:
         A read-only uint8 view of ``content`` with D dimensions.
 
     Raises:
-        UserError: If the magic number is another, or the sizes do not fit the length of the file.
+        LandscapeError: If the magic number is another, or the sizes do not fit the length of the file.
     """
     magic, start = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
     if content[:4] != magic:
-        raise UserError(f"{name} is no idx file: it starts with {content[:4].hex()}, not {magic.hex()}; replace it")
+        raise LandscapeError(
+            f"{name} is no idx file: it starts with {content[:4].hex()}, not {magic.hex()}; replace it"
+        )
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
     size = start + math.prod(shape)
     if len(content) != size:
-        raise UserError(f"{name} is damaged: {len(content)} bytes, {size} expected for sizes {shape}; replace it")
+        raise LandscapeError(f"{name} is damaged: {len(content)} bytes, {size} expected for sizes {shape}; replace it")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from landscape.distributed.group import LostRankError, Ranks, answering, sharded_parts
+from landscape.distributed.group import RankFailedError, RankGroup, sharded_parts, translate_collective_errors
 
 
-class Shards:
+class ShardedParameters:
     """What this process holds of the parameters of a model that ``torch.distributed.fsdp.fully_shard`` has spread.
 
     A forward pass gathers the parameters by itself, so it cannot be given others: a point is written into the shards,
@@ -23,7 +23,7 @@ class Shards:
         ranks: The processes that it is spread over.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, ranks: RankGroup) -> None:
         self._model, self._ranks = model, ranks
         self._parts: list[Any] = sharded_parts(model)
         inner = {id(module) for part in self._parts for module in part.modules() if module is not part}
@@ -40,7 +40,7 @@ class Shards:
         self._error: Exception | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, ranks: Ranks) -> Self | None:
+    def of(cls, model: nn.Module, ranks: RankGroup) -> Self | None:
         """The shards of the model; None if every process holds it as a whole."""
         return cls(model, ranks) if sharded_parts(model) else None
 
@@ -50,20 +50,20 @@ class Shards:
             part.reshard()
         return dict(self._model.named_parameters())
 
-    def reduces(self) -> bool:
+    def syncs_gradients(self) -> bool:
         """Whether a backward pass reduces gradients; otherwise they are kept, out of sight, for one that does."""
         states = [part._get_fsdp_state() for part in self._parts]  # torch has no public way to ask
         groups = [g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] if g]
         return all(group.reduce_grads and group.all_reduce_grads for group in groups)
 
-    def total(self, numbers: Mapping[str, Tensor]) -> Tensor:
+    def all_reduce_sum(self, numbers: Mapping[str, Tensor]) -> Tensor:
         """The sum over all parameters of ``numbers``, by name, that each rank has computed from its shards of them."""
         held = self.parameters()
         own = torch.stack([number.double() * _pieces(held[name]) for name, number in numbers.items()])
-        return self._ranks.average(own.sum())
+        return self._ranks.all_reduce_mean_(own.sum())
 
     @contextmanager
-    def at(self, point: Mapping[str, Tensor]) -> Iterator[None]:
+    def parameters_set_to(self, point: Mapping[str, Tensor]) -> Iterator[None]:
         """For the body, which makes one pass, write ``point`` into the shards of its names."""
         self._held = self.parameters()
         shards = {name: local(self._held[name]) for name in point}
@@ -82,14 +82,14 @@ class Shards:
             self.parameters()
             _write(before, shards)
 
-    def loss(self, closure: Callable[[nn.Module], Tensor]) -> Tensor:
+    def evaluate(self, closure: Callable[[nn.Module], Tensor]) -> Tensor:
         """``closure(model)``, or NaN where it fails on this rank alone: the others do not know yet, and go on."""
         try:
-            with answering():
+            with translate_collective_errors():
                 loss = closure(self._model)
             self._order = list(self._entered)
             return loss
-        except LostRankError:
+        except RankFailedError:
             raise
         except Exception as error:
             self._error = self._error or error
@@ -99,7 +99,7 @@ class Shards:
             return torch.tensor(math.nan, device=self.device)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_deferred(self) -> Iterator[None]:
         """After the body, in which all ranks make the same passes, raise what has failed in it on this one."""
         try:
             yield
@@ -113,7 +113,7 @@ class Shards:
         Raises:
             RuntimeError: A backward pass would do something else beside it, as training needs it.
         """
-        self._ranks.agree(self._check)
+        self._ranks.run_on_all(self._check)
         before = {name: parameter.grad for name, parameter in self._held.items()}
         try:
             for parameter in self._held.values():
@@ -130,7 +130,7 @@ class Shards:
         self._raise()
         if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in self._held.values()):
             raise RuntimeError("hooks of parameters would see a gradient that is not that of training")
-        if not self.reduces():
+        if not self.syncs_gradients():
             raise RuntimeError("set_requires_gradient_sync(False) would keep a gradient for the next backward pass")
 
     def _enter(self, part: nn.Module, args: Any) -> None:

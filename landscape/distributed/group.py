@@ -12,22 +12,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 T = TypeVar("T")
 K = TypeVar("K")
 
 
-class LostRankError(UserError):
+class RankFailedError(LandscapeError):
     """Another process of the group no longer answers; who goes on without it lets the rest of them wait."""
 
 
 @contextmanager
-def answering() -> Iterator[None]:
+def translate_collective_errors() -> Iterator[None]:
     """Say it in plain words if a process of the group dies while the body waits for it.
 
     Raises:
-        LostRankError: Instead of what torch's collectives raise.
+        RankFailedError: Instead of what torch's collectives raise.
     """
     try:
         yield
@@ -35,12 +35,12 @@ def answering() -> Iterator[None]:
         # torch has a type for what NCCL and its store say; what gloo says is known by its words.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise LostRankError(
+        raise RankFailedError(
             "Another of the processes that train the model no longer answers: it has failed, or was killed."
         ) from error
 
 
-class Ranks:
+class RankGroup:
     """The processes of a group, of which this is one; without a group this process is alone, and nothing is sent.
 
     Each collective comes after a small exchange in which every rank says whether it can go on. So an error on one of
@@ -72,7 +72,7 @@ class Ranks:
         """Whether this process writes what is common to all."""
         return self.rank == 0
 
-    def agree(self, compute: Callable[[], T], alike: Callable[[T], Any] = lambda result: None) -> T:
+    def run_on_all(self, compute: Callable[[], T], alike: Callable[[T], Any] = lambda result: None) -> T:
         """This rank's own ``compute()``, if all ranks get through theirs.
 
         A computation may contain others, as long as all ranks call them in the same order.
@@ -82,7 +82,7 @@ class Ranks:
             alike: What of the result has to be the same on all ranks; its ``repr`` is compared.
 
         Raises:
-            UserError: The results are not alike.
+            LandscapeError: The results are not alike.
             Exception: That of a rank that failed, on all ranks and with its number; errors of the package and
                 RuntimeErrors keep their type.
         """
@@ -91,10 +91,10 @@ class Ranks:
         self._abandoned &= self._depth > 0
         self._depth += 1
         try:
-            with answering():
+            with translate_collective_errors():
                 result = compute()
             mark = zlib.crc32(repr(alike(result)).encode())
-        except LostRankError:  # nobody is left to be told
+        except RankFailedError:  # nobody is left to be told
             raise
         except Exception as error:
             if not self._abandoned:
@@ -106,37 +106,37 @@ class Ranks:
         finally:
             self._depth -= 1
 
-    def mean(self, compute: Callable[[], Mapping[K, Any]], apart: Container[K] = ()) -> dict[K, Any]:
+    def all_mean(self, compute: Callable[[], Mapping[K, Any]], apart: Container[K] = ()) -> dict[K, Any]:
         """The means of ``compute()`` over the ranks: of its tensors; everything else has to be the same on all.
 
         Tensors of less than single precision are averaged, and given back, in single precision. What is ``apart`` is
         each rank's own, and stays as it is.
 
         Raises:
-            UserError: The ranks do not compute the same things.
+            LandscapeError: The ranks do not compute the same things.
             Exception: As for :meth:`agree`.
         """
-        own = dict(self.agree(compute, lambda own: _outline({key: own[key] for key in own if key not in apart})))
+        own = dict(self.run_on_all(compute, lambda own: _outline({key: own[key] for key in own if key not in apart})))
         tensors = {key: value.detach() for key, value in own.items() if isinstance(value, Tensor) and key not in apart}
         if self._group is None or not tensors:
             return own
         kind = reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values()], torch.float32)
         device = next(iter(tensors.values())).device
-        flat = self.average(torch.cat([tensor.reshape(-1).to(device, kind) for tensor in tensors.values()]))
+        flat = self.all_reduce_mean_(torch.cat([tensor.reshape(-1).to(device, kind) for tensor in tensors.values()]))
         parts = flat.split([tensor.numel() for tensor in tensors.values()])
         pairs = zip(tensors.items(), parts, strict=True)
         return own | {key: part.view(tensor.shape).to(tensor.device) for (key, tensor), part in pairs}
 
-    @answering()
-    def average(self, tensor: Tensor) -> Tensor:
+    @translate_collective_errors()
+    def all_reduce_mean_(self, tensor: Tensor) -> Tensor:
         """The mean of a tensor over the ranks, all of which have one like it; it is written to."""
         if self._group is not None:
             dist.all_reduce(tensor, group=self._hosts if tensor.device.type == "cpu" else self._group)
             tensor /= self.size
         return tensor
 
-    @answering()
-    def decide(self, value: bool) -> bool:
+    @translate_collective_errors()
+    def broadcast_bool(self, value: bool) -> bool:
         """The writer's ``value``, on all ranks."""
         if self._group is None:
             return value
@@ -144,8 +144,8 @@ class Ranks:
         dist.broadcast(told, src=dist.get_global_rank(self._group, 0), group=self._hosts)
         return bool(told)
 
-    @answering()
-    def share(self, own: bytes) -> list[bytes]:
+    @translate_collective_errors()
+    def all_gather_bytes(self, own: bytes) -> list[bytes]:
         """What every rank has to say, in their order, on all of them."""
         if self._group is None:
             return [own]
@@ -157,11 +157,11 @@ class Ranks:
         dist.all_gather(shared, padded, self._hosts)
         return [bytes(part[:size].numpy()) for part, size in zip(shared, sizes, strict=True)]
 
-    def others(self) -> bool:
+    def has_untracked_ranks(self) -> bool:
         """Whether torch knows of processes beside these."""
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > self.size
 
-    @answering()
+    @translate_collective_errors()
     def _exchange(self, mark: int, error: Exception | None) -> None:
         """Tell all ranks of an error, or of what has to be alike; raise on all of them if something is not right."""
         assert self._group is not None
@@ -172,7 +172,7 @@ class Ranks:
         if failed:
             raise self._told(self.size - failed, error) from error
         if most != -least:
-            raise UserError(
+            raise LandscapeError(
                 "The ranks do not measure the same (step sizes, parameters, options of the probe); give the probe the "
                 "same on every rank, and let every rank make every optimizer step."
             )
@@ -192,42 +192,42 @@ class Ranks:
         return kind(message)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = RankGroup()
 """A process that trains by itself."""
 
 
-def inside(model: nn.Module) -> tuple[nn.Module, Ranks]:
+def unwrap_parallel(model: nn.Module) -> tuple[nn.Module, RankGroup]:
     """The model inside of what the user's loop calls, and the ranks that train it.
 
     They are those of DistributedDataParallel, or those that fully_shard has spread the model over; any other model is
     trained by this process alone.
 
     Raises:
-        UserError: There is a DistributedDataParallel further in, or a FullyShardedDataParallel.
+        LandscapeError: There is a DistributedDataParallel further in, or a FullyShardedDataParallel.
     """
     outermost = isinstance(model, DistributedDataParallel)
     inner = model.module if outermost else model
     if any(isinstance(module, DistributedDataParallel) for module in inner.modules()):
-        raise UserError(
+        raise LandscapeError(
             "There is a DistributedDataParallel inside of the model. Wrap the model as a whole, outermost (also around "
             "torch.compile), and give the probe what DistributedDataParallel(model) returns."
         )
     if parts := sharded_parts(inner):
-        return inner, Ranks(_spread_over(parts))
-    return inner, Ranks(model.process_group) if outermost else ALONE
+        return inner, RankGroup(_spread_over(parts))
+    return inner, RankGroup(model.process_group) if outermost else SINGLE_PROCESS
 
 
 def sharded_parts(model: nn.Module) -> list[Any]:
     """The modules that ``fully_shard`` was applied to.
 
     Raises:
-        UserError: A part is wrapped in the older FullyShardedDataParallel.
+        LandscapeError: A part is wrapped in the older FullyShardedDataParallel.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # importing it takes half a second
     if fsdp is None:
         return []
     if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
-        raise UserError(
+        raise LandscapeError(
             "The model is wrapped in FullyShardedDataParallel, whose parameters cannot be told apart; shard it with "
             "torch.distributed.fsdp.fully_shard(model) instead."
         )

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.norms.standardize import slices, standardize
 
 Layout = Literal["contiguous", "interleaved"]
-Normalized = tuple[Tensor, Tensor, Tensor]
+NormOutput = tuple[Tensor, Tensor, Tensor]
 """The output, like the input; means and unbiased variances of the slices, each (G, C)."""
 
 
@@ -45,7 +45,7 @@ def ghost_norm(
         Shape and dtype of ``x``. Half precision is computed in float32.
 
     Raises:
-        UserError: ``groups`` is not in 1..M, or leaves a group with a single value per channel.
+        LandscapeError: ``groups`` is not in 1..M, or leaves a group with a single value per channel.
     """
     return ghost_norm_with_statistics(x, groups, weight, bias, layout, eps)[0]
 
@@ -65,7 +65,7 @@ def seq_norm(
     SeqNorm of Dimitriou & Arandjelovic (arXiv:2007.08554). Arguments as in `ghost_norm` and `group_norm`.
 
     Raises:
-        UserError: As `ghost_norm` and `group_norm`.
+        LandscapeError: As `ghost_norm` and `group_norm`.
     """
     return ghost_norm(group_norm(x, channel_groups, eps=eps), groups, weight, bias, layout=layout, eps=eps)
 
@@ -76,11 +76,11 @@ def group_norm(
     """`torch.nn.functional.group_norm`, which refuses slices of a single value.
 
     Raises:
-        UserError: ``channel_groups`` does not divide C, or each slice holds one value.
+        LandscapeError: ``channel_groups`` does not divide C, or each slice holds one value.
     """
     check_channel_groups(x.shape[1], channel_groups)
     if x.shape[1:].numel() == channel_groups:
-        raise UserError(
+        raise LandscapeError(
             f"{channel_groups} channel groups on an input of shape {tuple(x.shape)} leave a single value to normalize, "
             "so its variance is undefined (instance norm on a fully-connected layer is). Use fewer channel groups or "
             "another norm."
@@ -89,9 +89,9 @@ def group_norm(
 
 
 def check_channel_groups(channels: int, channel_groups: int | None) -> int:
-    """``channel_groups``; UserError unless it divides ``channels``."""
+    """``channel_groups``; LandscapeError unless it divides ``channels``."""
     if not channel_groups or channel_groups < 1 or channels % channel_groups:
-        raise UserError(
+        raise LandscapeError(
             f"channel_groups={channel_groups} on {channels} channels: it has to divide the number of channels. "
             f"Choose a divisor of {channels}."
         )
@@ -100,7 +100,7 @@ def check_channel_groups(channels: int, channel_groups: int | None) -> int:
 
 def ghost_norm_with_statistics(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, layout: Layout, eps: float
-) -> Normalized:
+) -> NormOutput:
     """`ghost_norm`, together with the statistics that it computed on the way."""
     if has_torch_function((x, weight, bias)):
         # One call for who looks on, as torch's own functions are; some thirty calls would take longer than the norm.
@@ -109,15 +109,15 @@ def ghost_norm_with_statistics(
     if check_batch(x, groups, layout) == 2:
         _warn_of_signs(len(x), groups)
 
-    def of_even_groups(x: Tensor, groups: int, interleaved: bool) -> Normalized:
+    def of_even_groups(x: Tensor, groups: int, interleaved: bool) -> NormOutput:
         y, mean, var = standardize(x, weight, bias, slices(x, groups, interleaved), eps)
         return y, mean.view(groups, -1), var.view(groups, -1)
 
-    y, mean, var = by_even_groups(of_even_groups, x, groups, layout)
+    y, mean, var = split_uneven_groups(of_even_groups, x, groups, layout)
     return y, mean, var
 
 
-def by_even_groups(
+def split_uneven_groups(
     function: Callable[[Tensor, int, bool], tuple[Tensor, ...]], x: Tensor, groups: int, layout: Layout
 ) -> tuple[Tensor, ...]:
     """What ``function(x, groups, interleaved)``, which takes groups of one size, gives for any number of groups.
@@ -128,7 +128,7 @@ def by_even_groups(
         return function(x, groups, layout == "interleaved")
     if layout == "interleaved":
         order = torch.arange(len(x), device=x.device).remainder(groups).argsort(stable=True)
-        y, *statistics = by_even_groups(function, x[order], groups, "contiguous")
+        y, *statistics = split_uneven_groups(function, x[order], groups, "contiguous")
         return y[order.argsort()], *statistics
     # The larger groups, which come first, and the smaller ones: two batches that are even.
     size, larger = divmod(len(x), groups)
@@ -138,20 +138,22 @@ def by_even_groups(
 
 
 def check_batch(x: Tensor, groups: int, layout: Layout) -> int:
-    """The least number of values of a channel in a group; UserError where there is nothing to normalize."""
+    """The least number of values of a channel in a group; LandscapeError where there is nothing to normalize."""
     if x.dim() < 2 or not x.is_floating_point():
-        raise UserError(f"Got {x.dtype} of shape {tuple(x.shape)}: the input is (M, C) or (M, C, ...), floating-point.")
+        raise LandscapeError(
+            f"Got {x.dtype} of shape {tuple(x.shape)}: the input is (M, C) or (M, C, ...), floating-point."
+        )
     if layout not in get_args(Layout):
-        raise UserError(f"Unknown layout {layout!r}: choose one of {', '.join(get_args(Layout))}.")
+        raise LandscapeError(f"Unknown layout {layout!r}: choose one of {', '.join(get_args(Layout))}.")
     samples, positions = len(x), x.shape[2:].numel()
     if not 1 <= groups <= samples:
-        raise UserError(
+        raise LandscapeError(
             f"groups={groups} on a batch of {samples} samples: allowed are 1 to {samples}. "
             "Use fewer groups or a larger batch."
         )
     values = samples // groups * positions
     if values < 2:
-        raise UserError(
+        raise LandscapeError(
             f"{samples} samples in {groups} groups leave a group with a single value per channel, so its variance is "
             "undefined. Use fewer groups or a larger batch, so that each group has two samples or more."
         )
@@ -176,7 +178,7 @@ def ghost_mean_norm(
     *,
     layout: Layout = "contiguous",
     eps: float = 1e-5,
-) -> Normalized:
+) -> NormOutput:
     """Subtract the mean of each group, but divide by the standard deviation of the whole batch.
 
     A negative result of Dimitriou & Arandjelovic (arXiv:2007.08554, section 3.3): GhostNorm of which only the means are
@@ -195,12 +197,12 @@ def ghost_mean_norm(
         in float32.
 
     Raises:
-        UserError: As `landscape.ghost_norm`.
+        LandscapeError: As `landscape.ghost_norm`.
     """
     check_batch(x, groups, layout)
     normal, mean, var = ghost_norm_with_statistics(_full(x), 1, None, None, "contiguous", eps)
     # Groups are centered last: the mean of the batch, which is subtracted first, cancels.
-    (centered,) = by_even_groups(_centered, normal, groups, layout)
+    (centered,) = split_uneven_groups(_centered, normal, groups, layout)
     return _scaled(centered, weight, bias).to(x.dtype), mean, var
 
 
@@ -213,7 +215,7 @@ def batch_group_norm(
     *,
     layout: Layout = "contiguous",
     eps: float = 1e-5,
-) -> Normalized:
+) -> NormOutput:
     """Normalize each group of channels within each group of samples, in one step.
 
     Summers & Dinneen (arXiv:1906.03548), who generalize batch and group normalization for small batches: a slice is
@@ -234,7 +236,7 @@ def batch_group_norm(
         channels stand at each of its channels. Half precision is computed in float32.
 
     Raises:
-        UserError: As `landscape.ghost_norm`, or ``channel_groups`` does not divide C.
+        LandscapeError: As `landscape.ghost_norm`, or ``channel_groups`` does not divide C.
     """
     check_channel_groups(x.shape[1], channel_groups)
     parts = _full(x).unflatten(1, (channel_groups, -1))
@@ -245,8 +247,8 @@ def batch_group_norm(
 
 def _centered(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor]:
     view = slices(x, groups, interleaved)
-    part = view.of(x)
-    return (view.back(part - view.mean(part), x),)
+    part = view.view(x)
+    return (view.unview(part - view.mean(part), x),)
 
 
 def _full(x: Tensor) -> Tensor:

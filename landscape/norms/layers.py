@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.norms.functional import (
     Layout,
-    Normalized,
+    NormOutput,
     batch_group_norm,
     check_channel_groups,
     ghost_mean_norm,
@@ -23,7 +23,7 @@ class BatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise UserError(
+            raise LandscapeError(
                 f"{type(self).__name__}({self.num_features}) got an input of shape {tuple(input.shape)}; it takes "
                 f"(M, {self.num_features}) or (M, {self.num_features}, ...). Give it the layer's number of channels."
             )
@@ -47,7 +47,7 @@ class GhostNorm(BatchNorm):
         layout: as in `ghost_norm`.
 
     Raises:
-        UserError: Not exactly one of ``groups`` and ``group_size`` is given, or it is below 1. In use as `ghost_norm`.
+        LandscapeError: Not exactly one of ``groups`` and ``group_size`` is given, or it is below 1. In use as `ghost_norm`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GhostNorm(BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         given = [number for number in (groups, group_size) if number is not None]
         if len(given) != 1 or given[0] < 1:
-            raise UserError(
+            raise LandscapeError(
                 f"{type(self).__name__} got groups={groups} and group_size={group_size}: it takes exactly one of the "
                 "two, at least 1. Give groups for a fixed number of groups, group_size for a fixed size."
             )
@@ -86,7 +86,7 @@ class GhostNorm(BatchNorm):
             self._track(mean, var)
         return y
 
-    def _by_groups(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> Normalized:
+    def _by_groups(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> NormOutput:
         return ghost_norm_with_statistics(input, groups, weight, bias, self.layout, self.eps)
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -127,7 +127,7 @@ class SeqNorm(_WithChannelGroups):
         **options: the keywords of `GhostNorm`.
 
     Raises:
-        UserError: As `GhostNorm`, or ``channel_groups`` does not divide C. In use as `seq_norm`.
+        LandscapeError: As `GhostNorm`, or ``channel_groups`` does not divide C. In use as `seq_norm`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class GhostMeanNorm(GhostNorm):
     The running statistics and the evaluation are BatchNorm's. Arguments and errors as in `GhostNorm`.
     """
 
-    def _by_groups(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> Normalized:
+    def _by_groups(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> NormOutput:
         return ghost_mean_norm(input, groups, weight, bias, layout=self.layout, eps=self.eps)
 
 
@@ -165,7 +165,7 @@ class BatchGroupNorm(_WithChannelGroups):
     Arguments and errors as in `SeqNorm`.
     """
 
-    def _by_groups(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> Normalized:
+    def _by_groups(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> NormOutput:
         return batch_group_norm(input, groups, self.channel_groups, weight, bias, layout=self.layout, eps=self.eps)
 
 
@@ -185,7 +185,7 @@ class GroupNorm(nn.GroupNorm):
     """`torch.nn.GroupNorm`, with `group_norm`'s errors.
 
     Raises:
-        UserError: ``num_groups`` does not divide ``num_channels``. In use as `group_norm`.
+        LandscapeError: ``num_groups`` does not divide ``num_channels``. In use as `group_norm`.
     """
 
     def __init__(self, num_groups: int | None, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:

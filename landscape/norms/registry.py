@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import check_norm
 from landscape.norms.functional import Layout, ghost_norm, seq_norm
 from landscape.norms.layers import (
@@ -72,7 +72,7 @@ def _is_share(value: Any) -> bool:
 
 def _made(make: Callable[..., nn.Module], options: dict[str, Any], num_features: int) -> nn.Module:
     if not _is_whole(num_features):
-        raise UserError(f"num_features={num_features!r:.100}: give the number of channels, {_WHOLE}.")
+        raise LandscapeError(f"num_features={num_features!r:.100}: give the number of channels, {_WHOLE}.")
     return make(num_features, **options)
 
 
@@ -80,7 +80,7 @@ _PLAIN = ("eps", "affine")
 _RUNNING = (*_PLAIN, "momentum", "track_running_stats")
 _GHOST = (*_RUNNING, "groups", "group_size", "layout")
 _SEQ = (*_GHOST, "channel_groups")
-MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+REGISTRY: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "none": (_none, ()),
     "batch": (BatchNorm, _RUNNING),
     "layer": (partial(GroupNorm, 1), _PLAIN),
@@ -111,24 +111,24 @@ def make_norm(name: str, **options: Any) -> Callable[[int], nn.Module]:
             what it has.
 
     Returns:
-        A factory: number of features to module. It raises UserError where the number of features or a missing option
+        A factory: number of features to module. It raises LandscapeError where the number of features or a missing option
         forbids the norm.
 
     Raises:
-        UserError: The name is unknown, or the norm does not take an option that is not None, or not this value of it.
+        LandscapeError: The name is unknown, or the norm does not take an option that is not None, or not this value of it.
     """
     check_norm(name)
-    make, allowed = MAKERS[name]
+    make, allowed = REGISTRY[name]
     given = {option: value for option, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - set(allowed)):
-        raise UserError(
+        raise LandscapeError(
             f"The norm {name!r} does not take {', '.join(unknown)}: it takes {', '.join(allowed) or 'no options'}. "
             "Leave out the others."
         )
     for option, value in given.items():
         words, fits = _OPTIONS[option]
         if not fits(value):
-            raise UserError(f"{option}={value!r:.100}: give {words}.")
+            raise LandscapeError(f"{option}={value!r:.100}: give {words}.")
     return partial(_made, make, given)
 
 
@@ -151,7 +151,7 @@ def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
         ``model``, or the new module where the model itself is a BatchNorm.
 
     Raises:
-        UserError: A lazy BatchNorm does not yet know its number of features, or a lazy layer that is to be
+        LandscapeError: A lazy BatchNorm does not yet know its number of features, or a lazy layer that is to be
             standardized its weights.
     """
     places = {path: old for path, old in model.named_modules(remove_duplicate=False) if _is_batch_norm(old)}
@@ -169,7 +169,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 def _twin(old: Any, make: Callable[[int], nn.Module]) -> nn.Module:
     if isinstance(old, LazyModuleMixin):
-        raise UserError(f"{old} has not seen its input yet. Run one batch through the model before converting it.")
+        raise LandscapeError(f"{old} has not seen its input yet. Run one batch through the model before converting it.")
     new = make(old.num_features)
     if (tensor := old.weight if old.affine else old.running_mean) is not None:
         new.to(tensor)

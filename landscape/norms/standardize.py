@@ -34,17 +34,17 @@ class Slices(NamedTuple):
         """Whether the channels are the last dimension."""
         return 3 not in self.dims
 
-    def of(self, x: Tensor) -> Tensor:
+    def view(self, x: Tensor) -> Tensor:
         """The slices of a batch, in at least float32."""
         view = (x.movedim(1, -1) if self.channels_last else x).reshape(self.shape)
         return view.float() if x.dtype.itemsize < 4 else view
 
-    def back(self, y: Tensor, x: Tensor) -> Tensor:
+    def unview(self, y: Tensor, x: Tensor) -> Tensor:
         """Slices as a batch in shape, dtype and memory format of ``x``."""
         y = y.view(x.movedim(1, -1).shape).movedim(-1, 1) if self.channels_last else y.view(x.shape)
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
-    def spread(self, parameter: Tensor) -> Tensor:
+    def broadcast(self, parameter: Tensor) -> Tensor:
         """(C,) in a shape that broadcasts over the slices."""
         return parameter if self.rows else parameter.unsqueeze(-1)
 
@@ -60,7 +60,7 @@ class Slices(NamedTuple):
             x = x.mean(dim, keepdim=True)
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
+    def sum_over_groups(self, x: Tensor) -> Tensor:
         """What was summed over each slice, summed over the groups: (C,)."""
         return x.view(-1, x.shape[-1 - (not self.rows)]).sum(0)
 
@@ -88,7 +88,11 @@ def standardize(x: Tensor, weight: Tensor | None, bias: Tensor | None, view: Sli
         y, mean, var = _Standardize.apply(x, weight, bias, view, eps)
     else:
         y, mean, var, _, _ = _in_place(x, weight, bias, view, eps)
-    return view.back(y, x), mean, var  # out here, because autograd lets no view that a function returns be overwritten
+    return (
+        view.unview(y, x),
+        mean,
+        var,
+    )  # out here, because autograd lets no view that a function returns be overwritten
 
 
 def _is_transformed() -> bool:
@@ -97,9 +101,9 @@ def _is_transformed() -> bool:
 
 
 def _by_formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, view: Slices, eps: float) -> Standardized:
-    y, mean, var, _ = _normal(view.of(x), view, eps)
-    y = y if weight is None else y * view.spread(weight)
-    y = y if bias is None else y + view.spread(bias)
+    y, mean, var, _ = _normal(view.view(x), view, eps)
+    y = y if weight is None else y * view.broadcast(weight)
+    y = y if bias is None else y + view.broadcast(bias)
     return y, mean.detach(), var.detach()
 
 
@@ -114,13 +118,13 @@ def _normal(x: Tensor, view: Slices, eps: float) -> tuple[Tensor, Tensor, Tensor
 
 def _in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, view: Slices, eps: float) -> tuple[Tensor, ...]:
     """`_by_formula` with one allocation, because fresh memory costs more than arithmetic; also 1 / std and scale."""
-    part, values = view.of(x), view.values
+    part, values = view.view(x), view.values
     mean = view.mean(part)
     y = torch.ops.aten.mse_loss(part, mean, _EACH)
     var = view.sum(y).mul_(1 / (values - 1))
     inv_std = torch.add(var.new_full((), eps), var, alpha=(values - 1) / values).rsqrt_()
-    scale = inv_std if weight is None else inv_std * view.spread(weight)
-    shift = mean.new_zeros(()) if bias is None else view.spread(bias)
+    scale = inv_std if weight is None else inv_std * view.broadcast(weight)
+    shift = mean.new_zeros(()) if bias is None else view.broadcast(bias)
     _scale_and_shift(part, scale, torch.addcmul(shift, mean, scale, value=-1), 1, view, out=y)
     return y, mean, var, inv_std, scale
 
@@ -150,20 +154,23 @@ class _Standardize(torch.autograd.Function):
         if gradients[0] is None:
             return None, None, None, None, None
         view, (x, weight, mean, inv_std, scale) = ctx.view, ctx.saved_tensors
-        part, dy = view.of(x), gradients[0]
+        part, dy = view.view(x), gradients[0]
         if torch.is_grad_enabled() or _is_transformed():
             dx, dweight, dbias = _derivatives(part, weight, dy, view, ctx.eps)
         else:
             dx, dweight, dbias = _derivatives_in_place(part, mean, inv_std, scale, dy, view)
         _, weighted, biased, _, _ = ctx.needs_input_grad
-        parameters = view.gather(dweight) if weighted else None, view.gather(dbias) if biased else None
-        return view.back(dx, x), *parameters, None, None
+        parameters = (
+            view.sum_over_groups(dweight) if weighted else None,
+            view.sum_over_groups(dbias) if biased else None,
+        )
+        return view.unview(dx, x), *parameters, None, None
 
 
 def _derivatives(x: Tensor, weight: Tensor | None, dy: Tensor, view: Slices, eps: float) -> tuple[Tensor, ...]:
     """Of x, and of weight and bias slice by slice, as functions of ``x`` and ``dy`` to differentiate again."""
     normal, _, _, inv_std = _normal(x, view, eps)
-    scale = inv_std if weight is None else inv_std * view.spread(weight)
+    scale = inv_std if weight is None else inv_std * view.broadcast(weight)
     dweight, dbias = view.sum(dy * normal), view.sum(dy)
     return scale * (dy - (dbias + normal * dweight) / view.values), dweight, dbias
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The layers with an output channel for each row of the weight."""
@@ -45,7 +45,7 @@ def standardize_weights(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        UserError: A lazy layer does not yet have its weights.
+        LandscapeError: A lazy layer does not yet have its weights.
     """
     modules = list(model.modules())
     asking = [place for place, module in enumerate(modules) if getattr(module, "standardizes_weights", False)]
@@ -57,6 +57,6 @@ def standardize_weights(model: nn.Module) -> nn.Module:
 
 def _standardize(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     if isinstance(layer, LazyModuleMixin):
-        raise UserError(f"{layer} has no weights yet to standardize. Run one batch through the model before.")
+        raise LandscapeError(f"{layer} has no weights yet to standardize. Run one batch through the model before.")
     if layer.weight[0].numel() > 1:
         parametrize.register_parametrization(layer, "weight", WeightStandardization())

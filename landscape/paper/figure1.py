@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from landscape.analysis.labels import band_labels
-from landscape.errors import UserError
-from landscape.norms.registry import MAKERS, make_norm
+from landscape.errors import LandscapeError
+from landscape.norms.registry import REGISTRY, make_norm
 from landscape.plotting.figure import LandscapeFigure, footnote
 
 STEPS = {"seq": ("group", "seq"), "seq-ws": ("group", "seq-ws"), "seq-reversed": ("ghost", "seq-reversed")}
@@ -51,10 +51,12 @@ def dependence(norm: Callable[[Tensor], Tensor], shape: Sequence[int], at: Seque
         bool, of that shape.
 
     Raises:
-        UserError: There is no such value.
+        LandscapeError: There is no such value.
     """
     if len(at) != len(shape) or not all(0 <= index < size for index, size in zip(at, shape, strict=True)):
-        raise UserError(f"There is no value at {tuple(at)} in a batch of shape {tuple(shape)}; give an index for each.")
+        raise LandscapeError(
+            f"There is no value at {tuple(at)} in a batch of shape {tuple(shape)}; give an index for each."
+        )
     x = torch.randn(prod(shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64).reshape(tuple(shape))
     changed = x.clone()
     changed[tuple(at)] += 1
@@ -62,7 +64,7 @@ def dependence(norm: Callable[[Tensor], Tensor], shape: Sequence[int], at: Seque
         return norm(x) != norm(changed)
 
 
-def steps_to(norm: str, shape: Sequence[int], at: Sequence[int], **options: Any) -> Tensor:
+def normalization_steps(norm: str, shape: Sequence[int], at: Sequence[int], **options: Any) -> Tensor:
     """After how many of a norm's steps a change of one value has reached each output.
 
     Args:
@@ -75,20 +77,20 @@ def steps_to(norm: str, shape: Sequence[int], at: Sequence[int], **options: Any)
         int64, of that shape; 0 where the change never comes to.
 
     Raises:
-        UserError: As for :func:`landscape.make_norm`, for the norm on such an input and for `dependence`.
+        LandscapeError: As for :func:`landscape.make_norm`, for the norm on such an input and for `dependence`.
     """
     steps = STEPS.get(norm, (norm,))
     reached = torch.zeros(tuple(shape), dtype=torch.int64)
     for number, name in reversed(list(enumerate(steps, 1))):  # the first step last, as it is what counts
-        own = {option: value for option, value in options.items() if name == norm or option in MAKERS[name][1]}
+        own = {option: value for option, value in options.items() if name == norm or option in REGISTRY[name][1]}
         reached[dependence(make_norm(name, **own)(shape[1]).double(), shape, at)] = number
     return reached
 
 
 def figure1_blocks() -> dict[str, Tensor]:
-    """What the paper's figure 1 shows: `steps_to` from the value (0, 0, 0), by the title of each norm."""
+    """What the paper's figure 1 shows: `normalization_steps` from the value (0, 0, 0), by the title of each norm."""
     titles = band_labels(pd.DataFrame([{"norm": name, **options} for name, options in FIGURE_1]))
-    blocks = starmap(lambda name, options: steps_to(name, BLOCK, (0, 0, 0), **options), FIGURE_1)
+    blocks = starmap(lambda name, options: normalization_steps(name, BLOCK, (0, 0, 0), **options), FIGURE_1)
     return dict(zip(titles, blocks, strict=True))
 
 

@@ -29,13 +29,13 @@ COMPARISONS = {
 """The runs by figure and scale."""
 
 
-def missing(runs: Sequence[Recipe], folder: Path) -> list[Recipe]:
+def pending(runs: Sequence[Recipe], folder: Path) -> list[Recipe]:
     """The runs that are not recorded to their end in a folder of traces.
 
     Raises:
-        UserError: One was recorded with other settings.
+        LandscapeError: One was recorded with other settings.
     """
-    return [run for run in runs if not is_recorded(run, folder / run.run)]
+    return [run for run in runs if not is_recorded(run, folder / run.run_name)]
 
 
 def roughness(frame: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import TITLES
 from landscape.norms.functional import ghost_norm
 from landscape.norms.layers import BatchNorm
@@ -26,7 +26,7 @@ SMALLEST_GROUP = 4
 """Samples in a group, at least: two are normalized to +1 and -1, whatever they were."""
 
 
-def order_changes(before: Tensor, after: Tensor) -> Tensor:
+def rank_changes(before: Tensor, after: Tensor) -> Tensor:
     """The share of pairs of values that are in another order after than before, for each channel.
 
     Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 2.2. Where no two values are equal: (1 - tau) / 2, tau
@@ -42,15 +42,15 @@ def order_changes(before: Tensor, after: Tensor) -> Tensor:
         (C,), float64, from 0 (the same order) to 1 (reversed); a random order has 0.5.
 
     Raises:
-        UserError: The shapes differ, there is only one value in a channel, or one is NaN or infinite.
+        LandscapeError: The shapes differ, there is only one value in a channel, or one is NaN or infinite.
     """
     if before.shape != after.shape or before.dim() < 2 or not before.shape[1] or before.numel() < 2 * before.shape[1]:
-        raise UserError(
+        raise LandscapeError(
             f"Order changes between {tuple(before.shape)} and {tuple(after.shape)}: both are to have the same shape, "
             "(M, C) or (M, C, ...), with two values or more in a channel."
         )
     if not (before.isfinite().all() and after.isfinite().all()):
-        raise UserError("Some values are NaN or infinite, and have no place in an order; leave these samples out.")
+        raise LandscapeError("Some values are NaN or infinite, and have no place in an order; leave these samples out.")
     old, new = (values.movedim(1, 0).flatten(1) for values in (before, after))
     new, by_new = new.sort(stable=True)  # of values that are equal before, the smaller after comes first: no inversion
     by_old = old.gather(1, by_new).argsort(stable=True)
@@ -94,7 +94,7 @@ def activations(model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> dict
     return found
 
 
-def changes_by_groups(values: Tensor, groups: Sequence[int]) -> pd.DataFrame:
+def rank_changes_by_groups(values: Tensor, groups: Sequence[int]) -> pd.DataFrame:
     """The share of pairs whose order GhostNorm changes, by number of groups and channel.
 
     Compared is what is normalized, before scale and shift: these are the same for all groups of a channel, and keep or
@@ -114,7 +114,7 @@ def changes_by_groups(values: Tensor, groups: Sequence[int]) -> pd.DataFrame:
     shares = {}
     for number in groups:
         after = ghost_norm(values, number).movedim(1, -1).flatten(0, -2)
-        shares[number] = order_changes(flat[some], after[some]).tolist()
+        shares[number] = rank_changes(flat[some], after[some]).tolist()
     return (
         pd.DataFrame(shares)
         .melt(var_name="groups", value_name="share", ignore_index=False)
@@ -136,10 +136,10 @@ def ranking(recipe: Recipe, data_dir: str | Path | None = None, device: str | No
 
     Returns:
         Columns ``model``, ``dataset``, ``batch_size``, ``updates`` (so far), ``layer`` (such as ``norm 1 of 2``), and
-        those of `changes_by_groups`.
+        those of `rank_changes_by_groups`.
 
     Raises:
-        UserError: A recipe, device or data set that cannot be used, or activations that are not finite.
+        LandscapeError: A recipe, device or data set that cannot be used, or activations that are not finite.
     """
     experiment = Experiment(replace(recipe, norm="batch", ghost_by="layer"), data_dir, device)
     some = torch.randperm(len(experiment.data.train), generator=torch.Generator().manual_seed(0))[: recipe.batch_size]
@@ -159,7 +159,7 @@ def _changes(model: nn.Module, inputs: Tensor) -> pd.DataFrame:
     chosen = {norms[place]: place + 1 for place in (0, len(norms) // 2, len(norms) - 1)}
     groups = [2**power for power in range((len(inputs) // SMALLEST_GROUP).bit_length())]
     return pd.concat(
-        changes_by_groups(values, groups).assign(layer=f"norm {chosen[name]} of {len(norms)}")
+        rank_changes_by_groups(values, groups).assign(layer=f"norm {chosen[name]} of {len(norms)}")
         for name, values in activations(model, inputs, list(chosen)).items()
     )
 

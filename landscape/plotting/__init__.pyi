@@ -1,3 +1,3 @@
 from .figure import LandscapeFigure as LandscapeFigure
-from .figure import save as save
+from .figure import save_figure as save_figure
 from .landscape import plot_landscape as plot_landscape

@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.scale import SymmetricalLogTransform
 
 from landscape.analysis.measures import measured
-from landscape.analysis.summary import envelope, finite, recorded
-from landscape.errors import UserError
-from landscape.names import MEASURES, MeasureName
+from landscape.analysis.summary import envelope, has_measure, is_finite
+from landscape.errors import LandscapeError
+from landscape.names import MEASURES, MeasureInfo
 
 POINTS = 1000
 """Most points of a band: about as many as a page has pixels."""
@@ -28,7 +28,7 @@ class Band(NamedTuple):
 Bands = dict[str, Band]
 
 
-class Marks(NamedTuple):
+class NonFiniteMarks(NamedTuple):
     """Where a band has updates that are not finite, over ``x``."""
 
     spans: np.ndarray
@@ -55,21 +55,21 @@ class Scale(NamedTuple):
         return np.log(values) if self.name == "log" else values
 
 
-class View(NamedTuple):
+class PanelData(NamedTuple):
     """The bands of one measure and the axis that they are drawn on."""
 
-    measure: MeasureName
+    measure: MeasureInfo
     bands: Bands
     scale: Scale
     limit: float | None
     """Where the axis ends, on either side of 0, if not beyond all values; bands are clipped there."""
-    marks: dict[str, Marks]
+    marks: dict[str, NonFiniteMarks]
     """Of the bands that have updates that are not finite."""
     interrupted: bool
     """Whether a band is broken where rows are missing."""
 
 
-def view_of(frame: pd.DataFrame, x: str, measure: str, scale: str) -> View:
+def panel_data(frame: pd.DataFrame, x: str, measure: str, scale: str) -> PanelData:
     """The bands of a measure over ``x``, with NaN where no update is finite and where rows are missing.
 
     Args:
@@ -79,25 +79,25 @@ def view_of(frame: pd.DataFrame, x: str, measure: str, scale: str) -> View:
         scale: ``"log"``, ``"symlog"`` or ``"linear"``, or ``"auto"``, which is linear for up to a decade.
 
     Raises:
-        UserError: A value has no place on a logarithmic axis, or the measure cannot be had from the frame.
+        LandscapeError: A value has no place on a logarithmic axis, or the measure cannot be had from the frame.
     """
     name, frame = MEASURES[measure], measured(frame, measure)
     points = envelope(frame, x, by="band", bins=POINTS, measure=measure)
     points["line"] = points[measure] if name.line else np.nan
     columns = [x, "line", *((f"{measure}_min", f"{measure}_max") if name.band else ("line", "line"))]
-    rows = pd.DataFrame(frame[["band", x]]).assign(run=frame.get("run", ""), finite=finite(frame, measure))
-    rows = pd.DataFrame(rows[recorded(frame, measure)])
-    bands, resumed = {}, _resumed(rows, x)
+    rows = pd.DataFrame(frame[["band", x]]).assign(run=frame.get("run", ""), finite=is_finite(frame, measure))
+    rows = pd.DataFrame(rows[has_measure(frame, measure)])
+    bands, resumed = {}, _gap_ends(rows, x)
     for label, band in points.groupby("band", observed=True):
-        bands[str(label)] = _broken(Band(*band[columns].to_numpy(float).T), resumed[str(label)])
+        bands[str(label)] = _insert_gaps(Band(*band[columns].to_numpy(float).T), resumed[str(label)])
     fitting = _scale(_values(bands), measure, scale)
     if limit := _limit(bands, fitting):
         bands = {label: Band(band.x, *(part.clip(-limit, limit) for part in band[1:])) for label, band in bands.items()}
     interrupted = sum(len(band.x) for band in bands.values()) > len(points)
-    return View(name, bands, fitting, limit, _marks(points, rows, x), interrupted)
+    return PanelData(name, bands, fitting, limit, _marks(points, rows, x), interrupted)
 
 
-def _resumed(rows: pd.DataFrame, x: str) -> dict[str, np.ndarray]:
+def _gap_ends(rows: pd.DataFrame, x: str) -> dict[str, np.ndarray]:
     """For each band the values of ``x`` where its record goes on, after some where none of its runs has rows.
 
     Updates are probed at regular distances, or at irregular ones where time decides. Rows are missing where a distance
@@ -118,7 +118,7 @@ def _resumed(rows: pd.DataFrame, x: str) -> dict[str, np.ndarray]:
     return resumed
 
 
-def _broken(band: Band, resumed: np.ndarray) -> Band:
+def _insert_gaps(band: Band, resumed: np.ndarray) -> Band:
     """The band with NaN before the points where its record goes on."""
     before = np.unique(np.searchsorted(band.x, resumed))
     before = before[before < len(band.x)]
@@ -126,7 +126,7 @@ def _broken(band: Band, resumed: np.ndarray) -> Band:
     return Band(np.insert(band.x, before, between), *(np.insert(part, before, np.nan) for part in band[1:]))
 
 
-def _marks(points: pd.DataFrame, rows: pd.DataFrame, x: str) -> dict[str, Marks]:
+def _marks(points: pd.DataFrame, rows: pd.DataFrame, x: str) -> dict[str, NonFiniteMarks]:
     """The marks of the bands that have updates that are not finite: their points, and the rows that they join."""
     first = rows[~rows["finite"]].groupby(["band", "run"], observed=True, as_index=False).agg(x=(x, "min"))
     marks = {}
@@ -134,7 +134,7 @@ def _marks(points: pd.DataFrame, rows: pd.DataFrame, x: str) -> dict[str, Marks]
         lost = band["not_finite"].to_numpy() > 0
         if lost.any():
             of_band = np.asarray(first["band"] == label)
-            marks[str(label)] = Marks(_spans(band[x].to_numpy(), lost), np.asarray(first["x"])[of_band])
+            marks[str(label)] = NonFiniteMarks(_spans(band[x].to_numpy(), lost), np.asarray(first["x"])[of_band])
     return marks
 
 
@@ -168,7 +168,7 @@ def _limit(bands: Bands, scale: Scale) -> float | None:
 def _scale(values: np.ndarray, measure: str, scale: str) -> Scale:
     smallest = values.min(initial=np.inf)
     if scale == "log" and smallest <= 0:
-        raise UserError(
+        raise LandscapeError(
             f"A {measure} of {smallest:.4g} has no place on a logarithmic axis; choose scale linear or symlog."
         )
     scale = _fitting(values, smallest, MEASURES[measure].has_origin) if scale == "auto" else scale
@@ -187,15 +187,15 @@ def _small(values: np.ndarray) -> float:
     return 10.0 ** np.floor(np.log10(np.quantile(sizes, 0.05))) if len(sizes) else 1.0
 
 
-def largest_first(view: View) -> Bands:
+def draw_order(view: PanelData) -> Bands:
     """The order of drawing: small bands lie over large ones."""
     heights = {label: np.nansum(_height(band.low, band.high, view.scale)) for label, band in view.bands.items()}
     return dict(sorted(view.bands.items(), key=lambda item: -heights[item[0]]))
 
 
-def hides(view: View) -> bool:
+def bands_overlap(view: PanelData) -> bool:
     """Whether a band would lie with more than two thirds of its area under a smaller one."""
-    drawn = largest_first(view).values()
+    drawn = draw_order(view).values()
     return any(_covered(large, small, view.scale) > 2 / 3 for large, small in combinations(drawn, 2))
 
 

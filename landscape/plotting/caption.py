@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from landscape.analysis.measures import flat
-from landscape.analysis.summary import finite, recorded
+from landscape.analysis.measures import flatten_lists
+from landscape.analysis.summary import has_measure, is_finite
 from landscape.names import MEASURES, TITLES
 from landscape.text import short
 
@@ -27,7 +27,7 @@ def caption(frame: pd.DataFrame, measures: Sequence[str], points: int, unread: S
         points: Most points that a band is drawn with.
         unread: Sentences on what could not be read.
     """
-    known = {measure: recorded(frame, measure) for measure in measures}
+    known = {measure: has_measure(frame, measure) for measure in measures}
     any_known = np.logical_or.reduce(list(known.values()))
     drawn = frame if any_known.all() else frame.loc[any_known]  # a copy of a million rows is not made for nothing
     band = any(MEASURES[measure].band for measure in measures)
@@ -88,14 +88,14 @@ def _measure(measure: str, alone: bool) -> str:
 
 def _zero(frame: pd.DataFrame, measures: Sequence[str]) -> str:
     titles = [MEASURES[measure].title for measure in measures if not MEASURES[measure].at_zero]
-    if not titles or flat(frame, "step_sizes")[0].all():
+    if not titles or flatten_lists(frame, "step_sizes")[0].all():
         return ""
     return f"Step size 0, which moves nothing, is left out of the {' and the '.join(titles)}."
 
 
 def _step_sizes(frame: pd.DataFrame) -> str:
     """The step sizes if all updates share them, or the shared multiples of the learning rate, or else the range."""
-    sizes, counts = flat(frame, "step_sizes")
+    sizes, counts = flatten_lists(frame, "step_sizes")
     if (counts == counts[0]).all():
         rows = sizes.reshape(len(frame), -1)
         if (rows == rows[0]).all():
@@ -160,7 +160,7 @@ def _not_finite(frame: pd.DataFrame, known: Mapping[str, np.ndarray]) -> str:
     titles: dict[str, list[str]] = {}
     rows = pd.DataFrame(frame[["band", "step"]]).assign(run=frame.get("run", ""))
     for measure, held in known.items():
-        if departures := _departures(pd.DataFrame(rows.assign(finite=finite(frame, measure))[held])):
+        if departures := _departures(pd.DataFrame(rows.assign(finite=is_finite(frame, measure))[held])):
             titles.setdefault(departures, []).append(MEASURES[measure].title)
     if not titles:
         return ""

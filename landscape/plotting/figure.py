@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.files import whole_file
 
 _UNDATED = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -22,22 +22,22 @@ class LandscapeFigure(Figure):
         return buffer.getvalue()
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF by the suffix of ``path``: whole or not at all, the same bytes every time.
 
     Raises:
-        UserError: Another suffix, or the file cannot be written.
+        LandscapeError: Another suffix, or the file cannot be written.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _UNDATED:
-        raise UserError(f"A picture cannot be written to {path}; give a name that ends in {', '.join(_UNDATED)}.")
+        raise LandscapeError(f"A picture cannot be written to {path}; give a name that ends in {', '.join(_UNDATED)}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file, mpl.rc_context({"svg.hashsalt": "landscape"}):
             figure.savefig(file, format=suffix[1:], dpi=200, metadata=_UNDATED[suffix])
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Give another path.") from error
+        raise LandscapeError(f"{path} cannot be written: {error.strerror}. Give another path.") from error
 
 
 def footnote(figure: Figure, text: str, width: int = 134) -> None:

@@ -16,9 +16,9 @@ from matplotlib.transforms import ScaledTranslation
 
 from landscape.analysis.labels import band_labels
 from landscape.analysis.measures import measured
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import MEASURES, check_measure
-from landscape.plotting.bands import POINTS, Band, Marks, View, hides, largest_first, view_of
+from landscape.plotting.bands import POINTS, Band, NonFiniteMarks, PanelData, bands_overlap, draw_order, panel_data
 from landscape.plotting.caption import caption
 from landscape.plotting.figure import LandscapeFigure, footnote
 
@@ -63,7 +63,7 @@ def plot_landscape(
         A figure, 8 inches wide, to be shown by a notebook or written by its ``savefig`` or by :func:`save`.
 
     Raises:
-        UserError: An option is none of these, the frame has no rows or no run with what a measure needs, or a value
+        LandscapeError: An option is none of these, the frame has no rows or no run with what a measure needs, or a value
             has no place on a logarithmic axis.
     """
     measures = [measure] if isinstance(measure, str) else list(dict.fromkeys(measure))
@@ -72,12 +72,12 @@ def plot_landscape(
     frame = frame.assign(band=band_labels(frame))
     for name in measures:
         frame = measured(frame, name)
-    views = [view_of(frame, x, name, scale) for name in measures]
+    views = [panel_data(frame, x, name, scale) for name in measures]
     shown = {label for view in views for label in view.bands}
     labels = [label for label in map(str, frame["band"].cat.categories) if label in shown]
     with sns.axes_style("ticks"), sns.plotting_context("paper"):
         figure = LandscapeFigure(figsize=(8, 4.5), layout="constrained")
-        if layout == "multiples" or (layout == "auto" and len(views) == 1 and hides(views[0])):
+        if layout == "multiples" or (layout == "auto" and len(views) == 1 and bands_overlap(views[0])):
             _draw_multiples(figure, views[0], labels, X_LABELS[x])
         else:
             _draw_overlays(figure, views, labels, X_LABELS[x])
@@ -90,15 +90,15 @@ def plot_landscape(
 def _check(frame: pd.DataFrame, measures: Sequence[str], **options: tuple[str, Sequence[str]]) -> None:
     for name, (value, allowed) in options.items():
         if value not in allowed:
-            raise UserError(f"{name} is {value!r}; it can be {', '.join(allowed)}.")
+            raise LandscapeError(f"{name} is {value!r}; it can be {', '.join(allowed)}.")
     for name in measures:
         check_measure(name)
     if not measures:
-        raise UserError(f"No measure is given; choose from {', '.join(MEASURES)}.")
+        raise LandscapeError(f"No measure is given; choose from {', '.join(MEASURES)}.")
     if len(measures) > 1 and options["layout"][0] == "multiples":
-        raise UserError("layout='multiples' draws one measure; choose one, or another layout.")
+        raise LandscapeError("layout='multiples' draws one measure; choose one, or another layout.")
     if frame.empty:
-        raise UserError("The frame has no rows to draw; give one of read_traces or LandscapeProbe.frame.")
+        raise LandscapeError("The frame has no rows to draw; give one of read_traces or LandscapeProbe.frame.")
 
 
 def _colours(labels: Collection[str]) -> dict[str, Colour]:
@@ -106,12 +106,12 @@ def _colours(labels: Collection[str]) -> dict[str, Colour]:
     return dict(zip(labels, sns.color_palette("plasma_r", len(labels)), strict=True))
 
 
-def _draw_overlays(figure: Figure, views: Sequence[View], labels: Sequence[str], x_label: str) -> None:
+def _draw_overlays(figure: Figure, views: Sequence[PanelData], labels: Sequence[str], x_label: str) -> None:
     """A panel for each measure, with all bands in it."""
     colours, handles = _colours(labels), {label: {} for label in labels}
     panels = _panels(figure, len(views), x_label)
     for axes, view in zip(panels, views, strict=True):
-        for label, band in largest_first(view).items():
+        for label, band in draw_order(view).items():
             handles[label] |= {type(artist): artist for artist in _draw_band(axes, view, band, colours[label])}
         _set_axis(axes, view)
         _draw_marks(axes, [(view.marks[label], colours[label]) for label in labels if label in view.marks])
@@ -124,7 +124,7 @@ def _draw_overlays(figure: Figure, views: Sequence[View], labels: Sequence[str],
             text.set_parse_math(False)  # a name may have dollars in it
 
 
-def _draw_multiples(figure: Figure, view: View, labels: Sequence[str], x_label: str) -> None:
+def _draw_multiples(figure: Figure, view: PanelData, labels: Sequence[str], x_label: str) -> None:
     """A panel for each band, with the others in grey behind."""
     panels = _panels(figure, len(labels), x_label, sharey=True)
     for axes, (label, colour) in zip(panels, _colours(labels).items(), strict=True):
@@ -153,7 +153,7 @@ def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> l
     return list(panels[:count])
 
 
-def _draw_band(axes: Axes, view: View, band: Band, colour: Colour) -> list[Artist]:
+def _draw_band(axes: Axes, view: PanelData, band: Band, colour: Colour) -> list[Artist]:
     """Draw the band, the line, or both; these are also what a legend shows."""
     artists: list[Artist] = []
     if view.measure.band:
@@ -167,7 +167,7 @@ def _draw_band(axes: Axes, view: View, band: Band, colour: Colour) -> list[Artis
     return artists
 
 
-def _draw_behind(axes: Axes, view: View, band: Band) -> None:
+def _draw_behind(axes: Axes, view: PanelData, band: Band) -> None:
     if view.measure.band:
         _shade(axes, band, color="0.88")
     else:
@@ -186,7 +186,7 @@ def _shade(axes: Axes, band: Band, **style: Any) -> PolyCollection:
     return axes.fill_between(band.x, band.low, band.high, linewidth=0.5, **style)
 
 
-def _draw_marks(axes: Axes, rows: Sequence[tuple[Marks, Colour]]) -> None:
+def _draw_marks(axes: Axes, rows: Sequence[tuple[NonFiniteMarks, Colour]]) -> None:
     """Above a panel, a row for each band: bars where updates are not finite, a cross where a run first has one."""
     for row, (marks, colour) in enumerate(reversed(rows)):
         up = ScaledTranslation(0, (row + 0.6) * MARK / 72, axes.figure.dpi_scale_trans)
@@ -214,7 +214,7 @@ def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -
     footnote(figure, text)
 
 
-def _set_axis(axes: Axes, view: View) -> None:
+def _set_axis(axes: Axes, view: PanelData) -> None:
     axes.set_yscale(view.scale.name, **view.scale.options)
     if view.limit:
         low, high = axes.get_ylim()
@@ -228,7 +228,7 @@ def _set_axis(axes: Axes, view: View) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _about_axes(views: Sequence[View]) -> str:
+def _about_axes(views: Sequence[PanelData]) -> str:
     several = len(views) > 1
     sentences = []
     if any(view.measure.band and view.scale.name == "log" for view in views):

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.utils.hooks import RemovableHandle
 
-from landscape.distributed.fsdp import Shards
-from landscape.distributed.group import inside
-from landscape.errors import NotYetError, UserError
+from landscape.distributed.fsdp import ShardedParameters
+from landscape.distributed.group import unwrap_parallel
+from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.probe.passes import Captured, Passes, unwatch, watch
-from landscape.probe.replay import OBSERVE, Call, Leaves, is_replaying, refusing, replay, replaying
+from landscape.probe.replay import OBSERVE, ModelCall, VersionedArgs, is_replaying, raises, replay, replaying
 from landscape.ray.engines.layers import Hook, Layers
-from landscape.ray.objective import Term
-from landscape.ray.snapshot import Closure, ForwardState, Scene
+from landscape.ray.objective import LossTerm
+from landscape.ray.snapshot import Closure, ForwardSnapshot, LossModule
 
 MOVED = (
     "Parameters were written to between the forward pass and the optimizer's step, so that the gradient is not that of "
@@ -34,7 +34,7 @@ OTHER = (
     "numbers before the criterion does, which a replay would not do. Compute all of it in one closure: "
     "probe.observe(lambda model, inputs, targets: ..., inputs, targets)."
 )
-_LAZY = NotYetError("The forward pass has made the parameters; the next update is probed.")
+_LAZY = ProbeDeferred("The forward pass has made the parameters; the next update is probed.")
 
 
 class Capture:
@@ -68,18 +68,18 @@ class Capture:
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.wrapper = model
-        self.model, self.ranks = inside(model)
+        self.model, self.ranks = unwrap_parallel(model)
         self.criterion = criterion
         self.optimizer = optimizer
-        self.scene = Scene(self.model, criterion, Shards.of(self.model, self.ranks))
+        self.scene = LossModule(self.model, criterion, ShardedParameters.of(self.model, self.ranks))
         self._wanted, self._prepare = wanted, prepare
-        self._call: Call | None = None
+        self._call: ModelCall | None = None
         shards = self.scene.shards
         self.passes = Passes(
             self._parameters,
             self._name_of,
             wanted=lambda: not is_replaying() and wanted(),
-            is_held_back=lambda: shards is not None and not shards.reduces(),
+            is_held_back=lambda: shards is not None and not shards.syncs_gradients(),
             scale=(lambda ones: ones) if grad_scaler is None else grad_scaler.scale,
         )
         self._handles: list[RemovableHandle] = []
@@ -138,7 +138,7 @@ class Capture:
         self._handles = []
         self._layers.detach()
         unwatch(self.passes)
-        self.take()
+        self.pop_terms()
 
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The loss ``closure(model, *args, **kwargs)``, remembered as a term if it is to be probed.
@@ -150,16 +150,16 @@ class Capture:
         if self._is_lazy():
             with self._observed():
                 loss = closure(self.wrapper, *args, **kwargs)
-            self._await(Term(refusing(_LAZY), self._state(), observed=True), loss)
+            self._await(LossTerm(raises(_LAZY), self._state(), observed=True), loss)
             return loss
-        state, arguments = self._state(), Leaves.of((args, kwargs))
+        state, arguments = self._state(), VersionedArgs.of((args, kwargs))
         versions = self.scene.frozen_versions()
         bases = self._layers.bases = []
         with self._observed():
             loss = closure(self.wrapper, *args, **kwargs)
         self._layers.bases = None
 
-        carried = UserError(CARRIED.format("An argument of the observed loss"))
+        carried = LandscapeError(CARRIED.format("An argument of the observed loss"))
         is_carried = self.passes.carries(arguments.leaves)
 
         def again(model: nn.Module) -> Tensor:
@@ -168,7 +168,7 @@ class Capture:
             args, kwargs = arguments.nest("the observed loss")
             return closure(model, *args, **kwargs)
 
-        self._await(Term(self._unless_moved(versions, again), state, bases=bases, observed=True), loss)
+        self._await(LossTerm(self._unless_moved(versions, again), state, bases=bases, observed=True), loss)
         return loss
 
     @contextmanager
@@ -180,7 +180,7 @@ class Capture:
         finally:
             self._observing = False
 
-    def take(self, versions: list[int] | None = None) -> Captured:
+    def pop_terms(self, versions: list[int] | None = None) -> Captured:
         """The losses whose gradient the optimizer gets; captures start anew.
 
         The parameters must not have been written to since the last forward pass, nor since they had the ``versions``.
@@ -202,34 +202,36 @@ class Capture:
             term.bases = self._layers.current(term.bases)
         return captured
 
-    def nothing(self) -> UserError:
+    def nothing(self) -> LandscapeError:
         """Why no loss was captured."""
         if self._lazy:
             return _LAZY
         if self.passes.is_cleared:
-            return NotYetError("The gradients were cleared after the backward pass, so the update is that of no loss.")
+            return ProbeDeferred(
+                "The gradients were cleared after the backward pass, so the update is that of no loss."
+            )
         if torch._C._current_graph_task_id() != -1:
-            return UserError(
+            return LandscapeError(
                 "The optimizer makes its step within the backward pass, before the gradient is complete, so that there "
                 "is no update of all parameters to be measured. Let the loop call optimizer.step() after "
                 "loss.backward()."
             )
         if self._transformed:
-            return UserError(
+            return LandscapeError(
                 "The model was called within a transform of torch.func, whose derivatives the probe does not see. Let "
                 "the loop call loss.backward(), or measure single rays by landscape.ray_losses."
             )
         if self.passes.is_elsewhere:
-            return UserError(
+            return LandscapeError(
                 "The loss was not differentiated by loss.backward() or torch.autograd.backward(...), called by this "
                 "name, so that it is not known whether its gradient is that of the update. Let the loop call "
                 "loss.backward()."
             )
-        return UserError(f"No loss was captured since the last step. {OBSERVE}.")
+        return LandscapeError(f"No loss was captured since the last step. {OBSERVE}.")
 
     def step_made(self) -> None:
         """Forget what the step has computed after the first time, where it was given a closure."""
-        self.take()
+        self.pop_terms()
         self.passes.step_made()
 
     def versions(self) -> list[int]:
@@ -248,7 +250,7 @@ class Capture:
         names = (name for name, other in self.model.named_parameters() if other is parameter)
         return next(names, "a parameter that is not the model's")
 
-    def take_seconds(self) -> float:
+    def pop_overhead_seconds(self) -> float:
         """Time that remembering states has taken since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
@@ -257,7 +259,9 @@ class Capture:
         """What was found out about the model so far, by the names of its parameters."""
         scene = self.scene
         return {
-            "moving": [name for name, parameter in scene.named_parameters() if id(parameter) in scene.moving],
+            "moving": [
+                name for name, parameter in scene.named_parameters() if id(parameter) in scene.written_parameters
+            ],
             "draws": scene.draws,
             "differentiates": scene.differentiates,
             "streamed": sorted(scene.streamed),
@@ -268,7 +272,7 @@ class Capture:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Know it from the first forward pass on, so that a ray is evaluated to the same bits."""
         scene = self.scene
-        scene.moving = {id(p) for name, p in scene.named_parameters() if name in state["moving"]}
+        scene.written_parameters = {id(p) for name, p in scene.named_parameters() if name in state["moving"]}
         scene.draws, scene.differentiates = state["draws"], state.get("differentiates", False)
         scene.streamed, scene.shared = set(state["streamed"]), set(state["shared"])
         self._layers.overwritten = set(state["overwritten"])
@@ -285,32 +289,32 @@ class Capture:
         self._transformed |= within
         return not within
 
-    def _state(self) -> ForwardState:
+    def _state(self) -> ForwardSnapshot:
         """The state before a forward pass."""
         started = time.perf_counter()
         self._prepare()
         self._layers.refresh()
-        state = ForwardState.capture(self.scene)
+        state = ForwardSnapshot.capture(self.scene)
         self._seconds += time.perf_counter() - started
         return state
 
     def _before_wrapper(self, wrapper: nn.Module, args: Any) -> None:
         if self._measuring:
-            raise UserError(
+            raise LandscapeError(
                 "An observed loss called the DistributedDataParallel model, whose collectives are those of training; "
                 "call the model that the closure is given: probe.observe(lambda model, x: ...)."
             )
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self._listening() and not self._is_lazy():
-            arguments = Leaves.of((args, kwargs))
+            arguments = VersionedArgs.of((args, kwargs))
             is_carried = self.passes.carries(arguments.leaves)
-            self._call = Call(self._state(), arguments, self.scene.frozen_versions(), is_carried)
+            self._call = ModelCall(self._state(), arguments, self.scene.frozen_versions(), is_carried)
             self._layers.bases = self._call.bases
 
     def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
         if self._call is not None and self._listening():
-            self._call.outputs = Leaves.of(outputs)
+            self._call.outputs = VersionedArgs.of(outputs)
             self._call.left = self._criterion_state()
             self._layers.bases = None
 
@@ -334,26 +338,26 @@ class Capture:
 
     def _after_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
-            call = self._call or Call(self._state(), Leaves.of(()), self.scene.frozen_versions())
+            call = self._call or ModelCall(self._state(), VersionedArgs.of(()), self.scene.frozen_versions())
             closure = self._unless_moved(call.versions, replay(call, criterion, (args, kwargs)))
             if self._is_other or (self._has_drawn and not torch.equal(self._stream, torch.get_rng_state())):
-                closure = refusing(UserError(OTHER))
+                closure = raises(LandscapeError(OTHER))
             self._is_other = self._has_drawn = False
             if call.is_carried:
-                closure = refusing(UserError(CARRIED.format("An input of the model")))
+                closure = raises(LandscapeError(CARRIED.format("An input of the model")))
             if self._lazy:
-                closure = refusing(_LAZY)
-            self._await(Term(closure, call.state, bases=call.bases), loss)
+                closure = raises(_LAZY)
+            self._await(LossTerm(closure, call.state, bases=call.bases), loss)
 
     def _unless_moved(self, versions: dict[int, int], closure: Closure) -> Closure:
         """The closure, unless the forward pass wrote to a frozen parameter of which there is no copy from before."""
         now = self.scene.frozen_versions()
-        moved = {key for key in now if now[key] != versions.get(key)} - self.scene.moving
-        self.scene.moving |= moved
-        error = NotYetError("The forward pass writes to frozen parameters; they are copied from the next update on.")
-        return refusing(error) if moved else closure
+        moved = {key for key in now if now[key] != versions.get(key)} - self.scene.written_parameters
+        self.scene.written_parameters |= moved
+        error = ProbeDeferred("The forward pass writes to frozen parameters; they are copied from the next update on.")
+        return raises(error) if moved else closure
 
-    def _await(self, term: Term, loss: Any) -> None:
+    def _await(self, term: LossTerm, loss: Any) -> None:
         """Make it a term once a backward pass has gone through the loss; until then the loss alone holds it."""
         if isinstance(loss, Tensor) and loss.requires_grad:
             term.value = loss.detach().clone()  # `loss /= n` is to come

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landscape.distributed.group import ALONE, Ranks
-from landscape.errors import NotYetError, UserError
+from landscape.distributed.group import SINGLE_PROCESS, RankGroup
+from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.probe.update import Update
 from landscape.ray.gradients import gradient as gradient_of
 from landscape.ray.gradients import inner, norm
 from landscape.ray.objective import NoDependenceError, Objective
-from landscape.ray.ray import Ray, Walk
+from landscape.ray.ray import ParametersAlongRay, Ray
 from landscape.ray.snapshot import Parameters
 
 CHECKS = 10
@@ -33,7 +33,7 @@ _UNSCALED = (
 )
 
 
-class FirstChecks:
+class CaptureChecks:
     """Checks that the objective is what is trained: before the first row, at steps 10, 100, 1,000, ..., and in doubt.
 
     An update whose loss or gradient is not finite or zero says nothing, and the next one is asked. After an answer that
@@ -43,7 +43,7 @@ class FirstChecks:
         ranks: The processes that train the model; what is checked is the mean over them.
     """
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
+    def __init__(self, ranks: RankGroup = SINGLE_PROCESS) -> None:
         self._ranks = ranks
         self._left = CHECKS
         self._guarded = GUARDED
@@ -56,28 +56,28 @@ class FirstChecks:
         self._said: set[str] = set()
         """Kinds of warnings that were given; one of each is enough."""
 
-    def look_for_writes(self, ray: Ray) -> None:
+    def detect_parameter_writes(self, ray: Ray) -> None:
         """Find out, on the first updates, whether a forward pass writes to parameters that are not on the ray.
 
         Raises:
-            NotYetError: It does. What it wrote is put back, and from the next update on it writes to copies.
+            ProbeDeferred: It does. What it wrote is put back, and from the next update on it writes to copies.
         """
         if not self._guarded or ray.objective.shards is not None:  # writes to gathered parameters are not kept
             return
         self._guarded -= 1
-        walk, scene = Walk(ray), ray.objective.terms[0].state.scene
-        moving = len(scene.moving)
-        with scene.guarded(ray.direction), torch.no_grad(), ray.objective.undisturbed():
+        walk, scene = ParametersAlongRay(ray), ray.objective.terms[0].state.scene
+        moving = len(scene.written_parameters)
+        with scene.detect_writes(ray.direction), torch.no_grad(), ray.objective.rng_restored():
             for term in ray.objective.terms:
                 term.losses(walk.point, walk.moves(ray.step_sizes[:1]))
-        if len(scene.moving) > moving:
-            raise NotYetError("The forward pass writes to parameters that are not trained; from now on, to copies.")
+        if len(scene.written_parameters) > moving:
+            raise ProbeDeferred("The forward pass writes to parameters that are not trained; from now on, to copies.")
 
     def check(self, step: int, update: Update) -> dict[str, Any] | None:
         """Facts about the run, where a check is due.
 
         Raises:
-            UserError: The objective is not what is trained; it says which rows were recorded since that was sure.
+            LandscapeError: The objective is not what is trained; it says which rows were recorded since that was sure.
         """
         return self._checked(step, update) if step >= self._due else None
 
@@ -85,7 +85,7 @@ class FirstChecks:
         """Check an update whose losses do not fall as the gradient says, which may be the landscape's fault.
 
         Raises:
-            UserError: As for :meth:`check`.
+            LandscapeError: As for :meth:`check`.
         """
         if self._ranks.size > 1 or row["losses"].device.type != "cpu":  # a look would wait for others, or for a GPU
             return None
@@ -93,7 +93,7 @@ class FirstChecks:
         loss = row["loss"].item()
         for eta, there in zip(row["step_sizes"], row["losses"].tolist(), strict=True):
             if eta == 0 and math.isfinite(loss) and not abs(there - loss) <= share * abs(loss):
-                raise UserError(LossCheck(loss, there, share).words)
+                raise LandscapeError(LossCheck(loss, there, share).words)
         if self._held is None or step - self._held < self._patience or _falls_as_promised(row):
             return None
         self._patience *= 2
@@ -105,15 +105,15 @@ class FirstChecks:
         check = GradientCheck.of(objective, origin, gradient, self._ranks)
         self._due = step  # again for the next update, if this one raises
         try:
-            for kind, words in judged(at_zero, check, self._ranks.others()).items():
+            for kind, words in judged(at_zero, check, self._ranks.has_untracked_ranks()).items():
                 if kind not in self._said:
                     self._said.add(kind)
                     warnings.warn(words, stacklevel=2)
-        except UserError as error:
+        except LandscapeError as error:
             if self._held is None or self._held == step - 1:
                 raise
             since = f"Rows from step {self._held + 1} to {step - 1} were recorded since this was last checked."
-            raise UserError(f"{error} {since}") from error
+            raise LandscapeError(f"{error} {since}") from error
         if check is not None:
             self._held, self._left = step, 0
         else:
@@ -139,10 +139,10 @@ def judged(at_zero: "LossCheck", check: "GradientCheck | None", others: bool = F
     Where there are ``others``, processes that the probe does not know of, the gradient may be the mean over them.
 
     Raises:
-        UserError: Another function is measured, or at another scale.
+        LandscapeError: Another function is measured, or at another scale.
     """
     if check is not None and check.unseen:
-        raise UserError(
+        raise LandscapeError(
             f"Where the probe moves the parameter {check.unseen[0]!r}, the loss does not see it, although it was "
             "trained: the loss has it from somewhere else than its module (a closure, a list, a cache, a captured CUDA "
             "graph, an object around outputs that were computed before), so that no ray can be measured. Let the "
@@ -150,14 +150,14 @@ def judged(at_zero: "LossCheck", check: "GradientCheck | None", others: bool = F
             "probe.observe(lambda model, inputs, targets: ..., inputs, targets)."
         )
     if check is not None and check.is_scaled:
-        raise UserError(_UNSCALED.format(weight=check.weight / max(1, check.terms)))
+        raise LandscapeError(_UNSCALED.format(weight=check.weight / max(1, check.terms)))
     words: dict[str, str] = {}
     changed = None if check is None or check.agrees else check.words
     differs = math.isfinite(at_zero.recorded) and not at_zero.agrees
     if changed and differs:
-        raise UserError(f"{at_zero.words} Nor is the optimizer's gradient that of this loss.")
+        raise LandscapeError(f"{at_zero.words} Nor is the optimizer's gradient that of this loss.")
     if changed and others:
-        raise UserError(f"{changed}.{AVERAGED}")
+        raise LandscapeError(f"{changed}.{AVERAGED}")
     if changed:
         words["gradient"] = (
             f"{changed}: it was changed after the backward pass (clipped by value, masked, noised). Rays follow what "
@@ -205,20 +205,20 @@ class LossCheck:
         cls,
         objective: Objective,
         origin: Parameters,
-        ranks: Ranks = ALONE,
+        ranks: RankGroup = SINGLE_PROCESS,
         differentiated: Tensor | None = None,
     ) -> "LossCheck":
         """Evaluate the objective at ``origin``; some roundings are allowed, for kernels that vary in their order."""
-        kind = objective.recorded().dtype
+        kind = objective.training_loss().dtype
 
         def own() -> dict[str, Tensor]:
             with torch.no_grad():
                 # At copies, because a model may write to its parameters.
                 evaluated = objective({name: tensor.clone() for name, tensor in origin.items()})
                 known = {} if differentiated is None else {"differentiated": differentiated}
-                return {"recorded": objective.recorded(), "evaluated": evaluated, **known}
+                return {"recorded": objective.training_loss(), "evaluated": evaluated, **known}
 
-        means = {name: value.item() for name, value in ranks.mean(own).items()}
+        means = {name: value.item() for name, value in ranks.all_mean(own).items()}
         roundings = 100 if kind.itemsize > 2 else 4
         return cls(**means, tolerance=roundings * torch.finfo(kind).eps)
 
@@ -261,7 +261,7 @@ class GradientCheck:
 
     @classmethod
     def of(
-        cls, objective: Objective, origin: Parameters, gradient: Parameters, ranks: Ranks = ALONE
+        cls, objective: Objective, origin: Parameters, gradient: Parameters, ranks: RankGroup = SINGLE_PROCESS
     ) -> "GradientCheck | None":
         """Differentiate the objective at ``origin``; None if that cannot be done or is not finite."""
 
@@ -280,7 +280,7 @@ class GradientCheck:
             return {None: next(iter(parts.values())).new_tensor(sum(weights)), **parts}
 
         shards = objective.shards
-        means = ranks.mean(differentiate, apart=() if shards is None else gradient)
+        means = ranks.all_mean(differentiate, apart=() if shards is None else gradient)
         own, weight = {name: means[name] for name in gradient}, means[None]
         got = {name: tensor.to(own[name]) for name, tensor in gradient.items()}
         size = inner(own, own, shards)

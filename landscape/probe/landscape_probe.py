@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from landscape.distributed.group import LostRankError
-from landscape.errors import NotYetError, UserError
+from landscape.distributed.group import RankFailedError
+from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.probe.capture import Capture
-from landscape.probe.checks import FirstChecks
-from landscape.probe.options import check_arguments, check_state, described, state_of, unwrapped
+from landscape.probe.checks import CaptureChecks
+from landscape.probe.options import check_arguments, check_state, probe_metadata, resume_signature, unwrapped
 from landscape.probe.passes import Captured
-from landscape.probe.schedule import Schedule
-from landscape.probe.update import Update, fetch
+from landscape.probe.schedule import ProbeSchedule
+from landscape.probe.update import Update, to_host
 from landscape.ray.engines.choice import EngineChoice
 from landscape.ray.ray import Ray, checked_step_sizes
-from landscape.ray.snapshot import Held, Parameters
-from landscape.traces.writer import NoTrace, TraceWriter
+from landscape.ray.snapshot import ModuleContents, Parameters
+from landscape.traces.writer import NullWriter, TraceWriter
 
 
 def after_first(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:
@@ -87,7 +87,7 @@ class LandscapeProbe:
             data parallelism by the clock of the first process.
 
     Raises:
-        UserError: An argument out of range. At the first probed step, also: no loss could be captured, or what was
+        LandscapeError: An argument out of range. At the first probed step, also: no loss could be captured, or what was
             differentiated is no weighted sum of the captured losses; the message says how to hand it over. Where that
             happens later, the update is left out with a warning. Later: a process has died.
     """
@@ -127,17 +127,20 @@ class LandscapeProbe:
         self._capture = Capture(model, criterion, optimizer, self._due, grad_scaler, self._come_last)
         self._inner, self._ranks = self._capture.model, self._capture.ranks
         self._seconds = 0.0
-        known = described(self._inner, optimizer, criterion, options) | {"ranks": self._ranks.size, **(facts or {})}
+        known = probe_metadata(self._inner, optimizer, criterion, options) | {
+            "ranks": self._ranks.size,
+            **(facts or {}),
+        }
         here, earlier = self._ranks.is_writer or trace is None, {"overwrite": overwrite, "resume": resume}
-        self.trace = self._ranks.agree(
-            lambda: TraceWriter(trace, known, **earlier, resolve=fetch) if here else NoTrace(),
+        self.trace = self._ranks.run_on_all(
+            lambda: TraceWriter(trace, known, **earlier, resolve=to_host) if here else NullWriter(),
             alike=lambda _: (every, direction, gradients, overhead),
         )
         self._starts_anew = resume
         self._pending: Update | None = None
-        self._checks = FirstChecks(self._ranks)
-        self._choice = EngineChoice(engine, max_memory, self.trace.note)
-        self._schedule = Schedule(every, overhead, _device(model), self._ranks.decide)
+        self._checks = CaptureChecks(self._ranks)
+        self._choice = EngineChoice(engine, max_memory, self.trace.update_metadata)
+        self._schedule = ProbeSchedule(every, overhead, _device(model), self._ranks.broadcast_bool)
         parts = {"capture": self._capture, "checks": self._checks, "choice": self._choice, "schedule": self._schedule}
         self._parts = parts
         self._measured: dict[str, Any] = {}
@@ -168,7 +171,7 @@ class LandscapeProbe:
             handle.remove()
         self._handles = []
         self._capture.detach()
-        self.trace.note(**self._schedule.facts())
+        self.trace.update_metadata(**self._schedule.facts())
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -189,7 +192,7 @@ class LandscapeProbe:
         """
         self.trace.flush()
         own = {name: part.state_dict() for name, part in self._parts.items()}
-        written, about = dict(self.trace.written), state_of(self, self._inner)
+        written, about = dict(self.trace.written), resume_signature(self, self._inner)
         return {"step": self.step, "written": written, "last": self.last(), "about": about, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -199,12 +202,12 @@ class LandscapeProbe:
         bit those of a run that never stopped, as long as the number of threads and the engine are the same too.
 
         Raises:
-            UserError: It is not the state of such a probe, there were updates already, or the trace (``trace=``, with
+            LandscapeError: It is not the state of such a probe, there were updates already, or the trace (``trace=``, with
                 ``resume=True``) has fewer rows than were written then.
         """
-        check_state(state, state_of(self, self._inner), list(self._parts))
+        check_state(state, resume_signature(self, self._inner), list(self._parts))
         if self.step:
-            raise UserError(f"{self.step} updates were made already; load the probe's state before the first one.")
+            raise LandscapeError(f"{self.step} updates were made already; load the probe's state before the first one.")
         self._rewind(state["written"])
         self.step, self._last = state["step"], dict(state["last"])
         for name, part in self._parts.items():
@@ -232,7 +235,7 @@ class LandscapeProbe:
 
     def last(self) -> dict[str, Any]:
         """The row of the last probed update, with plain numbers; waits for the device. Empty before the first."""
-        return fetch([self._last])[0] if self._last else {}
+        return to_host([self._last])[0] if self._last else {}
 
     def frame(self) -> pd.DataFrame:
         """All rows so far: the run's scalar facts, and the columns of ``landscape.traces.schema.UPDATES``.
@@ -244,7 +247,7 @@ class LandscapeProbe:
     def _rewind(self, written: Mapping[str, int]) -> None:
         if not written and (rows := self.trace.written["updates"]):
             warnings.warn(f"There is no state to go on from: {rows} recorded updates are replaced.", stacklevel=2)
-        self._ranks.agree(lambda: self.trace.rewind(written))
+        self._ranks.run_on_all(lambda: self.trace.truncate(written))
         self._starts_anew = False
 
     def _due(self) -> bool:
@@ -276,7 +279,7 @@ class LandscapeProbe:
         self._step_frame = next(_callers())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._before_update(lambda: self._update(self._capture.take()))
+            self._before_update(lambda: self._update(self._capture.pop_terms()))
             return None
         # step(closure) computes the gradient itself, maybe several times: the first is that of this update. Under
         # accumulation it adds to what is there. Where it is computed at other parameters, as in sharpness-aware
@@ -288,12 +291,14 @@ class LandscapeProbe:
 
         def measure() -> None:
             has_moved = self._capture.versions() != versions
-            self._before_update(lambda: before if before and has_moved else self._update(self._capture.take(versions)))
+            self._before_update(
+                lambda: before if before and has_moved else self._update(self._capture.pop_terms(versions))
+            )
 
         return (args[0], after_first(closure, measure)), rest
 
     def _update(self, captured: Captured) -> Update:
-        return Update.of(self._capture.scene, self.optimizer, captured)
+        return Update.from_optimizer(self._capture.scene, self.optimizer, captured)
 
     def _before_update(self, make: Callable[[], Update]) -> None:
         if self._starts_anew:
@@ -314,42 +319,42 @@ class LandscapeProbe:
         if self._pending is not None:
             update, self._pending = self._pending, None
             with self._schedule.probing():
-                self._measure(update, update.made(self._capture.scene))
+                self._measure(update, update.actual_direction(self._capture.scene))
         if self._measured:  # not before: a step may fail
             self._last, self._measured = self._measured, {}
             self.trace.append(self._last)
         self._capture.step_made()
-        self._schedule.advance(self._capture.take_seconds())
+        self._schedule.advance(self._capture.pop_overhead_seconds())
         self.step += 1
 
     def _measure(self, update: Update, direction: Parameters) -> None:
         spread = self._capture.scene.shards is not None  # these change places all the time
-        held = Held([] if spread else self._capture.scene.modules())
+        held = ModuleContents([] if spread else self._capture.scene.modules())
         try:
-            row = self._ranks.mean(lambda: self._row(update, direction))
+            row = self._ranks.all_mean(lambda: self._row(update, direction))
         except Exception as error:  # a training run that has begun well shall not end because of its probe
-            begun = self._last and not isinstance(error, LostRankError)
-            if not begun and not isinstance(error, NotYetError):
+            begun = self._last and not isinstance(error, RankFailedError)
+            if not begun and not isinstance(error, ProbeDeferred):
                 raise
             warnings.warn(f"Step {self.step} is not in the trace: {error}", stacklevel=2)
             return
         finally:
-            if names := held.put_back():
+            if names := held.restore():
                 warnings.warn(f"Step {self.step}: what the model holds was put back: {names}.", stacklevel=2)
         self._measured = row | {"seconds": self._seconds}
 
     def _row(self, update: Update, direction: Parameters) -> dict[str, Any]:
         """The row of the update by this process's own losses."""
         started = time.perf_counter()
-        ray = self._ranks.agree(lambda: self._ray(update, direction), alike=Ray.together)
+        ray = self._ranks.run_on_all(lambda: self._ray(update, direction), alike=Ray.together)
         with self._capture.measuring():
-            self._checks.look_for_writes(ray)
+            self._checks.detect_parameter_writes(ray)
             if facts := self._checks.check(self.step, update):
-                self.trace.note(mode="training" if self.model.training else "evaluation", checks=facts)
+                self.trace.update_metadata(mode="training" if self.model.training else "evaluation", checks=facts)
                 started = time.perf_counter()
-            measured = {"step_sizes": ray.step_sizes} | update.measures(direction) | self._along(ray)
+            measured = {"step_sizes": ray.step_sizes} | update.row_values(direction) | self._along(ray)
             if facts := self._checks.doubt(self.step, update, measured):
-                self.trace.note(checks=facts)
+                self.trace.update_metadata(checks=facts)
         self._seconds = time.perf_counter() - started
         epoch = self.step / self.steps_per_epoch if self.steps_per_epoch else math.nan
         return {"step": self.step, "epoch": epoch, "lr": update.lr} | measured
@@ -366,14 +371,14 @@ class LandscapeProbe:
         if not update.objective.terms:
             raise self._capture.nothing()
         if problem := update.captured.problem:
-            raise UserError(problem)
+            raise LandscapeError(problem)
         if not update.gradient:
-            raise UserError(
+            raise LandscapeError(
                 "No parameter that the optimizer holds and that has a gradient is the model's. Give the probe the "
                 "model that the optimizer trains."
             )
         if self._is_followed():
-            raise NotYetError("A step hook that was registered after the forward pass may change the gradient.")
+            raise ProbeDeferred("A step hook that was registered after the forward pass may change the gradient.")
         return update.ray(direction, etas)
 
 

@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import unserializable_hook
 
 from landscape.distributed.fsdp import local
-from landscape.ray.objective import Term
+from landscape.ray.objective import LossTerm
 
 WHOLE = (
     "Hand over all of it by probe.observe, in a probe without a criterion: "
@@ -38,7 +38,7 @@ _QUOTIENT = re.compile(r"DivBackward\d*")
 class Captured(NamedTuple):
     """What an update is made of."""
 
-    terms: list[Term]
+    terms: list[LossTerm]
     """The losses whose gradient the optimizer gets."""
     problem: str | None = None
     """Why they are not what was differentiated."""
@@ -49,8 +49,8 @@ class Captured(NamedTuple):
 class AwaitedLoss:
     """What the hook of a loss holds: its term until the update is made, because the loop may keep the loss."""
 
-    def __init__(self, term: Term) -> None:
-        self.term: Term | None = term
+    def __init__(self, term: LossTerm) -> None:
+        self.term: LossTerm | None = term
 
 
 class Passes:
@@ -100,7 +100,7 @@ class Passes:
         self._wasted: int | None = 0
         """Number of captured losses of which no update came; None after there was one."""
 
-    def await_(self, term: Term, loss: Tensor) -> None:
+    def await_(self, term: LossTerm, loss: Tensor) -> None:
         """Make the loss a term once a backward pass has gone through it; until then the loss alone holds it."""
         self._thread = threading.get_ident()
         if loss.grad_fn is not None:
@@ -314,7 +314,7 @@ class Pass:
     factors: Sequence[Tensor | None]
     watched: dict[str, list[Any]] = field(default_factory=dict)
     compositions: dict[str, Any] = field(default_factory=dict)
-    terms: dict[str, list[tuple[Term, Tensor]]] = field(default_factory=dict)
+    terms: dict[str, list[tuple[LossTerm, Tensor]]] = field(default_factory=dict)
 
 
 _under_way: list[Pass] = []

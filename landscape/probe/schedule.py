@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-class Budget:
+class OverheadBudget:
     """Probes that cost at most ``share`` of the time that training takes.
 
     The first update is probed in any case; later ones as soon as a probe as dear as the last can be paid for.
@@ -32,7 +32,7 @@ class Budget:
         self.probing += seconds
         self._last = seconds
 
-    def affords(self) -> bool:
+    def allows_probe(self) -> bool:
         """Whether another probe can be paid for."""
         return self.probing + self._last <= self.share * self.training
 
@@ -45,7 +45,7 @@ class Budget:
         self.training, self.probing, self._last = state["training"], state["probing"], state["last"]
 
 
-class Stopwatch:
+class DeviceTimer:
     """Times pieces of work in seconds, on a GPU by its own clock and without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -81,7 +81,7 @@ class Stopwatch:
         return event
 
 
-class Schedule:
+class ProbeSchedule:
     """Decides, after each update, whether the next one is probed.
 
     Args:
@@ -103,8 +103,8 @@ class Schedule:
         """Whether the current update is probed."""
         self._every = every
         self._decide = decide
-        self._budget = None if share is None else Budget(share)
-        self._watch = Stopwatch(device)
+        self._budget = None if share is None else OverheadBudget(share)
+        self._watch = DeviceTimer(device)
         self._updates = self._probes = 0
         self._ended = time.perf_counter()
 
@@ -132,7 +132,7 @@ class Schedule:
             self._budget.probe(sum(probes))
         self._ended = now
         self.due = self._updates % self._every == 0 and self._decide(
-            not self._watch.pending() and self._budget.affords()
+            not self._watch.pending() and self._budget.allows_probe()
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from landscape.probe.passes import Captured
 from landscape.ray.gradients import inner, norm
 from landscape.ray.objective import Objective
 from landscape.ray.ray import Ray
-from landscape.ray.snapshot import Parameters, Scene
+from landscape.ray.snapshot import LossModule, Parameters
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class Update:
     captured: Captured
 
     @classmethod
-    def of(cls, scene: Scene, optimizer: torch.optim.Optimizer, captured: Captured) -> "Update":
+    def from_optimizer(cls, scene: LossModule, optimizer: torch.optim.Optimizer, captured: Captured) -> "Update":
         """The update that ``optimizer`` is about to make; only the parameters it holds belong to it."""
         # A fused optimizer divides gradients by the loss scale inside its kernel; GradScaler hands it over this way.
         scale = getattr(optimizer, "grad_scale", None)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        parameters = scene.trained()
+        parameters = scene.named_trained_parameters()
         gradient = {
-            name: _plain(scene.own(parameter.grad), scale)
+            name: _plain(scene.local(parameter.grad), scale)
             for name, parameter in parameters.items()
             if parameter.grad is not None and id(parameter) in held
         }
-        origin = {name: scene.own(parameter) for name, parameter in parameters.items()}
+        origin = {name: scene.local(parameter) for name, parameter in parameters.items()}
         return cls(Objective(captured.terms), origin, gradient, rate_of(optimizer), captured)
 
     @property
@@ -51,17 +51,17 @@ class Update:
         copies = {name: tensor.clone() for name, tensor in self.gradient.items()}
         return replace(self, origin={name: tensor.clone() for name, tensor in self.origin.items()}, gradient=copies)
 
-    def made(self, scene: Scene) -> Parameters:
+    def actual_direction(self, scene: LossModule) -> Parameters:
         """What the optimizer did since the snapshot, as a direction whose step size is the learning rate."""
-        now = scene.trained()
+        now = scene.named_trained_parameters()
         rate = self.lr if self.lr and math.isfinite(self.lr) else 1.0
-        return {name: (self.origin[name] - scene.own(now[name])) / rate for name in self.gradient}
+        return {name: (self.origin[name] - scene.local(now[name])) / rate for name in self.gradient}
 
-    def measures(self, direction: Parameters) -> dict[str, Tensor]:
+    def row_values(self, direction: Parameters) -> dict[str, Tensor]:
         """The columns of its row that are known without going along the direction, still on the device."""
         shards = self.objective.shards
         size = norm(self.gradient, shards)
-        known = {"loss": self.objective.recorded(), "grad_norm": size, "direction_norm": size, "slope": size**2}
+        known = {"loss": self.objective.training_loss(), "grad_norm": size, "direction_norm": size, "slope": size**2}
         if direction is not self.gradient:
             slope = inner(direction, self.gradient, shards)
             known |= {"direction_norm": norm(direction, shards), "slope": slope}
@@ -82,7 +82,7 @@ def _plain(gradient: Tensor, scale: Tensor | None) -> Tensor:
     return gradient if scale is None else gradient / scale
 
 
-def fetch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def to_host(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows with plain numbers; the tensors of all of them come over from the device in one transfer."""
     tensors = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
     if not tensors:

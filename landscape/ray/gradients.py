@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape.distributed.fsdp import Shards
-from landscape.distributed.group import ALONE, Ranks
+from landscape.distributed.fsdp import ShardedParameters
+from landscape.distributed.group import SINGLE_PROCESS, RankGroup
 from landscape.ray.objective import Objective
-from landscape.ray.ray import Ray, Walk
+from landscape.ray.ray import ParametersAlongRay, Ray
 from landscape.ray.snapshot import Parameters
 
 
@@ -27,7 +27,7 @@ class RayGradients(NamedTuple):
     slope: Tensor
 
 
-def gradients_along(ray: Ray, ranks: Ranks = ALONE) -> RayGradients:
+def gradients_along(ray: Ray, ranks: RankGroup = SINGLE_PROCESS) -> RayGradients:
     """Losses and gradients at every point of a ray, by K + 1 forward and backward passes.
 
     The gradient at theta is evaluated too, because the optimizer's may have been clipped. Each point has the same
@@ -37,10 +37,10 @@ def gradients_along(ray: Ray, ranks: Ranks = ALONE) -> RayGradients:
     Raises:
         RuntimeError: The loss cannot be differentiated this way.
     """
-    walk = Walk(ray)
+    walk = ParametersAlongRay(ray)
     leaves = {name: tensor.requires_grad_() for name, tensor in walk.point.items()}
     losses, distances, shards = [], [], ray.objective.shards
-    with ray.objective.undisturbed():
+    with ray.objective.rng_restored():
         _, start = _differentiated(ray.objective, walk, leaves, 0.0, ranks)
         for eta in ray.step_sizes:
             loss, gradient = _differentiated(ray.objective, walk, leaves, eta, ranks)
@@ -58,21 +58,21 @@ def gradient(objective: Objective, parameters: Parameters) -> Parameters:
     """
     # Copies, because a model may write to its parameters.
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}
-    with objective.undisturbed():
+    with objective.rng_restored():
         return _gradient(objective, leaves)[1]
 
 
 def _differentiated(
-    objective: Objective, walk: Walk, leaves: Parameters, eta: float, ranks: Ranks
+    objective: Objective, walk: ParametersAlongRay, leaves: Parameters, eta: float, ranks: RankGroup
 ) -> tuple[Tensor, Parameters]:
     def own() -> dict[str | None, Tensor]:
         with torch.no_grad():
-            walk.move(eta)
+            walk.move_to(eta)
         loss, gradient = _gradient(objective, leaves)
         return {None: loss, **gradient}
 
     # Gradients of parameters that are spread are means already, of which every rank holds its own shards.
-    means = ranks.mean(own, apart=() if objective.shards is None else leaves)
+    means = ranks.all_mean(own, apart=() if objective.shards is None else leaves)
     return means.pop(None), {name: means[name] for name in leaves}
 
 
@@ -81,21 +81,23 @@ def _gradient(objective: Objective, leaves: Parameters) -> tuple[Tensor, dict[st
         losses, gradients = zip(*(term.gradient(leaves) for term in objective.terms), strict=True)
     parts = zip(*gradients, strict=True)
     sums = [torch.stack([_plain(part) for part in column]).sum(0) for column in parts]
-    return objective.total(losses), dict(zip(leaves, sums, strict=True))
+    return objective.weighted_sum(losses), dict(zip(leaves, sums, strict=True))
 
 
-def norm(tensors: Parameters, shards: Shards | None = None) -> Tensor:
+def norm(tensors: Parameters, shards: ShardedParameters | None = None) -> Tensor:
     """The l2 norm over all of the tensors, or over those that these are ``shards`` of."""
     plain = {name: _plain(tensor).detach() for name, tensor in tensors.items()}
     if shards is None:
         return torch.nn.utils.get_total_norm(list(plain.values()))
-    return shards.total({name: torch.linalg.vector_norm(tensor).double() ** 2 for name, tensor in plain.items()}).sqrt()
+    return shards.all_reduce_sum(
+        {name: torch.linalg.vector_norm(tensor).double() ** 2 for name, tensor in plain.items()}
+    ).sqrt()
 
 
-def inner(one: Parameters, other: Parameters, shards: Shards | None = None) -> Tensor:
+def inner(one: Parameters, other: Parameters, shards: ShardedParameters | None = None) -> Tensor:
     """The inner product over all of the tensors of the ``one``, or over those that both are ``shards`` of."""
     products = {name: torch.dot(_plain(a).flatten(), _plain(other[name]).flatten()) for name, a in one.items()}
-    return torch.stack(list(products.values())).sum() if shards is None else shards.total(products)
+    return torch.stack(list(products.values())).sum() if shards is None else shards.all_reduce_sum(products)
 
 
 def _plain(tensor: Tensor) -> Tensor:

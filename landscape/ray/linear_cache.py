@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Base:
+class CachedLinear:
     """A linear layer as the forward pass of the update evaluated it: its input and output at step size 0."""
 
     parameters: Mapping[str, Tensor]
@@ -20,12 +20,12 @@ class Base:
     """Version and address of each of the tensors above, in their order."""
 
     @classmethod
-    def of(cls, parameters: Mapping[str, Tensor], inputs: Tensor, outputs: Tensor) -> "Base":
+    def of(cls, parameters: Mapping[str, Tensor], inputs: Tensor, outputs: Tensor) -> "CachedLinear":
         """The layer as it is now; ``outputs`` may still be a part of autograd's graph."""
         base = cls(parameters, inputs.detach(), outputs.detach(), [])
         return replace(base, state=base._now())
 
-    def current(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether nothing has been written to since, and the output is that of the layer.
 
         A hook may have changed it, or a write through ``.data`` the weights. On a CPU one row of it is computed anew;
@@ -42,7 +42,7 @@ class Base:
         got = self.outputs.reshape(-1, self.outputs.shape[-1])[0]
         return torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item(), equal_nan=True)
 
-    def holds(self) -> bool:
+    def is_unwritten(self) -> bool:
         """Whether input and output are still what they were; a forward pass may write to what it feeds to a layer."""
         return self.state[-2:] == self._now()[-2:]
 

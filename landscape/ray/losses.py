@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from landscape.distributed.group import sharded_parts
-from landscape.errors import NotYetError, UserError
+from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.ray.engines.registry import ENGINES, check_engine, evaluate, refusal
 from landscape.ray.objective import Objective
 from landscape.ray.ray import Ray, check_model, checked_step_sizes
-from landscape.ray.snapshot import Closure, ForwardState, Parameters
+from landscape.ray.snapshot import Closure, ForwardSnapshot, Parameters
 
 
 def ray_losses(
@@ -35,16 +35,18 @@ def ray_losses(
         The K losses at ``theta - eta * direction``, on the device and in the type of the loss; no synchronization.
 
     Raises:
-        UserError: A direction or a step size that does not fit, an unknown engine, or a loss that is no scalar.
+        LandscapeError: A direction or a step size that does not fit, an unknown engine, or a loss that is no scalar.
     """
     check_engine(engine)
     if not isinstance(model, nn.Module) or not isinstance(direction, Mapping):
-        raise UserError(
+        raise LandscapeError(
             "Give a model (nn.Module), a closure, and a direction: a dict of tensors named like parameters."
         )
     check_model(model)
     if sharded_parts(model):
-        raise UserError("fully_shard has spread the parameters over processes; use LandscapeProbe, which gathers them.")
+        raise LandscapeError(
+            "fully_shard has spread the parameters over processes; use LandscapeProbe, which gathers them."
+        )
     origin = {name: parameter.detach() for name, parameter in model.named_parameters()}
     ray = Ray(Objective.of(model, closure, direction), origin, direction, checked_step_sizes(step_sizes))
     # Affine evaluation takes two products, so it pays from three points on.
@@ -64,8 +66,8 @@ def ray_losses(
 def _evaluated(name: str, ray: Ray) -> Tensor:
     try:
         return evaluate(ENGINES[name](), ray)
-    except NotYetError:
+    except ProbeDeferred:
         # The closure calls other modules, which are known by now, and are what they were.
         (term,) = ray.objective.terms
-        term.state = ForwardState.capture(term.state.scene)
+        term.state = ForwardSnapshot.capture(term.state.scene)
         return evaluate(ENGINES[name](), ray)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from landscape.distributed.fsdp import Shards
-from landscape.errors import UserError
-from landscape.ray.linear_cache import Base
-from landscape.ray.snapshot import Closure, ForwardState, Parameters, Scene
-from landscape.rng import RandomState
+from landscape.distributed.fsdp import ShardedParameters
+from landscape.errors import LandscapeError
+from landscape.ray.linear_cache import CachedLinear
+from landscape.ray.snapshot import Closure, ForwardSnapshot, LossModule, Parameters
+from landscape.rng import RngState
 
 
 class NoDependenceError(RuntimeError):
@@ -19,11 +19,11 @@ class NoDependenceError(RuntimeError):
 
 
 @dataclass
-class Term:
+class LossTerm:
     """The loss of one backward pass: ``weight * closure(model)`` in the state of the forward pass."""
 
     closure: Closure
-    state: ForwardState
+    state: ForwardSnapshot
     value: Tensor | None = None
     """What the forward pass gave, detached."""
     weight: Tensor | None = None
@@ -34,7 +34,7 @@ class Term:
     """How often the optimizer's parameters had been written to when it was computed."""
     observed: bool = False
     """Whether the user has handed it over."""
-    bases: Sequence[Base] = ()
+    bases: Sequence[CachedLinear] = ()
     """Linear layers that need not be evaluated at step size 0 again."""
 
     def __call__(self, parameters: Parameters) -> Tensor:
@@ -46,13 +46,13 @@ class Term:
         scene = self.state.scene
         if not scene.differentiates:
             try:
-                return self.state.each(self._loss, parameters, moves)
+                return self.state.evaluate_at(self._loss, parameters, moves)
             except RuntimeError as error:
                 # Autograd has no type for it: a loss with derivatives in it, such as a gradient penalty.
                 if torch.is_grad_enabled() or "require" not in str(error) or "grad" not in str(error):
                     raise
         points = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
-        losses = self.state.each(self._differentiating, points, moves)
+        losses = self.state.evaluate_at(self._differentiating, points, moves)
         scene.differentiates = True
         return losses
 
@@ -84,7 +84,7 @@ class Term:
                 torch.zeros_like(x) if part is None else part for x, part in zip(leaves.values(), gradient, strict=True)
             )
 
-        return self.state.each(differentiate, leaves, [_stay])[0]
+        return self.state.evaluate_at(differentiate, leaves, [_stay])[0]
 
     @property
     def recorded(self) -> Tensor | None:
@@ -101,15 +101,15 @@ class Term:
 
     def _loss(self, model: nn.Module) -> Tensor:
         shards = self.state.scene.shards
-        return self.scalar(model) if shards is None else shards.loss(self.scalar)
+        return self.scalar(model) if shards is None else shards.evaluate(self.scalar)
 
     def scalar(self, model: nn.Module) -> Tensor:
-        """``closure(model)``, of a loss that is not reduced the weighted sum; a UserError unless it has one element."""
+        """``closure(model)``, of a loss that is not reduced the weighted sum; a LandscapeError unless it has one element."""
         loss = self.closure(model)
         loss = self._reduced(loss) if isinstance(loss, Tensor) else loss
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(
+            raise LandscapeError(
                 f"The loss must be a scalar, a tensor with one element; the criterion or closure gave {got}."
             )
         # A copy: the loss could be (a view of) a parameter, and points share their memory.
@@ -139,7 +139,7 @@ class Objective:
     and random streams are put back.
     """
 
-    terms: Sequence[Term]
+    terms: Sequence[LossTerm]
 
     @classmethod
     def of(cls, model: nn.Module, closure: Closure, walked: Collection[str] | None = None) -> "Objective":
@@ -148,41 +148,43 @@ class Objective:
         Parameters that are not ``walked``, without it those that are frozen, are copied: it is not known which of them
         the closure writes to.
         """
-        scene = Scene(model)
+        scene = LossModule(model)
         parameters = model.named_parameters()
-        scene.moving = {id(p) for n, p in parameters if (not p.requires_grad if walked is None else n not in walked)}
-        return cls([Term(closure, ForwardState.capture(scene))])
+        scene.written_parameters = {
+            id(p) for n, p in parameters if (not p.requires_grad if walked is None else n not in walked)
+        }
+        return cls([LossTerm(closure, ForwardSnapshot.capture(scene))])
 
     def __call__(self, parameters: Parameters) -> Tensor:
         """The loss at ``parameters`` (tensors by the names of ``model.named_parameters()``), a scalar tensor."""
-        with self.undisturbed():
-            return self.total([term(parameters) for term in self.terms])
+        with self.rng_restored():
+            return self.weighted_sum([term(parameters) for term in self.terms])
 
-    def recorded(self) -> Tensor:
+    def training_loss(self) -> Tensor:
         """The loss that the forward passes of the update gave, a scalar tensor."""
-        return self.total([value.reshape(()) for term in self.terms if (value := term.recorded) is not None])
+        return self.weighted_sum([value.reshape(()) for term in self.terms if (value := term.recorded) is not None])
 
-    def total(self, losses: Sequence[Tensor]) -> Tensor:
+    def weighted_sum(self, losses: Sequence[Tensor]) -> Tensor:
         """Weighted sum over the terms of their ``losses``, which may all carry the same further dimensions."""
         pairs = zip(self.terms, losses, strict=True)
         return torch.stack([term.weighted(loss) for term, loss in pairs]).sum(0)
 
     @property
-    def shards(self) -> Shards | None:
+    def shards(self) -> ShardedParameters | None:
         """What this process holds of the parameters, where they are spread over several."""
         return self.terms[0].state.scene.shards if self.terms else None
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def rng_restored(self) -> Iterator[None]:
         """Put the random streams back after the body, which calls terms."""
-        before = RandomState.capture(list(self.terms[0].state.random.accelerators))
+        before = RngState.capture(list(self.terms[0].state.random.accelerators))
         # Without gradients, torch's transformers take another path in evaluation mode, with other numbers for padding.
         fast = torch.backends.mha.get_fastpath_enabled()
         # Compiled code is specialized on live parameters: swapping them would compile anew at every point.
         with torch.compiler.set_stance("force_eager"):
             try:
                 torch.backends.mha.set_fastpath_enabled(False)
-                with nullcontext() if self.shards is None else self.shards.together():
+                with nullcontext() if self.shards is None else self.shards.raise_deferred():
                     yield
             finally:
                 torch.backends.mha.set_fastpath_enabled(fast)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Meter(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):
     """Within it, ``peak`` is the most bytes that tensors made since it was entered have held at one time.
 
     Counted are dense tensors, not what kernels use inside or what an allocator keeps in reserve.

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.ray.objective import Objective
 from landscape.ray.snapshot import Parameters
 
@@ -24,7 +24,7 @@ class Ray:
     """What is to be evaluated: ``objective`` at ``origin - eta * direction`` for each eta of ``step_sizes``.
 
     Raises:
-        UserError: A direction that does not fit the origin, or a step size that the parameters' type does not hold.
+        LandscapeError: A direction that does not fit the origin, or a step size that the parameters' type does not hold.
     """
 
     objective: Objective
@@ -35,32 +35,32 @@ class Ray:
     def __post_init__(self) -> None:
         farthest = max(map(abs, self.step_sizes))
         if not self.direction:
-            raise UserError("The direction is empty; give a tensor for at least one of the model's parameters.")
+            raise LandscapeError("The direction is empty; give a tensor for at least one of the model's parameters.")
         for name, tensor in self.direction.items():
             if not isinstance(tensor, Tensor):
-                raise UserError(
+                raise LandscapeError(
                     f"The direction of {name!r} is a {type(tensor).__name__}; give a tensor, or leave it out."
                 )
             if name not in self.origin:
-                raise UserError(f"The direction names {name!r}, which model.named_parameters() does not have.")
+                raise LandscapeError(f"The direction names {name!r}, which model.named_parameters() does not have.")
             origin = self.origin[name]
             if tensor.shape != origin.shape:
                 shapes = f"{tuple(tensor.shape)}, the parameter {tuple(origin.shape)}"
-                raise UserError(f"The direction of {name!r} has shape {shapes}; the two must be equal.")
+                raise LandscapeError(f"The direction of {name!r} has shape {shapes}; the two must be equal.")
             if tensor.is_complex() or tensor.layout is not torch.strided or tensor.device != origin.device:
-                raise UserError(
+                raise LandscapeError(
                     f"The direction of {name!r} is {tensor.layout} of {tensor.dtype} on {tensor.device}; give a dense "
                     f"tensor of real numbers on {origin.device}."
                 )
             if farthest > torch.finfo(origin.dtype).max:
-                raise UserError(f"The step size {farthest} is more than {origin.dtype} holds; give smaller ones.")
+                raise LandscapeError(f"The step size {farthest} is more than {origin.dtype} holds; give smaller ones.")
 
     def together(self) -> tuple[object, ...] | None:
         """What decides on the forward passes, which all ranks have to make alike where these gather parameters."""
         return None if self.objective.shards is None else (self.step_sizes, len(self.objective.terms))
 
 
-class Walk:
+class ParametersAlongRay:
     """``point`` holds ``origin - eta * direction`` for the eta of the last move; the tensors stay the same objects.
 
     With ``channels_last``, weights of 2d and 3d convolutions have that layout, and so has what they are applied to.
@@ -75,7 +75,7 @@ class Walk:
         self.direction = {name: _laid_out(tensor, layout[name]) for name, tensor in ray.direction.items()}
         self.stand_ins = {name for name in ray.direction if name in idle}
         self.point: dict[str, Tensor] = {
-            name: stand_in(ray.origin[name])
+            name: placeholder(ray.origin[name])
             if name in self.stand_ins
             else torch.empty_like(ray.origin[name], memory_format=layout[name])
             for name in ray.direction
@@ -84,23 +84,23 @@ class Walk:
 
     def moves(self, step_sizes: Sequence[float]) -> list[Callable[[], None]]:
         """A move to each of the step sizes."""
-        return [partial(self.move, eta) for eta in step_sizes]
+        return [partial(self.move_to, eta) for eta in step_sizes]
 
-    def move(self, eta: float, skipped: Container[str] = ()) -> None:
+    def move_to(self, eta: float, skipped: Container[str] = ()) -> None:
         """Go to ``eta``; the tensors that are ``skipped`` keep what is in them."""
         self.eta = eta
         for name in self.point:
             if name not in skipped:
-                self.build(name)
+                self.materialize(name)
 
-    def build(self, name: str) -> None:
+    def materialize(self, name: str) -> None:
         """Write one tensor as it is at the current point."""
         if name in self.stand_ins:
             self.stand_ins.remove(name)
             self.point[name].data = torch.empty_like(self.origin[name])
         torch.sub(self.origin[name], self.direction[name], alpha=self.eta, out=self.point[name])
 
-    def product(self, name: str, inputs: Tensor) -> Tensor:
+    def blockwise_linear(self, name: str, inputs: Tensor) -> Tensor:
         """``inputs @ W.T`` with the weight of this name at the current point, which is not built as a whole.
 
         Each block of its rows is used while it is in the cache. For a few rows of inputs, memory is what takes time.
@@ -116,7 +116,7 @@ class Walk:
         return outputs.t().contiguous().view(*inputs.shape[:-1], weight.shape[0])
 
 
-def stand_in(parameter: Tensor) -> Tensor:
+def placeholder(parameter: Tensor) -> Tensor:
     """What the model holds instead of a parameter: of its shape, and NaN wherever a use of it is not seen."""
     return parameter.new_full((), torch.nan).expand(parameter.shape)
 
@@ -126,24 +126,24 @@ def _laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise a UserError if there is a part of the model whose parameters cannot be moved."""
+    """Raise a LandscapeError if there is a part of the model whose parameters cannot be moved."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise UserError(
+            raise LandscapeError(
                 f"{name or 'The model'!r} is scripted or traced (torch.jit), and holds its parameters out of reach. "
                 "Train and probe the Python module that it was made of."
             )
 
 
 def checked_step_sizes(step_sizes: Iterable[float]) -> list[float]:
-    """The step sizes as numbers; a UserError unless there is at least one and all are finite."""
+    """The step sizes as numbers; a LandscapeError unless there is at least one and all are finite."""
     try:
         given = list(step_sizes)
         numbers = [float(eta) for eta in given if not isinstance(eta, bool | str | bytes)]
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.") from error
+        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.") from error
     if len(numbers) < len(given) or isinstance(step_sizes, bytes | Mapping):  # a text is one of texts
-        raise UserError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.")
+        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.")
     if not numbers or not all(map(math.isfinite, numbers)):
-        raise UserError(f"step_sizes={step_sizes!r:.100}: give one finite number or more.")
+        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: give one finite number or more.")
     return numbers

@@ -13,28 +13,30 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
-from landscape.distributed.fsdp import Shards, local
-from landscape.errors import NotYetError
-from landscape.rng import HostStreams, RandomState
+from landscape.distributed.fsdp import ShardedParameters, local
+from landscape.errors import ProbeDeferred
+from landscape.rng import HostRngState, RngState
 
 T = TypeVar("T")
 Closure = Callable[[nn.Module], Tensor]
 Parameters = Mapping[str, Tensor]
-Place = tuple[Any, str, Any]
+TensorSlot = tuple[Any, str, Any]
 """A module's own dict of buffers or parameters, the name of a tensor in it, and the tensor."""
 
 
-GUARDED = 1 << 30
+COMPARED_BYTES = 1 << 30
 """Most bytes of parameters that are compared before and after a first evaluation."""
 
 
-class Scene(nn.Module):
+class LossModule(nn.Module):
     """A model and its criterion as one module, so that the tensors of both are known and can be swapped.
 
     The scene only holds them; it is never called, trained, moved or switched to another mode itself.
     """
 
-    def __init__(self, model: nn.Module, criterion: nn.Module | None = None, shards: Shards | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, criterion: nn.Module | None = None, shards: ShardedParameters | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
@@ -42,7 +44,7 @@ class Scene(nn.Module):
         """Modules that belong to neither, but are called by the loss: a discriminator, a teacher."""
         self.shards = shards
         """What this process holds of the model, where it is spread over several."""
-        self.moving: set[int] = set()
+        self.written_parameters: set[int] = set()
         """Parameters (by id) that forward passes are known to write to, such as a momentum encoder's."""
         self.draws = shards is not None
         """Whether forward passes are known to draw from Python's or numpy's random streams, or may on another rank."""
@@ -55,14 +57,18 @@ class Scene(nn.Module):
         self.shared: set[str] = set()
         """Parameters of the model whose linear layers are known to have the same input all along a ray."""
 
-    def written(self) -> list[Place]:
+    def written_slots(self) -> list[TensorSlot]:
         """Buffers and moving parameters, which forward passes write to."""
-        places: list[Place] = []
+        places: list[TensorSlot] = []
         for module in self.modules():
             places += [
                 (module._buffers, name, buffer) for name, buffer in module._buffers.items() if buffer is not None
             ]
-            places += [(module._parameters, name, p) for name, p in module._parameters.items() if id(p) in self.moving]
+            places += [
+                (module._parameters, name, p)
+                for name, p in module._parameters.items()
+                if id(p) in self.written_parameters
+            ]
         return places
 
     def frozen_versions(self) -> dict[int, int]:
@@ -72,13 +78,13 @@ class Scene(nn.Module):
         return {id(p): p._version for p in self.parameters() if not p.requires_grad and not p.is_inference()}
 
     @contextmanager
-    def guarded(self, walked: Collection[str]) -> Iterator[None]:
+    def detect_writes(self, walked: Collection[str]) -> Iterator[None]:
         """Put back what the body writes to parameters of the model but the ``walked``, and know that it was written to.
 
         Values are compared, because a write through ``.data`` leaves no other trace. Above 1 GiB nothing is.
         """
         others = [p for name, p in self.model.named_parameters() if name not in walked]
-        known = others if sum(p.nbytes for p in others) <= GUARDED else []
+        known = others if sum(p.nbytes for p in others) <= COMPARED_BYTES else []
         before = [(parameter, parameter.data, parameter.detach().clone()) for parameter in known]
         try:
             yield
@@ -87,17 +93,17 @@ class Scene(nn.Module):
                 if parameter.data_ptr() != data.data_ptr() or not torch.equal(parameter, values):
                     parameter.data = data
                     data.copy_(values)
-                    self.moving.add(id(parameter))
+                    self.written_parameters.add(id(parameter))
 
     @contextmanager
-    def holding(self, tensors: Parameters) -> Iterator[None]:
+    def parameters_replaced_by(self, tensors: Parameters) -> Iterator[None]:
         """For the body, put ``tensors`` where the model's parameters of these names are, in every module that has them.
 
         A parameter is known by identity: it, or the module that holds it, may have several names.
         """
         named = self.model.named_parameters()
         stand_ins = {id(parameter): tensors[name] for name, parameter in named if name in tensors}
-        places: list[Place] = [
+        places: list[TensorSlot] = [
             (module._parameters, name, parameter)
             for module in self.modules()
             for name, parameter in module._parameters.items()
@@ -121,18 +127,18 @@ class Scene(nn.Module):
         gathered = set() if self.shards is None else {self.shards.device}
         return gathered | {tensor.device for tensors in (self.parameters(), self.buffers()) for tensor in tensors}
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def named_trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the model by name, as an optimizer holds them."""
         return dict(self.model.named_parameters()) if self.shards is None else self.shards.parameters()
 
-    def own(self, tensor: Tensor) -> Tensor:
+    def local(self, tensor: Tensor) -> Tensor:
         """A parameter or its gradient, detached; where it is spread, what this process holds of it."""
         return tensor.detach() if self.shards is None else local(tensor)
 
     @contextmanager
-    def at(self, point: Parameters) -> Iterator[None]:
+    def sharded_parameters_set_to(self, point: Parameters) -> Iterator[None]:
         """For the body, which is a forward pass, put ``point`` where parameters are spread; elsewhere it is swapped."""
-        with nullcontext() if self.shards is None else self.shards.at(point):
+        with nullcontext() if self.shards is None else self.shards.parameters_set_to(point):
             yield
 
 
@@ -163,7 +169,7 @@ class Autocast:
 
 
 @dataclass(frozen=True)
-class ForwardState:
+class ForwardSnapshot:
     """All that a forward pass reads besides its parameters and arguments, as far as it is held by the modules.
 
     Attributes:
@@ -175,27 +181,27 @@ class ForwardState:
         autocast: The autocast state, for each kind of device.
     """
 
-    scene: Scene
+    scene: LossModule
     attributes: Sequence[tuple[nn.Module, dict[str, Any]]]
-    tensors: Sequence[Place]
-    random: RandomState
+    tensors: Sequence[TensorSlot]
+    random: RngState
     autocast: tuple[Autocast, ...]
-    watched: bool = True
+    detects_foreign_modules: bool = True
     """Whether to look for modules outside of the scene; code that is to be compiled does not bear it."""
 
     @classmethod
-    def capture(cls, scene: Scene) -> "ForwardState":
+    def capture(cls, scene: LossModule) -> "ForwardSnapshot":
         """The state as it is now; the forward pass to come may move the tensors, so they are copied."""
         devices = scene.devices()
         return cls(
             scene,
             [(module, dict(vars(module))) for module in scene.modules() if module is not scene],
-            _copies(scene.written()),
-            RandomState.capture([device for device in devices if device.type in ("cuda", "xpu")]),
+            _copies(scene.written_slots()),
+            RngState.capture([device for device in devices if device.type in ("cuda", "xpu")]),
             Autocast.capture(sorted({"cpu"} | {device.type for device in devices if device.type != "meta"})),
         )
 
-    def each(
+    def evaluate_at(
         self, function: Callable[[nn.Module], T], parameters: Parameters, moves: Sequence[Callable[[], object]]
     ) -> list[T]:
         """``function(model)`` after each of ``moves``, always from this state; the live model stays as it is.
@@ -203,26 +209,26 @@ class ForwardState:
         The moves write to ``parameters``, which stand for the model's own of these names meanwhile.
 
         Raises:
-            NotYetError: A module that belongs neither to the model nor to its criterion was called, and has changed. It
+            ProbeDeferred: A module that belongs neither to the model nor to its criterion was called, and has changed. It
                 is put back, and belongs to the states that are captured from now on.
         """
 
         def run() -> list[T]:
             results = []
             for point, move in enumerate(moves):
-                self._enter()
+                self._apply()
                 move()
-                looking = nullcontext() if point else self._strangers()
-                with self.scene.at(parameters), looking:
+                looking = nullcontext() if point else self._detect_foreign_modules()
+                with self.scene.sharded_parameters_set_to(parameters), looking:
                     results.append(function(self.scene.model))
             return results
 
         swapped = parameters if self.scene.shards is None else {}
         # One swap for all points: it takes as long as the forward pass of a small model.
-        with self._undone(), Autocast.restored(self.autocast), self.scene.holding(swapped):
-            before = HostStreams.capture()
+        with self._modules_restored(), Autocast.restored(self.autocast), self.scene.parameters_replaced_by(swapped):
+            before = HostRngState.capture()
             results = run()
-            if not self.scene.draws and before.moved():
+            if not self.scene.draws and before.has_changed():
                 self.scene.draws = True
                 results = run()
             return results
@@ -240,7 +246,7 @@ class ForwardState:
         for (owner, name, _), tensor in zip(self.tensors, tensors, strict=True):
             owner[name] = tensor
 
-    def _enter(self) -> None:
+    def _apply(self) -> None:
         """Make this the current state, with tensors that may be written to."""
         self.random.restore(host=self.scene.draws)
         for module, attributes in self.attributes:
@@ -249,32 +255,32 @@ class ForwardState:
             owner[name] = tensor
 
     @contextmanager
-    def _undone(self) -> Iterator[None]:
+    def _modules_restored(self) -> Iterator[None]:
         """After the body, put back what the modules held before it."""
         modules = [module for module, _ in self.attributes]
         attributes = [(module, dict(vars(module))) for module in modules]
-        held = Held(modules)
+        held = ModuleContents(modules)
         try:
             yield
         finally:
             for module, before in attributes:
                 vars(module).clear()
                 vars(module).update(before)
-            held.put_back()
+            held.restore()
 
     @contextmanager
-    def _strangers(self) -> Iterator[None]:
+    def _detect_foreign_modules(self) -> Iterator[None]:
         """Look for modules that the body calls although they are not in this state, and put back what it does to them.
 
         Raises:
-            NotYetError: One of them has changed.
+            ProbeDeferred: One of them has changed.
         """
         # An error on one of several ranks that gather parameters would leave the others waiting.
-        if not self.watched or self.scene.shards is not None:
+        if not self.detects_foreign_modules or self.scene.shards is not None:
             yield
             return
         known = {id(module) for module, _ in self.attributes}
-        met: dict[int, Stranger] = {}
+        met: dict[int, ForeignModule] = {}
         thread = threading.get_ident()
 
         def meet(module: nn.Module, args: Any) -> None:
@@ -283,7 +289,7 @@ class ForwardState:
             if id(module) not in known:
                 for part in module.modules():
                     if id(part) not in known and id(part) not in met:
-                        met[id(part)] = Stranger(part)
+                        met[id(part)] = ForeignModule(part)
 
         hook = register_module_forward_pre_hook(meet)
         try:
@@ -291,7 +297,7 @@ class ForwardState:
                 yield
         finally:
             hook.remove()
-            changed = {number for number, stranger in met.items() if stranger.put_back(self.scene)}
+            changed = {number for number, stranger in met.items() if stranger.restore(self.scene)}
             ids = {id(part) for part in self.scene.modules()}
             # One that was made during the pass, such as nn.MSELoss() inside of the loss, is gone when it is let go.
             kept = [(number, weakref.ref(stranger.module)) for number, stranger in met.items() if stranger.has_state]
@@ -302,7 +308,7 @@ class ForwardState:
                     self.scene.others.append(module)
                     ids |= {id(part) for part in module.modules()}
         if names := sorted({type(alive[number]).__name__ for number in changed & alive.keys()}):
-            raise NotYetError(
+            raise ProbeDeferred(
                 f"The loss calls modules outside of the model that it changes ({', '.join(names)}); they are put back, "
                 "and from the next update on they are measured in the state of the training step, too."
             )
@@ -318,7 +324,7 @@ class ForwardState:
             yield
 
 
-class Held:
+class ModuleContents:
     """What modules hold by name: parameters, buffers and other modules, compared and put back by identity."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -329,7 +335,7 @@ class Held:
             if owner
         ]
 
-    def put_back(self) -> list[str]:
+    def restore(self) -> list[str]:
         """Put back what is not the same object any more; the names that this has changed."""
         names = []
         for owner, before in self._held:
@@ -345,24 +351,24 @@ def _same(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
     return one[1] is other[1] and one[0] == other[0]
 
 
-class Stranger:
+class ForeignModule:
     """A module outside of a scene, as it is before a pass calls it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._attributes = dict(vars(module))
-        self._held = Held([module])
+        self._held = ModuleContents([module])
         owners = (module._buffers, module._parameters)
         tensors = [tensor for owner in owners for tensor in owner.values() if tensor is not None]
         self.has_state = bool(tensors)
-        values = tensors if sum(tensor.nbytes for tensor in tensors) <= GUARDED else []
+        values = tensors if sum(tensor.nbytes for tensor in tensors) <= COMPARED_BYTES else []
         self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in values]
 
-    def put_back(self, scene: Scene) -> bool:
+    def restore(self, scene: LossModule) -> bool:
         """Make the module what it was, and return whether it had changed; parameters that had are moving ones."""
         vars(self.module).clear()
         vars(self.module).update(self._attributes)
-        changed = bool(self._held.put_back())
+        changed = bool(self._held.restore())
         for tensor, data, values in self._values:
             if tensor.data_ptr() != data.data_ptr() or not torch.equal(tensor, values):
                 with torch.no_grad():
@@ -370,11 +376,11 @@ class Stranger:
                     data.copy_(values)
                 changed = True
                 if isinstance(tensor, nn.Parameter):
-                    scene.moving.add(id(tensor))
+                    scene.written_parameters.add(id(tensor))
         return changed
 
 
-def _copies(tensors: Iterable[Place]) -> list[Place]:
+def _copies(tensors: Iterable[TensorSlot]) -> list[TensorSlot]:
     """The same places with copies of their tensors; one that is in several places stays one."""
     places, copies = list(tensors), {}
     for _, _, tensor in places:

@@ -11,10 +11,10 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.files import whole_file
 
-Place = str | Path
+Location = str | Path
 """A path, or a URL such as ``s3://bucket/traces``."""
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5, 30
@@ -128,15 +128,15 @@ class Folder(Store):
         return str(self.path)
 
 
-class Bucket(Store):
+class ObjectStore(Store):
     """A prefix on an object store, whose writes are whole by themselves."""
 
     def __init__(self, url: str, system: fs.FileSystem, path: str) -> None:
         self._url, self._system, self._path = url.rstrip("/"), system, path.rstrip("/")
 
-    def inside(self, name: str) -> "Bucket":
+    def inside(self, name: str) -> "ObjectStore":
         """The longer prefix."""
-        return Bucket(f"{self._url}/{name}", self._system, f"{self._path}/{name}")
+        return ObjectStore(f"{self._url}/{name}", self._system, f"{self._path}/{name}")
 
     def create(self) -> None:
         """Nothing: a prefix is there as soon as something is under it."""
@@ -225,14 +225,14 @@ class Memory(Store):
         return "memory"
 
 
-def store_at(place: Place) -> Store:
+def store_at(place: Location) -> Store:
     """The store at a path or URL; nothing is made or asked for yet.
 
     ``s3://`` takes credentials, region and endpoint from where AWS's own tools do (``AWS_ENDPOINT_URL``,
     ``AWS_DEFAULT_REGION``, ``~/.aws/credentials``, ...). Other URLs are those of ``pyarrow.fs``.
 
     Raises:
-        UserError: A URL that pyarrow cannot use here.
+        LandscapeError: A URL that pyarrow cannot use here.
     """
     if not is_url(place):
         return Folder(place)
@@ -242,13 +242,13 @@ def store_at(place: Place) -> Store:
     try:
         system, path = _s3(url) if url.startswith("s3://") else fs.FileSystem.from_uri(url)
     except (ImportError, ValueError, OSError, NotImplementedError) as error:
-        raise UserError(
+        raise LandscapeError(
             f"{url} cannot be used ({reason(error)}); give a folder or a URL that pyarrow.fs knows, such as "
             "s3://bucket/traces, with a pyarrow that was built for it (as those of the package index are)."
         ) from error
     if not path.strip("/"):
-        raise UserError(f"{url} names no bucket; give one, and a folder in it: s3://bucket/traces.")
-    return Bucket(url, system, path)
+        raise LandscapeError(f"{url} names no bucket; give one, and a folder in it: s3://bucket/traces.")
+    return ObjectStore(url, system, path)
 
 
 def _s3(url: str) -> tuple[fs.FileSystem, str]:
@@ -263,15 +263,15 @@ def _s3(url: str) -> tuple[fs.FileSystem, str]:
     return fs.S3FileSystem(endpoint_override=endpoint, region=region, **options), path
 
 
-def is_url(place: Place) -> bool:
+def is_url(place: Location) -> bool:
     """Whether it is a URL and no path."""
     return isinstance(place, str) and "://" in place
 
 
-def inside(place: Place, name: str) -> Place:
-    """The path or URL of ``name`` within a place; a UserError for a URL that names no bucket."""
+def inside(place: Location, name: str) -> Location:
+    """The path or URL of ``name`` within a place; a LandscapeError for a URL that names no bucket."""
     if is_url(place) and not str(place).partition("://")[2].strip("/"):
-        raise UserError(f"{place} names no bucket; give one, and a folder in it: s3://bucket/traces.")
+        raise LandscapeError(f"{place} names no bucket; give one, and a folder in it: s3://bucket/traces.")
     return f"{str(place).rstrip('/')}/{name}" if is_url(place) else Path(place) / name
 
 

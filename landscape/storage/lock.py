@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.storage.filesystem import Folder, Store
 
 LEASE_SECONDS = 600
@@ -29,7 +29,7 @@ class Lock:
     for ``LEASE_SECONDS``; two processes that begin within the same moment are told apart when the note is renewed.
 
     Raises:
-        UserError: Another process holds it; the message says on which host, and which process.
+        LandscapeError: Another process holds it; the message says on which host, and which process.
         OSError: The place cannot be written to.
     """
 
@@ -38,10 +38,10 @@ class Lock:
         self._me = {"host": platform.node(), "process": os.getpid(), "token": uuid.uuid4().hex}
         self._file = _file_lock(store)
         if self._file is None:
-            self._refuse_the_living()
-        self._renew()
+            self._raise_if_held()
+        self._write_owner()
         if self._file is None:
-            self._refuse_the_living()
+            self._raise_if_held()
 
     def refresh(self) -> None:
         """Say that this process still writes.
@@ -53,11 +53,11 @@ class Lock:
         if owner and owner.get("token") != self._me["token"]:
             raise OSError(errno.EBUSY, f"taken over by {_named(owner)}")
         if self._file is not None and not owner:
-            self._take_anew(self._file)
+            self._reacquire(self._file)
         if self._file is None or not owner:
-            self._renew()
+            self._write_owner()
 
-    def _take_anew(self, file: FileLock) -> None:
+    def _reacquire(self, file: FileLock) -> None:
         """The note is gone, and so may be the folder in which the lock was: what is there now is not held yet."""
         file.release()
         if self._store.kind() != "folder":  # which the lock would make
@@ -77,10 +77,10 @@ class Lock:
         if self._file is not None:
             self._file.release()
 
-    def _renew(self) -> None:
+    def _write_owner(self) -> None:
         self._store.write(_OWNER, json.dumps({**self._me, "time": time.time()}).encode())
 
-    def _refuse_the_living(self) -> None:
+    def _raise_if_held(self) -> None:
         owner = _owner(self._store)
         if not owner or owner.get("token") == self._me["token"]:
             return
@@ -120,10 +120,10 @@ def _owner(store: Store) -> dict[str, Any]:
         return {}
 
 
-def _held(store: Store, owner: dict[str, Any]) -> UserError:
+def _held(store: Store, owner: dict[str, Any]) -> LandscapeError:
     itself = owner.get("host") == platform.node() and owner.get("process") == os.getpid()
     remedy = "Close its writer (probe.detach())" if itself else "Wait until it has ended, or stop it"
-    return UserError(f"{store} is being written by {_named(owner)}. {remedy}; or give another folder.")
+    return LandscapeError(f"{store} is being written by {_named(owner)}. {remedy}; or give another folder.")
 
 
 def _named(owner: dict[str, Any]) -> str:

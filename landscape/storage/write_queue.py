@@ -3,7 +3,7 @@
 import time
 import warnings
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.storage.filesystem import Store, reason
 from landscape.storage.lock import Lock
 
@@ -13,7 +13,7 @@ REST = 20
 """A server that does not answer costs training a twentieth of its time at most."""
 
 
-class Outbox:
+class WriteQueue:
     """Writes files to a store that this process alone may write to, in the order in which they were put.
 
     Nothing is raised where a disk is full, a folder has vanished, permission was withdrawn or a server does not answer:
@@ -28,7 +28,7 @@ class Outbox:
         trouble: Why the store did not take the last file that it was given; empty if it did.
 
     Raises:
-        UserError: Another process writes there.
+        LandscapeError: Another process writes there.
         OSError: The store cannot be written to at all.
     """
 
@@ -45,12 +45,12 @@ class Outbox:
     def put(self, name: str, content: bytes) -> None:
         """Have a file written with the next :meth:`send`, in the place of any other of that name."""
         # Whatever there is too much of is what comes last: the beginning of a run stays whole.
-        if self._is_full(content) and not self.send(again=False) and self._is_full(content):
+        if self._is_full(content) and not self.flush(again=False) and self._is_full(content):
             self.lost.append(name)
         else:
             self.waiting[name] = content
 
-    def send(self, again: bool = True) -> bool:
+    def flush(self, again: bool = True) -> bool:
         """Write what waits, as far as the store takes it; whether nothing waits any more.
 
         Args:
@@ -68,22 +68,22 @@ class Outbox:
                 self._sent.add(name)
                 del self.waiting[name]  # only now: what could not be written is still here
             self.trouble = ""
-        except (OSError, UserError) as error:
+        except (OSError, LandscapeError) as error:
             self.trouble = reason(error)
             self._resting_until = time.monotonic() + REST * (time.monotonic() - started)
             self._tell()
         return not self.waiting
 
-    def forget(self, name: str) -> None:
+    def discard(self, name: str) -> None:
         """Do not expect a file in the store any more, as it was removed."""
         self._sent.discard(name)
 
-    def finish(self) -> dict[str, list[str]]:
+    def close(self) -> dict[str, list[str]]:
         """Try once more and tell which files are not in the store, by the reason; if none waits, let others write."""
-        if not self.send():
+        if not self.flush():
             self._make_anew()
         if not self.waiting:
-            self.release()
+            self.release_lock()
         try:
             gone = self._sent.difference(self._store.names())
         except OSError:
@@ -99,7 +99,7 @@ class Outbox:
         }
         return {why: names for why, names in missing.items() if names}
 
-    def release(self) -> None:
+    def release_lock(self) -> None:
         """Let others write to the store."""
         if self._lock is not None:
             self._lock.release()
@@ -114,7 +114,7 @@ class Outbox:
             self._store.create()
         except OSError:
             return
-        self.send()
+        self.flush()
 
     def _tell(self) -> None:
         if not self._told:

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from landscape.errors import UserError
-from landscape.storage.filesystem import Place, Store, reason, store_at
+from landscape.errors import LandscapeError
+from landscape.storage.filesystem import Location, Store, reason, store_at
 from landscape.traces.parquet import check_version
 from landscape.traces.schema import TABLES, VERSION
 
@@ -17,7 +17,7 @@ INTERNAL_FACTS = {"version", "id"}
 """Facts that are for this package, and no columns."""
 
 
-def holds_rows(place: Place) -> bool:
+def has_rows(place: Location) -> bool:
     """Whether a run was recorded in the place; one that ended before its first flush left nothing worth keeping."""
     return any(first_row(name) is not None for name in store_at(place).names())
 
@@ -26,7 +26,7 @@ def read_facts(store: Store) -> dict[str, Any]:
     """What the ``run.json`` of a run says, nothing if there is none.
 
     Raises:
-        UserError: It cannot be read, or is of a later version.
+        LandscapeError: It cannot be read, or is of a later version.
     """
     path = store.inside(FACTS)
     try:
@@ -34,12 +34,12 @@ def read_facts(store: Store) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({reason(error)}); mend it, or move it out.") from error
+        raise LandscapeError(f"{path} cannot be read as JSON ({reason(error)}); mend it, or move it out.") from error
     check_version(facts.get("version", VERSION), path)
     return facts
 
 
-def parts_of(names: Iterable[str], table: str) -> list[str]:
+def part_names(names: Iterable[str], table: str) -> list[str]:
     """Those of the files that are parts of a table, in the order of their rows."""
     return sorted(name for name in names if name.startswith(f"{table}-") and name.endswith(".parquet"))
 
@@ -50,6 +50,6 @@ def first_row(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def folder_name(place: Place) -> str:
+def folder_name(place: Location) -> str:
     """Last part of the path or URL."""
     return str(place).rstrip("/").rpartition("/")[2] or str(place)

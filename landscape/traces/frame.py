@@ -12,7 +12,7 @@ from landscape.traces.folder import INTERNAL_FACTS
 from landscape.traces.parquet import column_names, to_pandas
 
 
-def joined(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> pd.DataFrame:
+def to_frame(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> pd.DataFrame:
     """The rows of all runs behind their scalar facts; a fact named like a column of the rows is left out."""
     taken = set(column_names(table))
     columns = fact_columns([{n: fact for n, fact in scalars(run).items() if n not in taken} for run in facts])
@@ -25,10 +25,10 @@ def scalars(facts: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         name: fact for name, fact in facts.items() if name not in INTERNAL_FACTS and not isinstance(fact, dict | list)
     }
-    return {printable(name): _shown(fact) for name, fact in kept.items()}
+    return {printable(name): _column_value(fact) for name, fact in kept.items()}
 
 
-def _shown(fact: Any) -> Any:
+def _column_value(fact: Any) -> Any:
     if isinstance(fact, int) and abs(fact) >= 2**63:
         return str(fact)
     return printable(fact) if isinstance(fact, str) else fact

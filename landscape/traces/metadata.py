@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 PACKAGES = ("landscape", "torch", "numpy")
 
@@ -45,7 +45,7 @@ def plain(value: Any, name: str = "") -> Any:
     """The value as JSON can hold it: paths and non-finite numbers as text, arrays and tuples as lists.
 
     Raises:
-        UserError: The value, or one inside it, has no such form; the message names it.
+        LandscapeError: The value, or one inside it, has no such form; the message names it.
     """
     match value:
         case None | bool() | int() | str():
@@ -60,7 +60,7 @@ def plain(value: Any, name: str = "") -> Any:
             return {str(key): plain(item, f"{name}.{key}".lstrip(".")) for key, item in value.items()}
         case list() | tuple() | set() | frozenset() | range():
             return [plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
-    raise UserError(
+    raise LandscapeError(
         f"The run fact {name} is a {type(value).__name__}, which run.json cannot hold; "
         "give numbers, text, paths, or lists and dicts of these."
     )

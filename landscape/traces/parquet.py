@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.storage.filesystem import Store, reason
 from landscape.traces.schema import TABLES, VERSION
 
@@ -23,10 +23,10 @@ def column_names(table: str) -> list[str]:
     """Names of a table's columns, in order.
 
     Raises:
-        UserError: There is no such table.
+        LandscapeError: There is no such table.
     """
     if table not in TABLES:
-        raise UserError(f"There is no table {table}; the tables of a trace are {', '.join(TABLES)}.")
+        raise LandscapeError(f"There is no table {table}; the tables of a trace are {', '.join(TABLES)}.")
     return [column.name for column in TABLES[table]]
 
 
@@ -84,7 +84,7 @@ def rows_in(store: Store, name: str) -> int:
     """How many rows a part has, by its footer alone.
 
     Raises:
-        UserError: It is no Parquet file.
+        LandscapeError: It is no Parquet file.
     """
     with _opened(store, name) as file:
         return file.metadata.num_rows
@@ -94,7 +94,7 @@ def run_in(store: Store, name: str) -> str | None:
     """Identity of the run that a part says to belong to, by its footer alone.
 
     Raises:
-        UserError: It is no Parquet file.
+        LandscapeError: It is no Parquet file.
     """
     with _opened(store, name) as file:
         run = (file.schema_arrow.metadata or {}).get(b"landscape_run")
@@ -111,7 +111,7 @@ def read_part(store: Store, name: str, table: str, run: str | None = None) -> pa
         run: Identity of the run that it should belong to, where that is known.
 
     Raises:
-        UserError: The file is no Parquet file or damaged, or no part of this table, or of another run, or has another
+        LandscapeError: The file is no Parquet file or damaged, or no part of this table, or of another run, or has another
             part's name, or is in a newer format.
     """
     path = store.inside(name)
@@ -119,19 +119,21 @@ def read_part(store: Store, name: str, table: str, run: str | None = None) -> pa
         part = file.read()
     about, known = part.schema.metadata or {}, _known_columns(part, table, path)
     if run and about.get(b"landscape_run", run.encode()) != run.encode():
-        raise UserError(f"{path} belongs to another run than the run.json beside it; move one of them out.")
+        raise LandscapeError(f"{path} belongs to another run than the run.json beside it; move one of them out.")
     written_as = about.get(b"landscape_part", name.encode()).decode(errors="replace")
     if name.startswith(f"{table}-") and written_as != name:
-        raise UserError(f"{path} was written as {written_as}, which says where its rows belong; name it so again.")
+        raise LandscapeError(f"{path} was written as {written_as}, which says where its rows belong; name it so again.")
     names = column_names(table)
     try:
         columns = [part[name] if name in known else pa.nulls(part.num_rows) for name in names]
         part = pa.table(columns, names).cast(schema(table))
     except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path} is no part of the table {table}: {reason(error)}.") from error
+        raise LandscapeError(f"{path} is no part of the table {table}: {reason(error)}.") from error
     expected = about.get(b"landscape_checksum")
     if expected is not None and expected != checksum(part.select(known)).encode():
-        raise UserError(f"{path} was changed since it was written: its checksum is another; put the original back.")
+        raise LandscapeError(
+            f"{path} was changed since it was written: its checksum is another; put the original back."
+        )
     return part
 
 
@@ -142,18 +144,18 @@ def _known_columns(part: pa.Table, table: str, path: object) -> list[str]:
     version = check_version((part.schema.metadata or {}).get(b"landscape_version", newest), path)
     known = [column.name for column in TABLES[table] if column.since <= version]
     if missing := [name for name in known if name not in part.column_names]:
-        raise UserError(f"{path} is no part of the table {table}: it has no column {', '.join(missing)}.")
+        raise LandscapeError(f"{path} is no part of the table {table}: it has no column {', '.join(missing)}.")
     return known
 
 
 @contextmanager
 def _opened(store: Store, name: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; what pyarrow finds wrong with it in the body, too, is a UserError."""
+    """A Parquet file; what pyarrow finds wrong with it in the body, too, is a LandscapeError."""
     try:
         with store.open(name) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise UserError(
+        raise LandscapeError(
             f"{store.inside(name)} cannot be read as Parquet ({reason(error)}); move it out of its folder if it is "
             "damaged, or name run folders or parts."
         ) from error
@@ -163,12 +165,12 @@ def check_version(version: bytes | int, path: object) -> int:
     """The version of what is read, as a number; what a later version of this package has written is refused.
 
     Raises:
-        UserError: The version is higher than the one that this package writes.
+        LandscapeError: The version is higher than the one that this package writes.
     """
     try:
         number = int(version)
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} has no trace format but {version!r}; it was not written by landscape.") from error
+        raise LandscapeError(f"{path} has no trace format but {version!r}; it was not written by landscape.") from error
     if number > VERSION:
-        raise UserError(f"{path} has trace format {number}, and only {VERSION} is known here; upgrade landscape.")
+        raise LandscapeError(f"{path} has trace format {number}, and only {VERSION} is known here; upgrade landscape.")
     return number

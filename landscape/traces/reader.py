@@ -12,12 +12,12 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from landscape.errors import UserError
-from landscape.storage.filesystem import Place, Store, is_url, reason, store_at
+from landscape.errors import LandscapeError
+from landscape.storage.filesystem import Location, Store, is_url, reason, store_at
 from landscape.storage.lock import writer_of
 from landscape.text import printable
-from landscape.traces.folder import CHECKPOINT, first_row, folder_name, parts_of, read_facts
-from landscape.traces.frame import fact_columns, joined, scalars
+from landscape.traces.folder import CHECKPOINT, first_row, folder_name, part_names, read_facts
+from landscape.traces.frame import fact_columns, scalars, to_frame
 from landscape.traces.parquet import column_names, read_part, rows_in, run_in
 
 
@@ -32,7 +32,7 @@ class Run:
     """Whether these are all parts that were found, so that they should have no gap."""
 
 
-def read_traces(paths: Place | Iterable[Place], table: str = "updates") -> pd.DataFrame:
+def read_traces(paths: Location | Iterable[Location], table: str = "updates") -> pd.DataFrame:
     """Read the traces of one or many runs into one frame.
 
     What cannot be read (a damaged part, one of another run or of a later format, facts that are no JSON) is left out
@@ -50,7 +50,7 @@ def read_traces(paths: Place | Iterable[Place], table: str = "updates") -> pd.Da
         stay as they are.
 
     Raises:
-        UserError: There is no such table, nothing is at a path or was recorded in it, or nothing of it can be read.
+        LandscapeError: There is no such table, nothing is at a path or was recorded in it, or nothing of it can be read.
     """
     column_names(table)  # a table that does not exist is told before its parts are missed
     left_out: list[str] = []
@@ -58,17 +58,17 @@ def read_traces(paths: Place | Iterable[Place], table: str = "updates") -> pd.Da
     read = [(run, *_read(run, table, left_out)) for run in runs]
     kept = [(run, rows, facts) for run, rows, facts in read if rows is not None]
     if not kept:
-        raise UserError(f"Nothing can be read of what is recorded: {_abridged(left_out)}")
+        raise LandscapeError(f"Nothing can be read of what is recorded: {_abridged(left_out)}")
     if left_out:
         warnings.warn(f"Left out: {_abridged(left_out)}", stacklevel=2)
     # The run's name comes before all facts, and is not to be renamed by one.
     facts = [{"run": run.name} | facts | {"run": run.name} for run, _, facts in kept]
-    frame = joined([rows for _, rows, _ in kept], facts, table)
+    frame = to_frame([rows for _, rows, _ in kept], facts, table)
     frame.attrs["left_out"] = left_out
     return frame
 
 
-def list_runs(paths: Place | Iterable[Place]) -> pd.DataFrame:
+def list_runs(paths: Location | Iterable[Location]) -> pd.DataFrame:
     """The runs in a place, one row each, without reading what they recorded.
 
     Args:
@@ -80,23 +80,23 @@ def list_runs(paths: Place | Iterable[Place]) -> pd.DataFrame:
         ``ended`` is missing where a run goes on, was killed, or was stopped to be resumed.
 
     Raises:
-        UserError: Nothing is at a path or was recorded in it.
+        LandscapeError: Nothing is at a path or was recorded in it.
     """
     left_out: list[str] = []
-    rows = [_listed(run, left_out) for run in _find_runs(paths, "updates", left_out)]
+    rows = [_run_summary(run, left_out) for run in _find_runs(paths, "updates", left_out)]
     if left_out:
         warnings.warn(f"Left out: {_abridged(left_out)}", stacklevel=2)
     return fact_columns(rows)
 
 
-def _listed(run: Run, left_out: list[str]) -> dict[str, Any]:
+def _run_summary(run: Run, left_out: list[str]) -> dict[str, Any]:
     own = {"run": printable(run.name), "updates": _count(run, left_out), "writer": writer_of(run.store)}
     facts = scalars(_facts_of(run, left_out))
     ended = None if CHECKPOINT in run.store.names() else facts.pop("ended", None)
     return own | {name: fact for name, fact in facts.items() if name not in own} | {"ended": ended}
 
 
-def _find_runs(paths: Place | Iterable[Place], table: str, left_out: list[str]) -> list[Run]:
+def _find_runs(paths: Location | Iterable[Location], table: str, left_out: list[str]) -> list[Run]:
     """Every run at or under the paths, once, under a name of its own."""
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     found: dict[str, Run] = {}
@@ -107,14 +107,16 @@ def _find_runs(paths: Place | Iterable[Place], table: str, left_out: list[str]) 
     if not found:
         where = ", ".join(map(str, paths)) or "no path"
         why = f" ({_abridged(left_out)})" if left_out else ""
-        raise UserError(f"No {table} are recorded in {where}{why}; record some with `landscape probe --out FOLDER`.")
+        raise LandscapeError(
+            f"No {table} are recorded in {where}{why}; record some with `landscape probe --out FOLDER`."
+        )
     count = Counter(run.name for run in found.values())
     return [
         run if count[run.name] == 1 else Run(str(run.store), run.store, run.parts, run.whole) for run in found.values()
     ]
 
 
-def _locate(path: Place, table: str, left_out: list[str]) -> Iterator[Run]:
+def _locate(path: Location, table: str, left_out: list[str]) -> Iterator[Run]:
     """The runs at or under one path."""
     place = str(path) if is_url(path) else Path(os.path.realpath(path))  # which takes links that lead in a circle
     store = store_at(place)
@@ -123,7 +125,7 @@ def _locate(path: Place, table: str, left_out: list[str]) -> Iterator[Run]:
         if kind == "folder":
             tree = store.tree(lambda error: left_out.append(f"{error.filename} cannot be opened ({reason(error)})"))
             for inner, names in tree.items():
-                if parts := parts_of(names, table):
+                if parts := part_names(names, table):
                     own = store.inside(inner) if inner else store
                     yield Run(inner or folder_name(place), own, tuple(parts), whole=True)
         elif kind == "file":
@@ -132,9 +134,9 @@ def _locate(path: Place, table: str, left_out: list[str]) -> Iterator[Run]:
             )
             yield Run(folder_name(folder), store_at(folder), (name,), whole=False)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}.") from error
+        raise LandscapeError(f"{path} cannot be read: {reason(error)}.") from error
     if kind is None:
-        raise UserError(f"There is no {path}; give a run folder, a folder of runs, or a part ({table}-*.parquet).")
+        raise LandscapeError(f"There is no {path}; give a run folder, a folder of runs, or a part ({table}-*.parquet).")
 
 
 def _read(run: Run, table: str, left_out: list[str]) -> tuple[pa.Table | None, dict[str, Any]]:
@@ -148,7 +150,7 @@ def _read(run: Run, table: str, left_out: list[str]) -> tuple[pa.Table | None, d
     for name in run.parts:
         try:
             part = read_part(run.store, name, table, next(iter(identities), None))
-        except UserError as error:
+        except LandscapeError as error:
             left_out.append(str(error).rstrip("."))
             told = True
             continue
@@ -170,7 +172,7 @@ def _identities(run: Run) -> set[str]:
     """The runs that parts say to belong to, as far as they do."""
     found: set[str | None] = set()
     for name in run.parts:
-        with suppress(UserError):  # which reading it will tell
+        with suppress(LandscapeError):  # which reading it will tell
             found.add(run_in(run.store, name))
     return {identity for identity in found if identity is not None}
 
@@ -185,7 +187,7 @@ def _recorded(facts: Mapping[str, Any], table: str) -> int:
 def _facts_of(run: Run, left_out: list[str]) -> dict[str, Any]:
     try:
         return read_facts(run.store)
-    except UserError as error:
+    except LandscapeError as error:
         left_out.append(str(error).rstrip("."))
         return {}
 
@@ -195,7 +197,7 @@ def _count(run: Run, left_out: list[str]) -> int | None:
     last = run.parts[-1]
     try:
         return (first_row(last) or 0) + rows_in(run.store, last)
-    except UserError as error:
+    except LandscapeError as error:
         left_out.append(str(error).rstrip("."))
         return first_row(last)
 

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 import pyarrow as pa
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.files import finished_name
-from landscape.storage.filesystem import Memory, Place, reason, store_at
-from landscape.storage.write_queue import Outbox
-from landscape.traces.folder import CHECKPOINT, FACTS, first_row, parts_of, read_facts
-from landscape.traces.frame import joined
+from landscape.storage.filesystem import Location, Memory, reason, store_at
+from landscape.storage.write_queue import WriteQueue
+from landscape.traces.folder import CHECKPOINT, FACTS, first_row, part_names, read_facts
+from landscape.traces.frame import to_frame
 from landscape.traces.metadata import environment, plain
 from landscape.traces.parquet import Row, column_names, read_part, rows_in, schema, to_arrow, to_parquet
 from landscape.traces.schema import TABLES, VERSION
@@ -50,13 +50,13 @@ class TraceWriter:
         place: Where the run is recorded, as text; None for a trace in memory.
 
     Raises:
-        UserError: The place holds a run already, is being written to by another process, or cannot be written to; or a
+        LandscapeError: The place holds a run already, is being written to by another process, or cannot be written to; or a
             fact cannot be put into JSON.
     """
 
     def __init__(
         self,
-        place: Place | None,
+        place: Location | None,
         facts: Mapping[str, Any] | None = None,
         *,
         flush_rows: int = 1000,
@@ -66,7 +66,9 @@ class TraceWriter:
         resolve: Callable[[list[Row]], list[Row]] | None = None,
     ) -> None:
         if overwrite and resume:
-            raise UserError("overwrite=True starts a run anew, and resume=True goes on with it: choose one of them.")
+            raise LandscapeError(
+                "overwrite=True starts a run anew, and resume=True goes on with it: choose one of them."
+            )
         self._store = Memory() if place is None else store_at(place)
         self.place = None if place is None else str(self._store)
         self._flush_rows, self._flush_seconds, self._resolve = flush_rows, flush_seconds, resolve
@@ -81,7 +83,7 @@ class TraceWriter:
             self._facts = made | self._facts
         try:
             self._store.create()
-            self._outbox = Outbox(self._store)
+            self._outbox = WriteQueue(self._store)
         except OSError as error:
             raise self._unusable(error) from error
         self._begin(overwrite, resume)
@@ -89,27 +91,27 @@ class TraceWriter:
     def _begin(self, overwrite: bool, resume: bool) -> None:
         try:
             names = self._store.names()
-            recorded = [name for table in TABLES for name in parts_of(names, table)]
+            recorded = [name for table in TABLES for name in part_names(names, table)]
             if recorded and not (overwrite or resume):
-                raise UserError(
+                raise LandscapeError(
                     f"{self._store} holds a run already; give another folder, overwrite=True to replace it, or "
                     "resume=True to go on with it."
                 )
             if resume and recorded:
-                self._go_on(recorded)
+                self._resume(recorded)
             elif not resume:
                 self._remove([CHECKPOINT, *reversed(recorded), FACTS])
             # What killed processes have left half done; any other file is let alone.
             self._remove([name for name in names if name.startswith(".") and _is_own(finished_name(name))])
             self._store.write(FACTS, self._json())
         except OSError as error:
-            self._outbox.release()
+            self._outbox.release_lock()
             raise self._unusable(error) from error
-        except UserError:
-            self._outbox.release()
+        except LandscapeError:
+            self._outbox.release_lock()
             raise
 
-    def _go_on(self, recorded: list[str]) -> None:
+    def _resume(self, recorded: list[str]) -> None:
         """Take over what an earlier process has recorded."""
         known = read_facts(self._store)
         resumed = [*known.pop("resumed", []), self._facts["started"]]
@@ -118,7 +120,7 @@ class TraceWriter:
         for name in ("ended", "rows"):
             self._facts.pop(name, None)
         for table in TABLES:
-            if parts := parts_of(recorded, table):
+            if parts := part_names(recorded, table):
                 self._rows[table] = (first_row(parts[-1]) or 0) + rows_in(self._store, parts[-1])
 
     @property
@@ -132,25 +134,25 @@ class TraceWriter:
         ``loss_min`` and ``loss_max`` are taken from ``losses`` unless the row gives them; both are NaN if one loss is.
 
         Raises:
-            UserError: There is no such table, or it has no column of that name.
+            LandscapeError: There is no such table, or it has no column of that name.
         """
         names = column_names(table)
         if unknown := [name for name in row if name not in names]:
-            raise UserError(f"The table {table} has no column {', '.join(unknown)}; it has {', '.join(names)}.")
+            raise LandscapeError(f"The table {table} has no column {', '.join(unknown)}; it has {', '.join(names)}.")
         self._pending[table].append(row)
         if len(self._pending[table]) >= self._flush_rows or time.monotonic() - self._flushed >= self._flush_seconds:
-            self._gather()
-            self._outbox.send(again=False)
+            self._encode_pending()
+            self._outbox.flush(again=False)
 
-    def note(self, **facts: Any) -> None:
+    def update_metadata(self, **facts: Any) -> None:
         """Add facts about the run to ``run.json``, or replace those of the same name.
 
         Raises:
-            UserError: A fact cannot be put into JSON; the message names it.
+            LandscapeError: A fact cannot be put into JSON; the message names it.
         """
         self._facts |= {**plain(facts), "version": VERSION}
         self._outbox.put(FACTS, self._json())
-        self._outbox.send()
+        self._outbox.flush()
 
     def flush(self) -> bool:
         """Write the pending rows, one part per table that has any.
@@ -158,10 +160,10 @@ class TraceWriter:
         Returns:
             Whether everything that was recorded is in its place now.
         """
-        self._gather()
-        return self._outbox.send() and not self._outbox.lost
+        self._encode_pending()
+        return self._outbox.flush() and not self._outbox.lost
 
-    def _gather(self) -> None:
+    def _encode_pending(self) -> None:
         """Make parts of the pending rows."""
         for table, rows in self._pending.items():
             if rows:
@@ -173,24 +175,24 @@ class TraceWriter:
                 self._pending[table] = []  # only now: rows that could not be resolved are still here
         self._flushed = time.monotonic()
 
-    def rewind(self, written: Mapping[str, int]) -> None:
+    def truncate(self, written: Mapping[str, int]) -> None:
         """Forget all rows but the first, as many of each table as ``written`` was at an earlier time.
 
         Raises:
-            UserError: It was never that, some of these rows are not there any more, or the place is out of reach.
+            LandscapeError: It was never that, some of these rows are not there any more, or the place is out of reach.
         """
         if set(written) - set(TABLES) or not all(isinstance(rows, int) and rows >= 0 for rows in written.values()):
-            raise UserError(f"written={dict(written)!r}: give what TraceWriter.written was, rows by table.")
+            raise LandscapeError(f"written={dict(written)!r}: give what TraceWriter.written was, rows by table.")
         self.flush()
         try:
-            parts = {table: parts_of(self._store.names(), table) for table in TABLES}
+            parts = {table: part_names(self._store.names(), table) for table in TABLES}
             if self.place is not None:  # before any row is removed
                 for table in TABLES:
                     self._check_rows(parts[table], table, written.get(table, 0))
             for table in TABLES:
-                self._cut(parts[table], table, written.get(table, 0))
+                self._truncate_table(parts[table], table, written.get(table, 0))
         except OSError as error:
-            raise UserError(f"{self._store} cannot be gone on with now: {reason(error)}.") from error
+            raise LandscapeError(f"{self._store} cannot be gone on with now: {reason(error)}.") from error
 
     def _check_rows(self, parts: list[str], table: str, rows: int) -> None:
         following = 0
@@ -199,12 +201,12 @@ class TraceWriter:
                 break
             following += rows_in(self._store, name)
         if following < rows:
-            raise UserError(
+            raise LandscapeError(
                 f"{self._store} has {following} rows of {table}, and should go on after {rows}: some were lost since. "
                 "Put them back, or start the run anew (--overwrite, overwrite=True)."
             )
 
-    def _cut(self, parts: list[str], table: str, rows: int) -> None:
+    def _truncate_table(self, parts: list[str], table: str, rows: int) -> None:
         later = [name for name in parts if (first_row(name) or 0) >= rows]
         self._remove(later[::-1])  # from the end on, so that a process that is killed now leaves no gap
         if last := parts[: len(parts) - len(later)][-1:]:
@@ -217,34 +219,34 @@ class TraceWriter:
     def _remove(self, names: list[str]) -> None:
         for name in names:
             self._store.remove(name)
-            self._outbox.forget(name)
+            self._outbox.discard(name)
             self._parts.pop(name, None)
 
     def frame(self, table: str = "updates") -> pd.DataFrame:
         """Everything recorded so far, as ``read_traces`` gives it but without ``run``; flushes first.
 
         Raises:
-            UserError: What was written cannot be read, as while its place is out of reach.
+            LandscapeError: What was written cannot be read, as while its place is out of reach.
         """
         self.flush()
         waiting, lost = self._outbox.waiting, self._outbox.lost
         try:
             names = {*self._store.names(), *self._parts}.difference(lost)
         except OSError as error:
-            raise UserError(f"{self._store} cannot be read now: {reason(error)}.") from error
-        stores = {name: Memory(waiting) if name in waiting else self._store for name in parts_of(names, table)}
+            raise LandscapeError(f"{self._store} cannot be read now: {reason(error)}.") from error
+        stores = {name: Memory(waiting) if name in waiting else self._store for name in part_names(names, table)}
         rows = [read_part(store, name, table) for name, store in stores.items()]
-        return joined([pa.concat_tables([schema(table).empty_table(), *rows])], [self._facts], table)
+        return to_frame([pa.concat_tables([schema(table).empty_table(), *rows])], [self._facts], table)
 
-    def keep(self, name: str, content: bytes) -> None:
+    def write_file(self, name: str, content: bytes) -> None:
         """Put another file beside the run, whole or not at all; an OSError if the place does not take it."""
         self._store.write(name, content)
 
-    def kept(self, name: str) -> bytes | None:
+    def read_file(self, name: str) -> bytes | None:
         """The contents of a file beside the run; None if there is none."""
         return self._store.read(name) if name in self._store.names() else None
 
-    def discard(self, name: str) -> None:
+    def delete_file(self, name: str) -> None:
         """Remove a file beside the run, if it is there."""
         self._store.remove(name)
 
@@ -255,26 +257,26 @@ class TraceWriter:
             ended: Whether the run has come to its end, or was only stopped.
 
         Raises:
-            UserError: Rows are missing in the place. Those that wait in memory are tried again by another ``close``.
+            LandscapeError: Rows are missing in the place. Those that wait in memory are tried again by another ``close``.
         """
         self.flush()
         if self.place is not None:
-            self.note(rows=self._rows, **({"ended": _now()} if ended else {}))
-        if missing := self._outbox.finish():
+            self.update_metadata(rows=self._rows, **({"ended": _now()} if ended else {}))
+        if missing := self._outbox.close():
             told = [f"{self._amount(names)} {why}" for why, names in missing.items()]
-            raise UserError(f"Not all that was recorded is in {self._store}: {'; '.join(told)}.")
+            raise LandscapeError(f"Not all that was recorded is in {self._store}: {'; '.join(told)}.")
 
     def _amount(self, names: Iterable[str]) -> str:
         """How many rows of which tables are in these files."""
-        rows = {table: sum(self._parts[name] for name in parts_of(names, table)) for table in TABLES}
+        rows = {table: sum(self._parts[name] for name in part_names(names, table)) for table in TABLES}
         counts = [f"{count} rows of {table}" for table, count in rows.items() if count]
         return " and ".join(counts or ["facts of the run"])
 
     def _json(self) -> bytes:
         return json.dumps(self._facts, indent=2, allow_nan=False).encode()
 
-    def _unusable(self, error: OSError) -> UserError:
-        return UserError(f"No trace can be written in {self._store}: {reason(error)}. Give another folder.")
+    def _unusable(self, error: OSError) -> LandscapeError:
+        return LandscapeError(f"No trace can be written in {self._store}: {reason(error)}. Give another folder.")
 
     def __enter__(self) -> Self:
         return self
@@ -284,7 +286,7 @@ class TraceWriter:
     ) -> None:
         try:
             self.close(ended=error is None)
-        except UserError as missing:
+        except LandscapeError as missing:
             if error is None:
                 raise
             warnings.warn(str(missing), stacklevel=2)  # the error that ended the run is worth more
@@ -298,7 +300,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-class NoTrace:
+class NullWriter:
     """Takes what a `TraceWriter` takes and keeps nothing: for processes beside the one that writes."""
 
     place = None
@@ -307,23 +309,23 @@ class NoTrace:
     def append(self, row: Row, table: str = "updates") -> None:
         """Forget the row."""
 
-    def note(self, **facts: Any) -> None:
+    def update_metadata(self, **facts: Any) -> None:
         """Forget the facts."""
 
     def flush(self) -> bool:
         """Write nothing."""
         return True
 
-    def rewind(self, written: Mapping[str, int]) -> None:
+    def truncate(self, written: Mapping[str, int]) -> None:
         """Forget nothing."""
 
-    def keep(self, name: str, content: bytes) -> None:
+    def write_file(self, name: str, content: bytes) -> None:
         """Forget the file."""
 
-    def kept(self, name: str) -> bytes | None:
+    def read_file(self, name: str) -> bytes | None:
         """There is no file."""
 
-    def discard(self, name: str) -> None:
+    def delete_file(self, name: str) -> None:
         """There is no file."""
 
     def close(self, ended: bool = True) -> None:
@@ -334,4 +336,4 @@ class NoTrace:
 
     def frame(self, table: str = "updates") -> pd.DataFrame:
         """The columns of the table, without rows."""
-        return joined([schema(table).empty_table()], [{}], table)
+        return to_frame([schema(table).empty_table()], [{}], table)

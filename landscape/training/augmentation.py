@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.training.recipe import AUGMENTATIONS
 
 Augment = Callable[[Tensor], Tensor]
@@ -22,7 +22,7 @@ def augmentation(names: Sequence[str], size: int) -> Augment:
         size: Side of the images (N, C, size, size).
 
     Raises:
-        UserError: kornia is not installed.
+        LandscapeError: kornia is not installed.
     """
     if not names:
         return lambda images: images
@@ -41,7 +41,7 @@ def _steps(size: int) -> dict[str, Any]:
     try:
         from kornia.augmentation import RandomCrop, RandomErasing, RandomHorizontalFlip
     except ImportError as error:
-        raise UserError(
+        raise LandscapeError(
             f"Augmentation ({', '.join(AUGMENTATIONS)}) needs kornia: pip install 'landscape[augment]'."
         ) from error
     return {

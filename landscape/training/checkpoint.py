@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from landscape.distributed.group import Ranks
-from landscape.errors import UserError
-from landscape.storage.filesystem import Place, inside, reason
+from landscape.distributed.group import RankGroup
+from landscape.errors import LandscapeError
+from landscape.storage.filesystem import Location, inside, reason
 from landscape.traces.folder import CHECKPOINT
 from landscape.traces.metadata import plain
-from landscape.traces.writer import NoTrace, TraceWriter
+from landscape.traces.writer import NullWriter, TraceWriter
 from landscape.training.completed import check_same
 from landscape.training.recipe import Recipe
 
@@ -41,7 +41,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, place: Place, trace: TraceWriter | NoTrace, recipe: Recipe, ranks: Ranks, seconds: float
+        self, place: Location, trace: TraceWriter | NullWriter, recipe: Recipe, ranks: RankGroup, seconds: float
     ) -> None:
         self._path = inside(place, CHECKPOINT)
         self._trace, self._recipe, self._ranks, self._seconds = trace, recipe, ranks, seconds
@@ -50,14 +50,16 @@ class Checkpoints:
 
     def due(self) -> bool:
         """Whether it is time for another one, by the clock of the first rank."""
-        return self._ranks.decide(time.monotonic() - self._ended >= max(self._seconds, self._took / SHARE))
+        return self._ranks.broadcast_bool(time.monotonic() - self._ended >= max(self._seconds, self._took / SHARE))
 
     def keep(self, state: Callable[[], Mapping[str, Any]]) -> None:
         """Write what ``state`` gives in the place of the one before it."""
         began = time.monotonic()
         in_place = self._trace.flush()  # before all else: a state that is ahead of the trace would leave a gap in it
         own = state()
-        states = [own] if self._ranks.size == 1 else [_loaded(part) for part in self._ranks.share(_saved(own))]
+        states = (
+            [own] if self._ranks.size == 1 else [_loaded(part) for part in self._ranks.all_gather_bytes(_saved(own))]
+        )
         if in_place and self._ranks.is_writer:
             self._write({"version": VERSION, "recipe": plain(asdict(self._recipe)), "ranks": states})
         self._ended = time.monotonic()
@@ -65,7 +67,7 @@ class Checkpoints:
 
     def _write(self, content: Mapping[str, Any]) -> None:
         try:
-            self._trace.keep(CHECKPOINT, _saved(content))
+            self._trace.write_file(CHECKPOINT, _saved(content))
         except OSError as error:
             self._tell(f"{self._path} cannot be written ({reason(error)}); training goes on.")
 
@@ -73,25 +75,25 @@ class Checkpoints:
         """Hand this rank's newest state to ``load``; False if there is none.
 
         Raises:
-            UserError: The file is damaged, or of another run.
+            LandscapeError: The file is damaged, or of another run.
         """
-        content = self._ranks.share(self._ranks.agree(self._newest))[0]
+        content = self._ranks.all_gather_bytes(self._ranks.run_on_all(self._newest))[0]
         if not content:
             return False
         try:
             load(self._own_state(content))
-        except UserError:
+        except LandscapeError:
             raise
         except Exception as error:  # whatever a damaged file or another program's leads to
-            raise UserError(
+            raise LandscapeError(
                 f"{self._path} cannot be gone on from ({reason(error)}); remove it, and the run starts anew."
             ) from error
         return True
 
     def _newest(self) -> bytes:
-        content = self._trace.kept(CHECKPOINT)
+        content = self._trace.read_file(CHECKPOINT)
         if content == b"":
-            raise UserError(f"{self._path} is empty; remove it, and the run starts anew.")
+            raise LandscapeError(f"{self._path} is empty; remove it, and the run starts anew.")
         return content or b""
 
     def _own_state(self, content: bytes) -> Mapping[str, Any]:
@@ -100,7 +102,7 @@ class Checkpoints:
                 raise ValueError(f"{damaged} in it is damaged")
         saved = _loaded(content)
         if saved["version"] > VERSION:
-            raise UserError(
+            raise LandscapeError(
                 f"{self._path} has format {saved['version']}, and {VERSION} is known here: upgrade landscape."
             )
         check_same(self._recipe, saved["recipe"], self._path)
@@ -109,7 +111,7 @@ class Checkpoints:
     def discard(self) -> None:
         """Remove the one of a run that has ended."""
         try:
-            self._trace.discard(CHECKPOINT)
+            self._trace.delete_file(CHECKPOINT)
         except OSError as error:
             self._tell(f"{self._path} cannot be removed ({reason(error)}); with it the run counts as unfinished.")
 

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from landscape.data.dataset import Dataset, Samples, load_dataset
-from landscape.distributed.group import ALONE, Ranks
-from landscape.errors import UserError
+from landscape.distributed.group import SINGLE_PROCESS, RankGroup
+from landscape.errors import LandscapeError
 from landscape.norms.registry import make_norm
-from landscape.rng import restore_streams, streams
+from landscape.rng import load_rng_state_dict, rng_state_dict
 from landscape.training.augmentation import augmentation
 from landscape.training.models import MODELS
 from landscape.training.recipe import Recipe
@@ -40,7 +40,7 @@ class Experiment:
         ranks: The processes that train it together.
 
     Raises:
-        UserError: A recipe, device or data set that cannot be used.
+        LandscapeError: A recipe, device or data set that cannot be used.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Experiment:
         recipe: Recipe,
         data_dir: str | Path | None = None,
         device: str | torch.device | None = None,
-        ranks: Ranks = ALONE,
+        ranks: RankGroup = SINGLE_PROCESS,
     ) -> None:
-        self.recipe = recipe = recipe.checked()
-        self.device = usable_device(device)
+        self.recipe = recipe = recipe.resolve()
+        self.device = resolve_device(device)
         data = load_dataset(recipe.dataset, data_dir, self.device)
         self.data = data.split(recipe.validation, recipe.train_samples)
         self.updates = len(self.data.train) // recipe.batch_size
@@ -92,7 +92,7 @@ class Experiment:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "order": self._order_before,
-            "streams": streams(self.device),
+            "streams": rng_state_dict(self.device),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -101,7 +101,7 @@ class Experiment:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self._order.set_state(state["order"])
-        restore_streams(state["streams"], self.device)
+        load_rng_state_dict(state["streams"], self.device)
 
     def _update(self, batch: Samples) -> Tensor:
         inputs = self._in_layout(self._augment(batch.inputs))
@@ -119,7 +119,7 @@ class Experiment:
 
     def mean_loss(self, losses: Sequence[Tensor]) -> float:
         """The mean of what `epoch` has yielded, over all ranks."""
-        return self.ranks.mean(lambda: {"loss": torch.stack(list(losses)).mean()})["loss"].item()
+        return self.ranks.all_mean(lambda: {"loss": torch.stack(list(losses)).mean()})["loss"].item()
 
     def _parts(self, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The batch, or GhostNorm's groups of it that go through the model one by one in this process."""
@@ -156,22 +156,24 @@ class Experiment:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
 
-def usable_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name; by default the GPU where there is one. A UserError if it cannot be used."""
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name; by default the GPU where there is one. A LandscapeError if it cannot be used."""
     try:
         device = torch.device("cuda" if name is None and torch.cuda.is_available() else name or "cpu")
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"The device {name!r} cannot be used here; give cpu, or cuda where there is a GPU.") from error
+        raise LandscapeError(
+            f"The device {name!r} cannot be used here; give cpu, or cuda where there is a GPU."
+        ) from error
     return device
 
 
 def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
     """The recipe's model with its initial weights, the same on every device."""
     if recipe.batch_size > len(data.train):
-        raise UserError(f"batch_size={recipe.batch_size} is more than the {len(data.train)} training samples.")
+        raise LandscapeError(f"batch_size={recipe.batch_size} is more than the {len(data.train)} training samples.")
     if recipe.model not in MODELS:
-        raise UserError(f"Unknown model {recipe.model!r}; choose one of {', '.join(MODELS)}.")
+        raise LandscapeError(f"Unknown model {recipe.model!r}; choose one of {', '.join(MODELS)}.")
     inputs = data.train.inputs[: recipe.batch_size]
     torch.manual_seed(recipe.seed)
     by_layer = recipe.ghost_by == "layer"
@@ -184,10 +186,12 @@ def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
         with torch.no_grad():
             samples = inputs if by_layer else inputs[: recipe.batch_size // (recipe.groups or 1)]
             deepcopy(model)(samples.to(next(model.parameters(), samples)))
-    except UserError:
+    except LandscapeError:
         raise
     except ValueError as error:
-        raise UserError(f"The norm {recipe.norm!r} does not take batches of {recipe.batch_size}: {error}.") from error
+        raise LandscapeError(
+            f"The norm {recipe.norm!r} does not take batches of {recipe.batch_size}: {error}."
+        ) from error
     return model
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.norms.weight_standardization import standardize_weights
 
 Norm = Callable[[int], nn.Module]
@@ -55,7 +55,7 @@ class ResNet(nn.Module):
         norm: ``norm(channels)`` gives a normalization layer, as :func:`landscape.make_norm` makes them.
 
     Raises:
-        UserError: Another depth.
+        LandscapeError: Another depth.
     """
 
     def __init__(self, depth: int, channels: int, classes: int, norm: Norm) -> None:
@@ -116,7 +116,7 @@ class WideResNet(nn.Module):
         norm: ``norm(channels)`` gives a normalization layer, as :func:`landscape.make_norm` makes them.
 
     Raises:
-        UserError: Another depth.
+        LandscapeError: Another depth.
     """
 
     def __init__(self, depth: int, width: int, channels: int, classes: int, norm: Norm) -> None:
@@ -168,7 +168,9 @@ def _blocks(depth: int, outside: int) -> int:
     """Blocks of two layers in each of three stages, with some layers outside of them."""
     blocks, rest = divmod(depth - outside, 6)
     if blocks < 1 or rest:
-        raise UserError(f"depth={depth}: this network has 6n + {outside} layers, with n from 1 on. Give such a depth.")
+        raise LandscapeError(
+            f"depth={depth}: this network has 6n + {outside} layers, with n from 1 on. Give such a depth."
+        )
     return blocks
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.training.recipe import Recipe
 
 _PAPER_LRS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -91,8 +91,8 @@ RECIPES = {
 """The experiments that the command line knows."""
 
 
-def named(name: str) -> Recipe:
-    """The recipe of that name; a UserError if there is none."""
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name; a LandscapeError if there is none."""
     if name not in RECIPES:
-        raise UserError(f"Unknown recipe {name!r}; choose one of {', '.join(RECIPES)}.")
+        raise LandscapeError(f"Unknown recipe {name!r}; choose one of {', '.join(RECIPES)}.")
     return RECIPES[name]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import options_of
 
 SCHEDULES = ("constant", "triangle", "cosine")
@@ -78,7 +78,7 @@ class Recipe:
     """Seed of the initial weights, of the order of the data and of its augmentation."""
 
     @property
-    def run(self) -> str:
+    def run_name(self) -> str:
         """Name of the run, such as ``mnist-ghost16-seed0``."""
         variant = "-".join(str(value) for value in self.norm_options.values())
         by = "" if self.ghost_by == "layer" else f"-{self.ghost_by}"
@@ -89,11 +89,11 @@ class Recipe:
         """The options that this recipe's norm takes."""
         return {name: getattr(self, name) for name in options_of(self.norm)}
 
-    def checked(self) -> Self:
+    def resolve(self) -> Self:
         """The recipe as it is trained: without options that its norm does not take, with its own learning rate.
 
         Raises:
-            UserError: A value is of another type than it should be, or out of range.
+            LandscapeError: A value is of another type than it should be, or out of range.
         """
         _check_types(self)
         _check_name(self.recipe)
@@ -102,9 +102,9 @@ class Recipe:
         _check_choices(self)
         _check_numbers(self)
         if self.ghost_by != "layer" and self.norm != "ghost":
-            raise UserError(f"ghost_by={self.ghost_by!r} is a way to get GhostNorm; the norm is {self.norm!r}.")
+            raise LandscapeError(f"ghost_by={self.ghost_by!r} is a way to get GhostNorm; the norm is {self.norm!r}.")
         if self.ghost_by != "layer" and (self.groups or 1) > self.batch_size:
-            raise UserError(f"groups={self.groups} of batches of {self.batch_size} samples: take fewer groups.")
+            raise LandscapeError(f"groups={self.groups} of batches of {self.batch_size} samples: take fewer groups.")
         unused = {name: None for name in ("groups", "channel_groups") if name not in options}
         lr = self.lr_without_norm if self.norm == "none" and self.lr_without_norm is not None else self.lr
         return replace(self, **unused, lr=lr, lr_without_norm=None)
@@ -115,7 +115,7 @@ def _check_types(recipe: Recipe) -> None:
         value = getattr(recipe, field.name)
         if not _fits(value, field.type):
             kind = getattr(field.type, "__name__", field.type)
-            raise UserError(f"{field.name}={value!r:.100} is a {type(value).__name__}; give {kind}.")
+            raise LandscapeError(f"{field.name}={value!r:.100} is a {type(value).__name__}; give {kind}.")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -132,7 +132,7 @@ def _fits(value: Any, kind: Any) -> bool:
 def _check_name(name: str) -> None:
     """The name becomes that of a folder, and is written under figures."""
     if not 1 <= len(name) <= 100 or not name.isprintable() or name.startswith(".") or "/" in name or "\\" in name:
-        raise UserError(
+        raise LandscapeError(
             f"recipe={name!r:.100} cannot be the name of a folder; give 1 to 100 printable characters without slashes "
             "that do not begin with a dot."
         )
@@ -142,36 +142,40 @@ def _check_counts(recipe: Recipe, names: tuple[str, ...]) -> None:
     for name in (*names, *(["train_samples"] if recipe.train_samples is not None else [])):
         value = getattr(recipe, name)
         if value is None or not 1 <= value < 2**63:
-            raise UserError(f"{name}={value} is out of range; give a whole number from 1 to 2**63 - 1.")
+            raise LandscapeError(f"{name}={value} is out of range; give a whole number from 1 to 2**63 - 1.")
     for name in ("validation", "seed"):
         if not 0 <= getattr(recipe, name) < 2**63:
-            raise UserError(f"{name}={getattr(recipe, name)} is out of range; give a whole number from 0 to 2**63 - 1.")
+            raise LandscapeError(
+                f"{name}={getattr(recipe, name)} is out of range; give a whole number from 0 to 2**63 - 1."
+            )
 
 
 def _check_choices(recipe: Recipe) -> None:
     choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "ghost_by": GHOST_BY}
     for name, allowed in choices.items():
         if getattr(recipe, name) not in allowed:
-            raise UserError(f"Unknown {name} {getattr(recipe, name)!r}; choose one of {', '.join(allowed)}.")
+            raise LandscapeError(f"Unknown {name} {getattr(recipe, name)!r}; choose one of {', '.join(allowed)}.")
     if unknown := [name for name in recipe.augment if name not in AUGMENTATIONS]:
-        raise UserError(f"Unknown augmentation {unknown[0]!r}; choose of {', '.join(AUGMENTATIONS)}.")
+        raise LandscapeError(f"Unknown augmentation {unknown[0]!r}; choose of {', '.join(AUGMENTATIONS)}.")
 
 
 def _check_numbers(recipe: Recipe) -> None:
     for name in ("lr", "lr_without_norm", "lr_start"):
         value = getattr(recipe, name)
         if value is not None and not 1e-38 <= value <= 1e38:
-            raise UserError(f"{name}={value} is out of range; give a learning rate that float32 holds, 1e-38 to 1e38.")
+            raise LandscapeError(
+                f"{name}={value} is out of range; give a learning rate that float32 holds, 1e-38 to 1e38."
+            )
     for name in ("lr_end", "momentum", "weight_decay"):
         value = getattr(recipe, name)
         if not 0 <= value <= 1e38:
-            raise UserError(f"{name}={value} is out of range; give a number that float32 holds, 0 to 1e38.")
+            raise LandscapeError(f"{name}={value} is out of range; give a number that float32 holds, 0 to 1e38.")
     if recipe.nesterov and not recipe.momentum:
-        raise UserError(
+        raise LandscapeError(
             "nesterov=True with momentum=0.0: Nesterov's momentum needs some; give it, or leave nesterov out."
         )
     most = 0.5 if recipe.schedule == "triangle" else 1  # a triangle falls as long as it rises
     if not 0 < recipe.rise < most:
-        raise UserError(f"rise={recipe.rise} is out of range; give a share of the updates between 0 and {most}.")
+        raise LandscapeError(f"rise={recipe.rise} is out of range; give a share of the updates between 0 and {most}.")
     if recipe.overhead is not None and not 0 < recipe.overhead < 1e38:
-        raise UserError(f"overhead={recipe.overhead} is out of range; give a share of the training time above 0.")
+        raise LandscapeError(f"overhead={recipe.overhead} is out of range; give a share of the training time above 0.")

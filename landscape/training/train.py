@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landscape.distributed.group import LostRankError
-from landscape.distributed.setup import joined, launched, own_device
-from landscape.errors import UserError
+from landscape.distributed.group import RankFailedError
+from landscape.distributed.setup import local_device, process_group, world_size
+from landscape.errors import LandscapeError
 from landscape.probe.landscape_probe import LandscapeProbe
-from landscape.storage.filesystem import Place, inside
+from landscape.storage.filesystem import Location, inside
 from landscape.training.checkpoint import Checkpoints
 from landscape.training.completed import is_recorded
-from landscape.training.experiment import Experiment, usable_device
+from landscape.training.experiment import Experiment, resolve_device
 from landscape.training.recipe import Recipe
 
 OnUpdate = Callable[[LandscapeProbe], None]
@@ -24,7 +24,7 @@ OnUpdate = Callable[[LandscapeProbe], None]
 
 def train(
     recipe: Recipe,
-    out: Place = "traces",
+    out: Location = "traces",
     *,
     data_dir: str | Path | None = None,
     device: str | None = None,
@@ -32,7 +32,7 @@ def train(
     resume: bool = False,
     checkpoint_seconds: float = 60.0,
     on_update: OnUpdate = lambda probe: None,
-) -> Place:
+) -> Location:
     """Train a recipe, probing its updates, and record the trace.
 
     Beside the trace of an unfinished run there is a checkpoint. On a CPU, with the same number of threads, a run that
@@ -55,52 +55,52 @@ def train(
         set and on what was held out.
 
     Raises:
-        UserError: A recipe, device, data set or folder that cannot be used; or a run to be resumed that has other
+        LandscapeError: A recipe, device, data set or folder that cannot be used; or a run to be resumed that has other
             settings, or a damaged checkpoint.
     """
     check_resuming(resume, overwrite, checkpoint_seconds)
-    place = inside(out, recipe.checked().run)
+    place = inside(out, recipe.resolve().run_name)
     if resume and is_recorded(recipe, place):
         return place
-    begin = Beginning(place, overwrite, resume, checkpoint_seconds)
+    begin = TraceTarget(place, overwrite, resume, checkpoint_seconds)
     if recipe.ghost_by != "ranks":
         _Training(Experiment(recipe, data_dir, device), begin).run(on_update)
         return place
     check_processes(recipe)
-    own = own_device(usable_device(device).type)
-    with joined(own) as ranks:
+    own = local_device(resolve_device(device).type)
+    with process_group(own) as ranks:
         _Training(Experiment(recipe, data_dir, own, ranks), begin).run(on_update)
     return place
 
 
 def check_resuming(resume: bool, overwrite: bool, checkpoint_seconds: float) -> None:
-    """Raise a UserError unless these can be asked for together."""
+    """Raise a LandscapeError unless these can be asked for together."""
     if resume and overwrite:
-        raise UserError("resume goes on with a run, and overwrite starts it anew: choose one of them.")
+        raise LandscapeError("resume goes on with a run, and overwrite starts it anew: choose one of them.")
     if not checkpoint_seconds >= 0:
-        raise UserError(f"checkpoint_seconds={checkpoint_seconds} is out of range; give seconds from 0 on.")
+        raise LandscapeError(f"checkpoint_seconds={checkpoint_seconds} is out of range; give seconds from 0 on.")
 
 
 def check_processes(recipe: Recipe) -> None:
-    """Raise a UserError unless torchrun has started as many processes as the recipe is trained by."""
-    processes = launched() or 1
+    """Raise a LandscapeError unless torchrun has started as many processes as the recipe is trained by."""
+    processes = world_size() or 1
     if recipe.ghost_by == "ranks" and processes != recipe.groups:
-        raise UserError(
+        raise LandscapeError(
             f"ghost_by='ranks' with groups={recipe.groups} takes as many processes, and there are {processes}: "
             f"`landscape probe --ghost-by ranks` starts them, or `torchrun --nproc-per-node {recipe.groups}`."
         )
     if recipe.ghost_by != "ranks" and processes > 1:
-        raise UserError(
-            f"torchrun has started {processes} processes, and {recipe.run} is trained by one: take norm ghost and "
+        raise LandscapeError(
+            f"torchrun has started {processes} processes, and {recipe.run_name} is trained by one: take norm ghost and "
             "ghost_by ranks, or leave torchrun out."
         )
 
 
 @dataclass(frozen=True)
-class Beginning:
+class TraceTarget:
     """Where a run is recorded, and what becomes of an earlier one there."""
 
-    place: Place
+    place: Location
     overwrite: bool
     resume: bool
     checkpoint_seconds: float
@@ -109,7 +109,7 @@ class Beginning:
 class _Training:
     """An experiment with the probe attached, and how far it has come."""
 
-    def __init__(self, experiment: Experiment, begin: Beginning) -> None:
+    def __init__(self, experiment: Experiment, begin: TraceTarget) -> None:
         self.experiment, self.begin = experiment, begin
         self.epoch = 1
         self.losses: list[Tensor] = []
@@ -152,8 +152,8 @@ class _Training:
 
     def _between_updates(self, on_update: OnUpdate) -> None:
         try:
-            self.experiment.ranks.agree(lambda: on_update(self.probe))
-        except LostRankError:  # with whom a checkpoint would be written
+            self.experiment.ranks.run_on_all(lambda: on_update(self.probe))
+        except RankFailedError:  # with whom a checkpoint would be written
             raise
         except BaseException:
             self.checkpoints.keep(self.state_dict)
@@ -191,7 +191,7 @@ def classify(
         set), and ``seconds`` since the first update.
 
     Raises:
-        UserError: A recipe, device or data set that cannot be used.
+        LandscapeError: A recipe, device or data set that cannot be used.
     """
     experiment, started = Experiment(recipe, data_dir, device), time.perf_counter()
     row: dict[str, float] = {}
@@ -202,8 +202,8 @@ def classify(
     return row
 
 
-def rehearse(recipe: Recipe, data_dir: str | Path | None = None, device: str | None = None) -> None:
-    """Raise the UserError that :func:`train` would raise, as far as it can be known without training.
+def dry_run(recipe: Recipe, data_dir: str | Path | None = None, device: str | None = None) -> None:
+    """Raise the LandscapeError that :func:`train` would raise, as far as it can be known without training.
 
     Args:
         recipe: As for :func:`train`, and so are the others.

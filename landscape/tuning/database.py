@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 if TYPE_CHECKING:  # an extra
     from optuna.storages import RDBStorage
@@ -25,13 +25,13 @@ def open_storage(url: str, *, heartbeat: int = 20, grace: int = 60) -> "RDBStora
         grace: Whole seconds without one after which a trial is given up, and run again by whoever notices.
 
     Raises:
-        UserError: The database cannot be used, or the extra ``tune`` is not installed.
+        LandscapeError: The database cannot be used, or the extra ``tune`` is not installed.
     """
     try:
         import optuna
         from sqlalchemy.exc import ArgumentError, SQLAlchemyError
     except ImportError as error:
-        raise UserError(f"Tuning needs Optuna; {EXTRA}") from error
+        raise LandscapeError(f"Tuning needs Optuna; {EXTRA}") from error
     address = re.sub("^postgres(ql)?://", "postgresql+psycopg://", url)
     for attempt in (1, 2, 3):
         try:
@@ -41,15 +41,15 @@ def open_storage(url: str, *, heartbeat: int = 20, grace: int = 60) -> "RDBStora
                 )
             return _with_turns(storage)
         except ArgumentError as error:
-            raise UserError(
+            raise LandscapeError(
                 f"{url!r} is no address of a database; give one such as sqlite:///tuning.sqlite3 or "
                 "postgresql://user@host/database."
             ) from error
         except ImportError as error:
-            raise UserError(f"There is no driver for this database; {EXTRA}") from error
+            raise LandscapeError(f"There is no driver for this database; {EXTRA}") from error
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             if attempt == 3:
-                raise UserError(f"The database cannot be used: {str(error).splitlines()[0]}") from error
+                raise LandscapeError(f"The database cannot be used: {str(error).splitlines()[0]}") from error
             time.sleep(0.5)  # workers that make the tables at the same time are in each other's way
     raise AssertionError
 

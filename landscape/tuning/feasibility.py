@@ -7,16 +7,16 @@ from itertools import islice
 from pathlib import Path
 
 from landscape.data.dataset import load_dataset
-from landscape.errors import UserError
-from landscape.training.experiment import Experiment, initial_model, usable_device
-from landscape.tuning.plan import Plan, Tuning
+from landscape.errors import LandscapeError
+from landscape.training.experiment import Experiment, initial_model, resolve_device
+from landscape.tuning.plan import TuningConfig, TuningPlan
 from landscape.tuning.strategies import Configuration, candidates
 
 LONG_ENOUGH = 5.0
 """Seconds after which the mean time of an update is taken for known."""
 
 
-def rehearsed(tuning: Tuning, data_dir: str | Path | None = None, device: str | None = None) -> Plan:
+def check_feasible(tuning: TuningConfig, data_dir: str | Path | None = None, device: str | None = None) -> TuningPlan:
     """Find out which configurations can be trained.
 
     Args:
@@ -25,30 +25,30 @@ def rehearsed(tuning: Tuning, data_dir: str | Path | None = None, device: str | 
         device: ``"cpu"``, ``"cuda"``, ...; by default the GPU where there is one.
 
     Raises:
-        UserError: A value is out of range, the recipe cannot be trained, or no configuration of a norm is possible.
+        LandscapeError: A value is out of range, the recipe cannot be trained, or no configuration of a norm is possible.
     """
     tuning = replace(tuning, norms=tuple(dict.fromkeys(tuning.norms)))
     tuning.check()
     possible: dict[str, tuple[Configuration, ...]] = {}
     impossible: dict[Configuration, str] = {}
-    recipe = tuning.recipe.checked()
-    data = load_dataset(recipe.dataset, data_dir, usable_device(device)).split(recipe.validation, recipe.train_samples)
+    recipe = tuning.recipe.resolve()
+    data = load_dataset(recipe.dataset, data_dir, resolve_device(device)).split(recipe.validation, recipe.train_samples)
     for norm in tuning.norms:
         asked = candidates(norm, tuning.channel_groups, tuning.groups)
         for each in asked:
             try:
-                initial_model(tuning.trainings([each])[0].checked(), data)
-            except UserError as error:
+                initial_model(tuning.trainings([each])[0].resolve(), data)
+            except LandscapeError as error:
                 impossible[each] = str(error)
         possible[norm] = tuple(each for each in asked if each not in impossible)
         if not possible[norm]:
             why = impossible[asked[0]] if asked else "there are no groups to try; give some."
-            raise UserError(f"Nothing can be trained with the norm {norm!r}: {why}")
+            raise LandscapeError(f"Nothing can be trained with the norm {norm!r}: {why}")
     samples = {name: len(getattr(data, name)) for name in ("train", "validation", "test")}
-    return Plan(tuning, possible, impossible, samples)
+    return TuningPlan(tuning, possible, impossible, samples)
 
 
-def seconds_per_training(plan: Plan, data_dir: str | Path | None = None, device: str | None = None) -> float:
+def seconds_per_training(plan: TuningPlan, data_dir: str | Path | None = None, device: str | None = None) -> float:
     """How long a training takes on this device, told from a few updates and one evaluation of one configuration."""
     configurations: Sequence[Configuration] = plan.possible[plan.tuning.norms[-1]]
     recipe = plan.tuning.trainings(configurations[-1:])[0]

@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.training.recipe import Recipe
-from landscape.tuning.strategies import STRATEGIES, Configuration, Strategy, follow
+from landscape.tuning.strategies import STRATEGIES, Configuration, Strategy, run_strategies
 
 MOST_RUNS = 1000
 """Seeds of a configuration: more than anyone trains, and few enough to be listed before the first is trained."""
 
 
 @dataclass(frozen=True)
-class Tuning:
+class TuningConfig:
     """A search for the best groups of each norm, as in Dimitriou & Arandjelovic 2020, section 3.2, tables 1 and 2."""
 
     recipe: Recipe
@@ -51,22 +51,24 @@ class Tuning:
         ]
 
     def check(self) -> None:
-        """Raise a UserError where a value is out of range."""
+        """Raise a LandscapeError where a value is out of range."""
         if self.strategy not in STRATEGIES:
-            raise UserError(f"Unknown strategy {self.strategy!r}; choose one of {', '.join(STRATEGIES)}.")
+            raise LandscapeError(f"Unknown strategy {self.strategy!r}; choose one of {', '.join(STRATEGIES)}.")
         if not 0 <= self.tolerance < 1:
-            raise UserError(f"tolerance={self.tolerance} is out of range; give a difference of accuracies like 0.005.")
+            raise LandscapeError(
+                f"tolerance={self.tolerance} is out of range; give a difference of accuracies like 0.005."
+            )
         if not 1 <= self.runs <= MOST_RUNS:
-            raise UserError(f"runs={self.runs} is out of range; give a whole number from 1 to {MOST_RUNS}.")
+            raise LandscapeError(f"runs={self.runs} is out of range; give a whole number from 1 to {MOST_RUNS}.")
         if not self.recipe.validation:
-            raise UserError(
+            raise LandscapeError(
                 f"The recipe {self.recipe.recipe!r} holds nothing out to choose by; take one whose name begins with "
                 "classify, or give it validation samples."
             )
 
 
 @dataclass(frozen=True)
-class Plan:
+class TuningPlan:
     """A tuning whose trainings are known to be possible.
 
     Attributes:
@@ -76,7 +78,7 @@ class Plan:
         samples: How many there are to ``train`` on, for ``validation`` and for the ``test``.
     """
 
-    tuning: Tuning
+    tuning: TuningConfig
     possible: Mapping[str, tuple[Configuration, ...]]
     impossible: Mapping[Configuration, str]
     samples: Mapping[str, int]
@@ -89,7 +91,7 @@ class Plan:
             tried.update(dict.fromkeys(configurations, (0.0,)))
             return tried
 
-        follow(self.tuning.strategies(self.possible), evaluate)
+        run_strategies(self.tuning.strategies(self.possible), evaluate)
         return list(tried)
 
     def counts(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from landscape.files import whole_file
 from landscape.names import NORMS, TITLES, options_of
-from landscape.tuning.plan import Plan
+from landscape.tuning.plan import TuningPlan
 from landscape.tuning.strategies import Configuration
 
 
@@ -49,7 +49,7 @@ def _ran(trials: pd.DataFrame, configuration: Configuration | None, part: str) -
     return same.to_numpy(bool)
 
 
-def markdown(table: pd.DataFrame, plan: Plan) -> str:
+def markdown(table: pd.DataFrame, plan: TuningPlan) -> str:
     """The table of :func:`accuracies` for people to read."""
     images = plan.samples["test"]
     test = f"test accuracy ({images:,} images)" if images else "test accuracy"
@@ -70,7 +70,7 @@ def _percent(row: Mapping[str, float], column: str) -> str:
     return f"{row[column]:.2%}" + ("" if np.isnan(spread) else f" ± {spread:.2%}")
 
 
-def caption(plan: Plan, trials: pd.DataFrame) -> str:
+def caption(plan: TuningPlan, trials: pd.DataFrame) -> str:
     """Say what a table shows: recipe, data, seeds, strategy, what it cost, and what was left out."""
     tuning, recipe, samples = plan.tuning, plan.tuning.recipe, plan.samples
     whole = samples["train"] + samples["validation"]
@@ -89,7 +89,7 @@ def caption(plan: Plan, trials: pd.DataFrame) -> str:
     return " ".join(filter(None, sentences))
 
 
-def reasons(plan: Plan) -> dict[str, list[Configuration]]:
+def reasons(plan: TuningPlan) -> dict[str, list[Configuration]]:
     """The configurations that cannot be trained, by the reason."""
     by_reason: dict[str, list[Configuration]] = {}
     for configuration, reason in plan.impossible.items():
@@ -97,7 +97,7 @@ def reasons(plan: Plan) -> dict[str, list[Configuration]]:
     return by_reason
 
 
-def _tried(plan: Plan) -> str:
+def _tried(plan: TuningPlan) -> str:
     """The groups that were tried, of those that the norms take, and in which order."""
     tuning = plan.tuning
     taken = {option for norm in tuning.norms for option in options_of(norm)}
@@ -106,7 +106,7 @@ def _tried(plan: Plan) -> str:
     return f"Groups tried: {'; '.join([*tried, _strategy(plan)])}." if tried else ""
 
 
-def _strategy(plan: Plan) -> str:
+def _strategy(plan: TuningPlan) -> str:
     both = any(len(configurations[0].options) > 1 for configurations in plan.possible.values())
     if plan.tuning.strategy == "grid" or not both:
         return "every combination that a norm takes (grid)"

@@ -89,7 +89,7 @@ STRATEGIES: dict[str, Callable[[Sequence[Configuration], float], Strategy]] = {"
 """The strategies by name; each is called with the configurations that may be tried and the tolerance."""
 
 
-def follow(
+def run_strategies(
     strategies: Mapping[str, Strategy], evaluate: Callable[[Sequence[Configuration]], Scores]
 ) -> dict[str, Configuration | None]:
     """Follow several strategies side by side to their choices.

@@ -41,7 +41,7 @@ def study_name(recipe: Recipe) -> str:
     return f"{recipe.recipe} {recipe.norm} {part} {hashlib.sha256(settings).hexdigest()[:8]}"
 
 
-def finish(
+def run_trials(
     storage: "RDBStorage",
     recipes: Sequence[Recipe],
     train: Train,
@@ -154,7 +154,7 @@ class _Worker:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     special = ("groups", "channel_groups", "seed")
-    return {name: value for name, value in asdict(recipe.checked()).items() if name not in special}
+    return {name: value for name, value in asdict(recipe.resolve()).items() if name not in special}
 
 
 def _point(recipe: Recipe) -> dict[str, int]:

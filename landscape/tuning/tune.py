@@ -14,14 +14,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from landscape.errors import UserError
-from landscape.training.experiment import usable_device
+from landscape.errors import LandscapeError
+from landscape.training.experiment import resolve_device
 from landscape.training.recipe import Recipe
 from landscape.training.train import classify
 from landscape.tuning.database import open_storage
-from landscape.tuning.plan import Plan
-from landscape.tuning.strategies import Configuration, follow
-from landscape.tuning.trials import OnTrained, finish
+from landscape.tuning.plan import TuningPlan
+from landscape.tuning.strategies import Configuration, run_strategies
+from landscape.tuning.trials import OnTrained, run_trials
 
 JOBS_PER_CORE = 8
 """Processes for each CPU core: more of them would only take its memory."""
@@ -43,7 +43,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Place:
+class TuningBackend:
     """Where trainings are kept and run.
 
     Attributes:
@@ -61,7 +61,9 @@ class Place:
     grace: int = 60
 
 
-def tune(plan: Plan, place: Place, *, jobs: int = 1, on_trained: OnTrained = lambda recipe, row: None) -> Outcome:
+def tune(
+    plan: TuningPlan, place: TuningBackend, *, jobs: int = 1, on_trained: OnTrained = lambda recipe, row: None
+) -> Outcome:
     """Choose the groups of each norm by validation accuracy, then train on the whole training set for test accuracy.
 
     Whoever calls this with an equal plan and the same storage, at the same time or later, shares the trainings: none is
@@ -75,25 +77,25 @@ def tune(plan: Plan, place: Place, *, jobs: int = 1, on_trained: OnTrained = lam
             function that can be pickled.
 
     Raises:
-        UserError: The storage cannot be used, or ``jobs`` is out of range.
+        LandscapeError: The storage cannot be used, or ``jobs`` is out of range.
     """
     most = JOBS_PER_CORE * (os.cpu_count() or 1)
     if not 1 <= jobs <= most:
-        raise UserError(f"jobs={jobs} is out of range; give a whole number of processes from 1 to {most} here.")
+        raise LandscapeError(f"jobs={jobs} is out of range; give a whole number of processes from 1 to {most} here.")
     open_storage(place.storage).engine.dispose()  # a mistake in the address is told before any process is started
     if jobs > 1:
         _run_jobs(jobs, plan, place, on_trained)
     return _work(plan, place, on_trained)  # after other jobs this only reads; what one that died has left is run here
 
 
-def _work(plan: Plan, place: Place, on_trained: OnTrained) -> Outcome:
+def _work(plan: TuningPlan, place: TuningBackend, on_trained: OnTrained) -> Outcome:
     """Take part until all is trained, and return all of it."""
     storage = open_storage(place.storage, heartbeat=place.heartbeat, grace=place.grace)
     rows: list[dict[str, Any]] = []
 
     def run(configurations: Sequence[Configuration], whole: bool) -> dict[Configuration, list[float]]:
         trainings = plan.tuning.trainings(configurations, whole)
-        ended = finish(storage, trainings, partial(_train, place), on_trained)
+        ended = run_trials(storage, trainings, partial(_train, place), on_trained)
         scores: dict[Configuration, list[float]] = {each: [] for each in configurations}
         for training, row in zip(trainings, ended, strict=True):
             configuration = Configuration(training.norm, **training.norm_options)
@@ -102,7 +104,9 @@ def _work(plan: Plan, place: Place, on_trained: OnTrained) -> Outcome:
         return scores
 
     try:
-        chosen = follow(plan.tuning.strategies(plan.possible), lambda configurations: run(configurations, False))
+        chosen = run_strategies(
+            plan.tuning.strategies(plan.possible), lambda configurations: run(configurations, False)
+        )
         if plan.samples["test"]:
             run([each for each in chosen.values() if each is not None], True)
     finally:
@@ -110,7 +114,7 @@ def _work(plan: Plan, place: Place, on_trained: OnTrained) -> Outcome:
     return Outcome(chosen, _frame(rows))
 
 
-def _train(place: Place, recipe: Recipe, report: Callable[[int, float], None]) -> dict[str, Any]:
+def _train(place: TuningBackend, recipe: Recipe, report: Callable[[int, float], None]) -> dict[str, Any]:
     """Train one recipe of a study, to the last epoch's row and what made it."""
     accuracy = "validation_accuracy" if recipe.validation else "test_accuracy"
     row = classify(
@@ -121,11 +125,11 @@ def _train(place: Place, recipe: Recipe, report: Callable[[int, float], None]) -
     )
     diverged = not math.isfinite(row["train_loss"])  # then its accuracy, that of a guess, says nothing
     versions = {name: metadata.version(name) for name in ("landscape", "torch")}
-    made_by = {"device": str(usable_device(place.device)), **versions}
+    made_by = {"device": str(resolve_device(place.device)), **versions}
     return row | {"score": math.nan if diverged else row[accuracy]} | made_by
 
 
-def _run_jobs(jobs: int, plan: Plan, place: Place, on_trained: OnTrained) -> None:
+def _run_jobs(jobs: int, plan: TuningPlan, place: TuningBackend, on_trained: OnTrained) -> None:
     """Let processes of their own take part until all is trained."""
     spawn = multiprocessing.get_context("spawn")  # CUDA and torch's threads do not survive a fork
     threads = max(1, torch.get_num_threads() // jobs)
@@ -143,7 +147,7 @@ def _run_jobs(jobs: int, plan: Plan, place: Place, on_trained: OnTrained) -> Non
             process.terminate()
 
 
-def _job(threads: int, plan: Plan, place: Place, on_trained: OnTrained) -> None:
+def _job(threads: int, plan: TuningPlan, place: TuningBackend, on_trained: OnTrained) -> None:
     torch.set_num_threads(threads)
     with contextlib.suppress(KeyboardInterrupt):
         _work(plan, place, on_trained)

@@ -6,7 +6,7 @@ import pytest
 from recordings import frame, without
 
 from landscape.analysis.measures import _FORMULAS, measured
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import MEASURES
 
 NAN, INF = np.nan, np.inf
@@ -159,19 +159,19 @@ def test_what_was_measured_already_is_kept():
 )
 def test_what_a_trace_lacks_is_named(measure, lacking, message):
     for rows in (without(frame(steps=2), lacking), frame(steps=2).drop(columns=lacking)):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(LandscapeError, match=message):
             measured(rows, measure)
 
 
 def test_an_unknown_measure_is_named():
-    with pytest.raises(UserError, match="Unknown measure 'sharpness'; choose one of loss, predictiveness, beta"):
+    with pytest.raises(LandscapeError, match="Unknown measure 'sharpness'; choose one of loss, predictiveness, beta"):
         measured(frame(steps=2), "sharpness")
 
 
 def test_losses_that_are_not_at_the_step_sizes_are_told():
     rows = quadratic_rows([0.1, 0.2])[0]
     rows["losses"] = [losses[: 1 if row == 3 else 2] for row, losses in enumerate(rows["losses"])]
-    with pytest.raises(UserError, match="Row 3 has 1 losses at 2 step sizes"):
+    with pytest.raises(LandscapeError, match="Row 3 has 1 losses at 2 step sizes"):
         measured(rows, "gap")
 
 

@@ -5,8 +5,8 @@ from recordings import frame, frames, without
 
 from landscape.analysis.labels import band_labels
 from landscape.analysis.measures import measured
-from landscape.analysis.summary import envelope, finite, recorded, summarize
-from landscape.errors import UserError
+from landscape.analysis.summary import envelope, has_measure, is_finite, summarize
+from landscape.errors import LandscapeError
 from landscape.names import MEASURES
 
 NAN, INF = np.nan, np.inf
@@ -117,7 +117,7 @@ def test_what_arithmetic_makes_infinite_is_not_finite(name, value):
     run = frame(steps=4)
     run.loc[2, name] = value
     measure = "beta" if name == "direction_norm" else "gap"
-    assert list(finite(measured(run, measure), measure)) == [True, True, False, True]
+    assert list(is_finite(measured(run, measure), measure)) == [True, True, False, True]
     assert list(envelope(run, measure=measure)["not_finite"]) == [0, 0, 1, 0]
     assert np.isfinite(summarize(run, measure=measure)[f"mean_{measure}"]).all()
     assert not summarize(run)["not_finite"].any()
@@ -187,7 +187,7 @@ def test_a_mean_of_beta_is_over_what_is_finite():
 def test_runs_that_lack_what_a_measure_needs_are_left_out(measure):
     lacking = without(frames("none", seeds=(0, 1), steps=3), "slope", "direction_norm", "gradient_distances")
     runs = pd.concat([frame("batch", steps=3), lacking, frame("none", seed=2, steps=3)], ignore_index=True)
-    assert list(recorded(runs, measure)) == [True] * 3 + [False] * 6 + [True] * 3
+    assert list(has_measure(runs, measure)) == [True] * 3 + [False] * 6 + [True] * 3
     assert set(envelope(runs, measure=measure)["run"]) == {"batch-0", "none-2"}
     assert set(envelope(runs, by="band", measure=measure)["updates"]) == {1}
     summary = summarize(runs, measure=measure).set_index("run")
@@ -203,15 +203,15 @@ def test_an_update_that_lacks_what_others_of_its_run_have_is_a_gap(known):
     run.loc[1, "slope"] = np.nan
     runs = pd.concat([run, without(frame("none", steps=4), "slope")] if known else [run], ignore_index=True)
     runs = runs.drop(columns={"run", "norm"} - set(known))
-    assert list(recorded(runs, "gap")) == [True] * 4 + [False] * 4 * bool(known)
+    assert list(has_measure(runs, "gap")) == [True] * 4 + [False] * 4 * bool(known)
     assert list(envelope(runs, by=known or "run", measure="gap")["not_finite"]) == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("measure", [envelope, summarize])
 def test_what_no_run_has_is_told(measure):
-    with pytest.raises(UserError, match="gap needs slope"):
+    with pytest.raises(LandscapeError, match="gap needs slope"):
         measure(without(frame(steps=2), "slope"), measure="gap")
-    with pytest.raises(UserError, match="Unknown measure 'width'"):
+    with pytest.raises(LandscapeError, match="Unknown measure 'width'"):
         measure(frame(steps=2), measure="width")
 
 
@@ -259,12 +259,12 @@ def test_without_facts_every_run_is_a_band():
 
 @pytest.mark.parametrize("measure", [envelope, summarize])
 def test_missing_columns_are_named(measure):
-    with pytest.raises(UserError, match=r"no column groups; it has .*step, epoch"):
+    with pytest.raises(LandscapeError, match=r"no column groups; it has .*step, epoch"):
         measure(frame(steps=1), by=("norm", "groups"))
 
 
 def test_an_epoch_that_is_not_known_is_told():
-    with pytest.raises(UserError, match="does not know the epoch"):
+    with pytest.raises(LandscapeError, match="does not know the epoch"):
         envelope(frame(steps=2).assign(epoch=NAN), x="epoch")
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from landscape_cli.figure import FIGURES, Request, _ranking_recipes
+from landscape_cli.figure import FIGURES, FigureRequest, _ranking_recipes
 from landscape_cli.main import main
 from real_data import REAL_DATA
 
@@ -58,9 +58,9 @@ def test_small_is_one_epoch_of_mnist():
 
 
 def test_the_papers_scale_adds_a_resnet_that_needs_nothing_installed():
-    request = Request(Path("figures"), "paper", None, (), None, None)
-    first, second = (recipe.checked() for recipe in _ranking_recipes(request))
-    assert first == RECIPES["mnist"].checked()
+    request = FigureRequest(Path("figures"), "paper", None, (), None, None)
+    first, second = (recipe.resolve() for recipe in _ranking_recipes(request))
+    assert first == RECIPES["mnist"].resolve()
     assert (second.model, second.dataset, second.augment) == ("resnet20", "cifar10", ())
     assert [recipe.recipe for recipe in _ranking_recipes(replace(request, recipes=("digits",)))] == ["digits"]
 
@@ -120,7 +120,7 @@ def test_figure_4_goes_on_with_a_run_that_was_stopped(monkeypatch):
         train(runs[1], "figures/traces/digits", device="cpu", on_update=stop)
     result = run("4", "--scale", "small", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    resumed = [sorted(Path("figures/traces/digits", recipe.run).glob("updates-*")) for recipe in runs]
+    resumed = [sorted(Path("figures/traces/digits", recipe.run_name).glob("updates-*")) for recipe in runs]
     assert [[path.name for path in parts] for parts in resumed] == [
         ["updates-000000000.parquet"],
         ["updates-000000000.parquet", "updates-000000007.parquet"],

@@ -7,10 +7,10 @@ import sys
 import pytest
 from click.testing import CliRunner
 from landscape_cli.main import main
-from landscape_cli.signals import SIGNALS, Interruptions
+from landscape_cli.signals import SIGNALS, SignalGuard
 
 from landscape import RECIPES, read_traces
-from landscape.errors import Stopped
+from landscape.errors import TrainingInterrupted
 from landscape.names import NORMS
 from landscape.training.recipe import GHOST_BY
 
@@ -78,17 +78,17 @@ def test_a_signal_waits_for_the_update_and_a_second_one_does_not():
     came = []
     before = [signal.signal(number, lambda *told: came.append(told[0])) for number in SIGNALS]
     try:
-        with Interruptions() as interruptions:
+        with SignalGuard() as interruptions:
             signal.raise_signal(signal.SIGTERM)
             interruptions.between_updates(1)
             signal.raise_signal(signal.SIGINT)
             assert came == [signal.SIGTERM]
             signal.raise_signal(signal.SIGTERM)
             assert came == [signal.SIGTERM, signal.SIGTERM]
-            with pytest.raises(Stopped, match="SIGINT"):
+            with pytest.raises(TrainingInterrupted, match="SIGINT"):
                 interruptions.between_updates(2)
             assert (interruptions.signal, interruptions.step) == (signal.SIGINT, 2)
-        with Interruptions() as interruptions:
+        with SignalGuard() as interruptions:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             interruptions.between_updates(1)
             signal.raise_signal(signal.SIGINT)

@@ -10,7 +10,7 @@ import torch
 
 from landscape.data.cifar import CIFAR10, CIFAR100, parse_cifar, read_cifar
 from landscape.data.dataset import LOADERS, load_dataset
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 RANDOM = np.random.default_rng(0)
 
@@ -91,13 +91,13 @@ def test_the_archive_has_the_test_file_that_the_unpacked_ones_lack(tmp_path):
 
 def test_a_damaged_archive_is_not_opened(tmp_path):
     (tmp_path / CIFAR10.source.archive).write_bytes(b"not an archive")
-    with pytest.raises(UserError, match="is damaged: SHA-256 c4a38c"):
+    with pytest.raises(LandscapeError, match="is damaged: SHA-256 c4a38c"):
         read_cifar(CIFAR10, tmp_path)
 
 
 def test_an_archive_that_cannot_be_fetched(tmp_path):
     cifar = replace(CIFAR100, source=replace(CIFAR100.source, mirrors=("http://127.0.0.1:1/",)))
-    with pytest.raises(UserError, match=r"cifar-100-binary.tar.gz is missing and cannot be fetched.* as data_dir"):
+    with pytest.raises(LandscapeError, match=r"cifar-100-binary.tar.gz is missing and cannot be fetched.* as data_dir"):
         read_cifar(cifar, tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_a_record_is_its_labels_and_three_planes():
     ],
 )
 def test_a_file_that_is_damaged(content, labels, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         parse_cifar(content, labels, "train.bin")
 
 

@@ -14,7 +14,7 @@ from landscape.data import download
 from landscape.data.dataset import load_dataset, stratified
 from landscape.data.download import Source, read_files
 from landscape.data.mnist import MNIST, parse_idx, read_mnist
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 
 def idx(array):
@@ -100,19 +100,19 @@ def test_a_split_divides_the_training_set():
 
 @pytest.mark.parametrize(("validation", "train"), [(1500, None), (1000, 501), (0, 1501)])
 def test_a_split_into_more_than_there_is(validation, train):
-    with pytest.raises(UserError, match="held out of the 1500 of 'digits'"):
+    with pytest.raises(LandscapeError, match="held out of the 1500 of 'digits'"):
         load_dataset("digits").split(validation, train)
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UserError, match="'minst'; choose one of: digits, mnist, cifar10, cifar100"):
+    with pytest.raises(LandscapeError, match="'minst'; choose one of: digits, mnist, cifar10, cifar100"):
         load_dataset("minst")
 
 
 def test_data_dir_that_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.touch()
-    with pytest.raises(UserError, match=f"'mnist' in {path}"):
+    with pytest.raises(LandscapeError, match=f"'mnist' in {path}"):
         load_dataset("mnist", path)
 
 
@@ -136,7 +136,7 @@ def test_idx_round_trip(shape):
     ],
 )
 def test_idx_that_is_damaged(content, message):
-    with pytest.raises(UserError, match=f"train is .*{message}"):
+    with pytest.raises(LandscapeError, match=f"train is .*{message}"):
         parse_idx(content, 3, "train")
 
 
@@ -147,7 +147,7 @@ def test_labels_that_do_not_fit(tmp_path, labels, message):
     files = {"t10k-images-idx3-ubyte": CONTENT, "t10k-labels-idx1-ubyte": idx(labels)}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         read_mnist("t10k", tmp_path, source_of(files))
 
 
@@ -165,7 +165,7 @@ def test_damaged_file_is_refused_unopened_and_kept(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"not gzip")
     source = source_of({path.name: b"expected"})
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(LandscapeError) as caught:
         read_file("a", tmp_path, source)
     for part in (str(path), source.sha256[path.name], hashlib.sha256(b"not gzip").hexdigest()):
         assert part in str(caught.value)
@@ -206,7 +206,7 @@ def test_wrong_and_absent_downloads_end_in_one_error_and_leave_nothing(tmp_path,
     address, served = mirror
     (served / "a.gz").write_bytes(b"wrong")
     source = source_of({"a.gz": b"right"}, address, address + "empty/", "http://127.0.0.1:1/")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(LandscapeError) as caught:
         read_file("a", tmp_path / "new", source)
     wrong, right = (hashlib.sha256(content).hexdigest() for content in (b"wrong", b"right"))
     for part in (str(tmp_path / "new" / "mnist"), wrong, right, "404", "refused"):
@@ -217,7 +217,7 @@ def test_wrong_and_absent_downloads_end_in_one_error_and_leave_nothing(tmp_path,
 def test_silent_mirror_is_given_up(tmp_path, mirror, monkeypatch):
     monkeypatch.setattr(Mirror, "do_GET", lambda self: threading.Event().wait(0.5))
     monkeypatch.setattr(download, "TIMEOUT", (0.1, 0.1))
-    with pytest.raises(UserError, match="timed out"):
+    with pytest.raises(LandscapeError, match="timed out"):
         read_file("a", tmp_path, source_of({"a.gz": b""}, mirror[0]))
 
 

@@ -10,7 +10,7 @@ from rank_ghost import STEP_SIZES, table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from landscape import LandscapeProbe, UserError
+from landscape import LandscapeError, LandscapeProbe
 
 
 class Network(nn.Module):
@@ -62,7 +62,7 @@ def told(function):
     """What a mistake is answered with."""
     try:
         function()
-    except UserError as error:
+    except LandscapeError as error:
         return str(error)
     return "nothing"
 
@@ -131,7 +131,7 @@ def failures(ranks, folder):
 
     def broken(step):
         if ranks.rank == 1:
-            raise UserError("no step sizes")
+            raise LandscapeError("no step sizes")
         return STEP_SIZES
 
     found["from the start"] = told(lambda: run(network(), step_sizes=broken))
@@ -210,7 +210,7 @@ def clocks(ranks, folder):
 
 def sharing(ranks, folder):
     """What the ranks have to say is of different length, down to nothing."""
-    return ranks.share(b"word " * ranks.rank), ranks.share(b"")
+    return ranks.all_gather_bytes(b"word " * ranks.rank), ranks.all_gather_bytes(b"")
 
 
 TASKS = [bits, means, failures, writing, wrapping, clocks, sharing]

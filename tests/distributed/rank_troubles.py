@@ -9,7 +9,7 @@ from rank_shards import batch, left_behind, network, own, run
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from landscape import LandscapeProbe, UserError, ray_losses
+from landscape import LandscapeError, LandscapeProbe, ray_losses
 
 
 def writing(ranks, folder):
@@ -31,7 +31,7 @@ def failures(ranks, folder):
 
     def broken(step):
         if ranks.rank == 1:
-            raise UserError("no step sizes")
+            raise LandscapeError("no step sizes")
         return STEP_SIZES
 
     def begun(**options):
@@ -52,7 +52,7 @@ def unlucky(ranks, gradients, calls_before, at=2):
         def fail():
             calls.append(1)
             if len(calls) > 1 + calls_before:  # the forward pass of training, then points of the ray
-                raise UserError("out of luck")
+                raise LandscapeError("out of luck")
 
         def before(step):
             calls.clear()

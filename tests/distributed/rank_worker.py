@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from landscape.distributed.setup import joined, own_device
+from landscape.distributed.setup import local_device, process_group
 
 
 def launch(task, processes, folder):
@@ -23,7 +23,7 @@ def launch(task, processes, folder):
 def main(task, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    with joined(own_device("cpu")) as ranks:
+    with process_group(local_device("cpu")) as ranks:
         tasks = importlib.import_module(f"rank_{task}").TASKS
         torch.save({function.__name__: function(ranks, folder) for function in tasks}, folder / f"{ranks.rank}.pt")
 

@@ -6,7 +6,7 @@ import pytest
 import rank_worker
 import torch
 
-from landscape.distributed.group import ALONE, inside
+from landscape.distributed.group import SINGLE_PROCESS, unwrap_parallel
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +115,17 @@ def test_ranks_share_what_each_has_to_say(both):
 
 def test_a_process_alone_sends_nothing():
     tensor = torch.ones(3)
-    assert ALONE.mean(lambda: {"a": tensor})["a"] is tensor
-    assert ALONE.agree(lambda: 5) == 5
-    assert ALONE.share(b"word") == [b"word"]
-    assert [ALONE.decide(True), ALONE.decide(False)] == [True, False]
-    assert (ALONE.rank, ALONE.size, ALONE.is_writer, ALONE.others()) == (0, 1, True, False)
+    assert SINGLE_PROCESS.all_mean(lambda: {"a": tensor})["a"] is tensor
+    assert SINGLE_PROCESS.run_on_all(lambda: 5) == 5
+    assert SINGLE_PROCESS.all_gather_bytes(b"word") == [b"word"]
+    assert [SINGLE_PROCESS.broadcast_bool(True), SINGLE_PROCESS.broadcast_bool(False)] == [True, False]
+    assert (
+        SINGLE_PROCESS.rank,
+        SINGLE_PROCESS.size,
+        SINGLE_PROCESS.is_writer,
+        SINGLE_PROCESS.has_untracked_ranks(),
+    ) == (0, 1, True, False)
     with pytest.raises(KeyError):
-        ALONE.mean(lambda: {}["missing"])
+        SINGLE_PROCESS.all_mean(lambda: {}["missing"])
     model = torch.nn.Linear(1, 1)
-    assert inside(model) == (model, ALONE)
+    assert unwrap_parallel(model) == (model, SINGLE_PROCESS)

@@ -14,31 +14,31 @@ import rank_deaths
 import torch
 
 from landscape import read_traces
-from landscape.distributed.setup import launched, own_device
+from landscape.distributed.setup import local_device, world_size
 
 SCRIPT = Path(rank_deaths.__file__)
 ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"} | {"OMP_NUM_THREADS": "1"}
 
 
 def test_what_torchrun_says(monkeypatch):
-    assert launched() is None
+    assert world_size() is None
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert launched() == 4
-    assert own_device("cpu") == torch.device("cpu")
-    assert own_device("cuda") == torch.device("cuda", 1)
+    assert world_size() == 4
+    assert local_device("cpu") == torch.device("cpu")
+    assert local_device("cuda") == torch.device("cuda", 1)
 
 
 def torchrun(*arguments):
     """In a process of its own, whose signal handlers torchrun replaces."""
     code = f"""
 import sys
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape_cli.torchrun import torchrun
 try:
     sys.exit(torchrun({arguments!r}, 2))
-except UserError as mistake:
+except LandscapeError as mistake:
     sys.exit(f"Error: {{mistake}}")
 """
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -115,7 +115,7 @@ def test_a_script_whose_process_is_killed_keeps_its_trace(tmp_path, kind, moment
     ]
     words = [process.communicate(timeout=120)[1] for process in ranks]
     assert 0 not in [process.returncode for process in ranks]
-    told = "LostRankError: Another of the processes that train the model no longer answers"
+    told = "RankFailedError: Another of the processes that train the model no longer answers"
     assert [told in word for word in words] == [rank != victim and moment == "probing" for rank in range(3)]
     rows = rank_deaths.STEP if victim else rank_deaths.FLUSHED
     assert list(read_traces(tmp_path).step) == list(range(rows))

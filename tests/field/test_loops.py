@@ -9,7 +9,7 @@ import torch
 from lab import STEP_SIZES, Lab, batches, check_rows, check_untouched, mlp, run
 from torch import nn
 
-from landscape import LandscapeProbe, UserError
+from landscape import LandscapeError, LandscapeProbe
 from landscape.probe import checks
 
 CRITERION = nn.CrossEntropyLoss()
@@ -116,7 +116,7 @@ def scaled(lab, clip, by_hand, **options):
 @pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_scale_that_is_not_handed_over_is_refused_and_the_remedy_helps(clip, by_hand):
-    with pytest.raises(UserError, match="grad_scaler="):
+    with pytest.raises(LandscapeError, match="grad_scaler="):
         run(functools.partial(scaled, clip=clip, by_hand=by_hand), True)
     remedy = torch.amp.GradScaler("cpu", init_scale=128.0)
     check_rows(functools.partial(scaled, clip=clip, by_hand=by_hand, grad_scaler=remedy))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lab import ENGINES, batches, check_rows, mlp, run
 from torch import nn
 
-from landscape import UserError
+from landscape import LandscapeError
 
 WEIGHTS = torch.linspace(0.5, 1.5, 12, dtype=torch.float64)
 
@@ -118,7 +118,7 @@ def test_every_loss_can_be_observed(name, engine):
 
 @pytest.mark.parametrize("name", MORE_THAN_THAT | BY_HAND)
 def test_every_other_loss_is_refused_before_a_row_and_observe_is_named(name):
-    with pytest.raises(UserError, match=r"probe\.observe"):
+    with pytest.raises(LandscapeError, match=r"probe\.observe"):
         run(functools.partial(trial, name=name, observed=False), True)
 
 
@@ -133,7 +133,7 @@ def test_what_is_done_to_an_observed_loss_outside_of_it_is_refused(rest):
                 (loss.sqrt() if rest == "rmse" else loss + squares(model)).backward()
                 optimizer.step()
 
-    with pytest.raises(UserError, match=r"probe\.observe"):
+    with pytest.raises(LandscapeError, match=r"probe\.observe"):
         run(trial, True)
 
 
@@ -187,5 +187,5 @@ def test_a_loss_in_data_types_of_half_precision():
                 loss.backward()
                 optimizer.step()
 
-    with pytest.raises(UserError, match=r"probe.observe"):
+    with pytest.raises(LandscapeError, match=r"probe.observe"):
         run(trial, True)

@@ -7,7 +7,7 @@ import torch
 from lab import STEP_SIZES, batches, check_rows, check_untouched, mlp, run
 from torch import nn
 
-from landscape import LandscapeProbe, UserError
+from landscape import LandscapeError, LandscapeProbe
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -246,7 +246,7 @@ def test_sharpness_aware_minimization_in_two_calls_is_told():
 
 
 def test_sharpness_aware_minimization_seen_from_inside_is_refused():
-    with pytest.raises(UserError, match="sharpness-aware"):
+    with pytest.raises(LandscapeError, match="sharpness-aware"):
         run(functools.partial(sharpness, how="base"), True)
 
 
@@ -276,7 +276,7 @@ def test_one_of_two_optimizers_of_a_model(first):
     if first:
         check_rows(trial)
     else:
-        with pytest.raises(UserError, match="Another optimizer"):
+        with pytest.raises(LandscapeError, match="Another optimizer"):
             run(trial, True)
 
 
@@ -312,13 +312,13 @@ def test_steps_within_the_backward_pass_are_refused():
             x, y = next(batches())
             CRITERION(model(x), y).backward()
 
-    with pytest.raises(UserError, match="within the backward pass"):
+    with pytest.raises(LandscapeError, match="within the backward pass"):
         run(trial, True)
 
 
 def test_relative_step_sizes_without_a_learning_rate_are_refused():
     model = mlp()
-    with pytest.raises(UserError, match="relative=True"):
+    with pytest.raises(LandscapeError, match="relative=True"):
         LandscapeProbe(model, Plain(model.parameters()), CRITERION, step_sizes=STEP_SIZES, relative=True)
 
 
@@ -328,13 +328,13 @@ def test_an_optimizer_whose_steps_cannot_be_seen_is_refused():
             self.param_groups = [{"params": list(parameters), "lr": 0.1}]
 
     model = mlp()
-    with pytest.raises(UserError, match="Bare"):
+    with pytest.raises(LandscapeError, match="Bare"):
         LandscapeProbe(model, Bare(model.parameters()), CRITERION, step_sizes=STEP_SIZES)
 
 
 def test_complex_parameters_are_refused():
     model = nn.Linear(2, 1, dtype=torch.complex128)
-    with pytest.raises(UserError, match="view_as_real"):
+    with pytest.raises(LandscapeError, match="view_as_real"):
         LandscapeProbe(model, torch.optim.SGD(model.parameters()), step_sizes=STEP_SIZES)
 
 

@@ -14,7 +14,7 @@ from lab import batches, check_rows, mlp, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from landscape import LandscapeProbe, UserError
+from landscape import LandscapeError, LandscapeProbe
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -119,7 +119,7 @@ def test_situations(name):
 
 
 def test_gradients_along_the_ray_are_refused_under_reentrant_checkpoints():
-    with pytest.raises(UserError, match="use_reentrant=False"):
+    with pytest.raises(LandscapeError, match="use_reentrant=False"):
         run(functools.partial(trial, make=lambda: Checkpointed(True).double(), gradients=True), True)
 
 
@@ -294,7 +294,7 @@ def test_gradients_that_the_loop_puts_in_place_itself_are_refused():
                     parameter.grad = gradient
                 optimizer.step()
 
-    with pytest.raises(UserError, match=r"loss\.backward"):
+    with pytest.raises(LandscapeError, match=r"loss\.backward"):
         run(by_hand, True)
 
 
@@ -389,7 +389,7 @@ def test_inputs_that_were_computed_from_parameters_are_refused_and_measured_as_a
         lab.left(model)
 
     check_rows(functools.partial(carrying, whole=True))
-    with pytest.raises(UserError, match=r"probe\.observe"):
+    with pytest.raises(LandscapeError, match=r"probe\.observe"):
         run(functools.partial(carrying, whole=False), True)
 
 
@@ -415,7 +415,7 @@ def test_losses_that_do_not_depend_on_what_is_moved_are_refused(how):
                 loss.backward()
                 optimizer.step()
 
-    with pytest.raises(UserError, match=r"0\.weight"):
+    with pytest.raises(LandscapeError, match=r"0\.weight"):
         run(flat, True)
 
 
@@ -474,7 +474,7 @@ def test_gradients_that_are_there_when_a_probe_is_attached():
     CRITERION(model(x.float()), y).backward()
     with LandscapeProbe(model, optimizer, CRITERION, step_sizes=[0.1]):
         CRITERION(model(x.float()), y).backward()
-        with pytest.raises(UserError, match="zero_grad"):
+        with pytest.raises(LandscapeError, match="zero_grad"):
             optimizer.step()
 
 
@@ -555,7 +555,7 @@ def test_an_optimizer_of_another_model_is_told():
     x, y = next(batches())
     with probe:
         CRITERION(model(x.float()) + 0 * other(x.float()), y).backward()
-        with pytest.raises(UserError):
+        with pytest.raises(LandscapeError):
             optimizer.step()
 
 
@@ -606,5 +606,5 @@ def test_a_criterion_that_the_loop_changes(how, when):
     if when == "before both":
         check_rows(changing)
     else:
-        with pytest.raises(UserError, match=r"probe\.observe"):
+        with pytest.raises(LandscapeError, match=r"probe\.observe"):
             run(changing, True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lab import ENGINES, STEP_SIZES, batches, check_rows, check_untouched, mlp, run
 from torch import nn
 
-from landscape import LandscapeProbe, UserError, ray_losses
+from landscape import LandscapeError, LandscapeProbe, ray_losses
 
 CRITERION = nn.CrossEntropyLoss()
 SPECTRAL = nn.utils.parametrizations.spectral_norm
@@ -226,7 +226,7 @@ def within_func(lab):
 
 
 def test_loops_of_torch_func_are_refused():
-    with pytest.raises(UserError, match=r"torch\.func"):
+    with pytest.raises(LandscapeError, match=r"torch\.func"):
         run(within_func, True)
 
 
@@ -235,9 +235,9 @@ def test_loops_of_torch_func_are_refused():
 def test_scripted_models_are_refused(how):
     scripted = torch.jit.script(nn.Linear(6, 3))
     model = scripted if how == "whole" else nn.Sequential(scripted, nn.Linear(3, 3))
-    with pytest.raises(UserError, match="scripted"):
+    with pytest.raises(LandscapeError, match="scripted"):
         LandscapeProbe(model, torch.optim.SGD(model.parameters(), lr=0.1), CRITERION, step_sizes=STEP_SIZES)
-    with pytest.raises(UserError, match="scripted"):
+    with pytest.raises(LandscapeError, match="scripted"):
         ray_losses(model, lambda m: m(torch.ones(2, 6)).sum(), {}, STEP_SIZES)
 
 
@@ -266,7 +266,7 @@ def test_a_buffer_that_the_loop_overwrites(observed, remedy):
     if remedy:
         check_rows(trial)
     else:
-        with pytest.raises(UserError, match=r"\(12, 6\).*clone"):
+        with pytest.raises(LandscapeError, match=r"\(12, 6\).*clone"):
             run(trial, True)
 
 

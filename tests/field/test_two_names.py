@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lab import ENGINES, STEP_SIZES, batches, check_rows, check_untouched
 from torch import nn
 
-from landscape import UserError, ray_losses
+from landscape import LandscapeError, ray_losses
 
 
 class SharedActivation(nn.Module):
@@ -294,5 +294,5 @@ def test_weights_that_the_loss_has_from_elsewhere_are_refused(where):
                 lab.observe(loss_of, x, y).backward(retain_graph=True)
                 optimizer.step()
 
-    with pytest.raises(UserError, match=r"0\.weight|2\.weight"):
+    with pytest.raises(LandscapeError, match=r"0\.weight|2\.weight"):
         check_untouched(elsewhere)

@@ -1,4 +1,4 @@
-"""Nonsense in function arguments: a UserError that says why, or exactly what the obvious way gives."""
+"""Nonsense in function arguments: a LandscapeError that says why, or exactly what the obvious way gives."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nonsense import NUMBERS, also, anything, cases, soon, texts
 from torch import nn
 
-from landscape import RECIPES, LandscapeProbe, UserError, make_norm, ray_losses
+from landscape import RECIPES, LandscapeError, LandscapeProbe, make_norm, ray_losses
 from landscape.names import NORMS
 
 INPUTS = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_step_sizes_are_refused_or_measured_in_their_order(step_sizes, engine):
     with soon("step sizes"):
         try:
             losses = ray_losses(model, closure, direction, step_sizes, engine=engine)
-        except UserError:
+        except LandscapeError:
             assert not (isinstance(step_sizes, list) and step_sizes and all(map(is_step_size, step_sizes)))
         else:
             assert not isinstance(step_sizes, str | bytes | dict)
@@ -123,7 +123,7 @@ def test_directions_are_refused_or_walked_along(weight, left_out, extra, engine)
         warnings.filterwarnings("ignore", "The engine '.*' does not fit")
         try:
             losses = ray_losses(model, closure, direction, [0.5, -1.0, 0.5], engine=engine)
-        except UserError:
+        except LandscapeError:
             assert weight in WRONG or extra is not None
         else:
             assert weight in FITTING
@@ -168,7 +168,7 @@ def test_options_of_the_probe_are_refused_or_do_not_touch_the_training(options):
         try:
             # A function of the step may give anything too; from the second update on that is a warning.
             parameters, probe = trained({"step_sizes": [0.1], **options})
-        except UserError:
+        except LandscapeError:
             return
     assert parameters.equal(plain)
     assert set(probe.frame()["step"]) <= {0, 1, 2}
@@ -183,13 +183,13 @@ def test_options_of_the_probe_are_refused_or_do_not_touch_the_training(options):
 def test_recipes_are_refused_or_have_a_name_that_stays_in_its_folder(changes):
     with soon("recipes"):
         try:
-            recipe = replace(RECIPES["digits"], **changes).checked()
-        except UserError:
+            recipe = replace(RECIPES["digits"], **changes).resolve()
+        except LandscapeError:
             return
-    assert len(PurePath("out", recipe.run).parts) == 2
-    assert ".." not in recipe.run[:2]
-    assert recipe.run.isprintable()
-    assert len(recipe.run.encode()) < 500
+    assert len(PurePath("out", recipe.run_name).parts) == 2
+    assert ".." not in recipe.run_name[:2]
+    assert recipe.run_name.isprintable()
+    assert len(recipe.run_name.encode()) < 500
 
 
 NORM_OPTIONS = ("groups", "group_size", "channel_groups", "eps", "momentum", "affine", "track_running_stats", "layout")
@@ -212,7 +212,7 @@ def test_norms_are_refused_or_normalize(name, options, features):
         warnings.filterwarnings("ignore", "leave two values in a slice")
         try:
             outputs = make_norm(name, **options)(features)(images)
-        except UserError:
+        except LandscapeError:
             return
     assert outputs.shape == images.shape
     if not options:

@@ -17,7 +17,7 @@ from landscape.data.cifar import CIFAR10, parse_cifar
 from landscape.data.dataset import load_dataset
 from landscape.data.download import LARGEST, Source, read_files
 from landscape.data.mnist import MNIST, parse_idx
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 
 SIZES = [0, 1, 2, 3, 255, 256, 2**16, 2**31, 2**32 - 1]
 
@@ -80,7 +80,7 @@ def test_idx_files_are_refused_or_read_value_by_value(content, dimensions):
     with soon("idx files"):
         try:
             found = parse_idx(content, dimensions, "file")
-        except UserError:
+        except LandscapeError:
             assert expected is None
         else:
             assert found.shape == expected[0]
@@ -107,7 +107,7 @@ def test_cifar_files_are_refused_or_read_value_by_value(content, labels):
     with soon("CIFAR files"):
         try:
             images, targets = parse_cifar(content, labels, "file")
-        except UserError:
+        except LandscapeError:
             assert not valid
         else:
             assert valid
@@ -149,7 +149,7 @@ def test_what_is_not_the_published_file_is_refused_and_kept(tmp_path, name, plan
     ).sha256:
         PLANTED[plant](tmp_path / file)
     before = set(tmp_path.iterdir())
-    with soon("planted files"), pytest.raises(UserError, match=r"damaged|missing|cannot get"):
+    with soon("planted files"), pytest.raises(LandscapeError, match=r"damaged|missing|cannot get"):
         load_dataset(name, tmp_path)
     assert before <= set(tmp_path.rglob("*"))
     assert all(path.is_dir() and not any(path.iterdir()) for path in set(tmp_path.rglob("*")) - before)
@@ -187,7 +187,7 @@ def test_archives_write_nothing_whatever_they_hold(tmp_path, monkeypatch, name):
     sha256 = {"all.tar.gz": hashlib.sha256(packed.getvalue()).hexdigest(), "a": ""}
     before = tree(tmp_path)
     if "wanted" in name:
-        with pytest.raises(UserError, match="has no file inside/a"):
+        with pytest.raises(LandscapeError, match="has no file inside/a"):
             read_files(["a"], folder, Source("set", (), sha256, "all.tar.gz", "inside"))
     else:
         assert read_files(["a"], folder, Source("set", (), sha256, "all.tar.gz", "inside")) == [b"data"]

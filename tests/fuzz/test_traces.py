@@ -18,7 +18,7 @@ from nonsense import anything, cases, soon, texts
 from recordings import rows
 
 from landscape.analysis.summary import summarize
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.plotting.landscape import plot_landscape
 from landscape.traces.reader import list_runs, read_traces
 from landscape.traces.schema import UPDATES
@@ -155,7 +155,7 @@ def test_what_is_undamaged_is_read_and_the_rest_is_named(recorded, done):
     try:
         with soon("damaged traces"):
             frame, left_out = read(folder)
-    except UserError:
+    except LandscapeError:
         assert {norm for norm, _ in touched} == set(NORMS)
     else:
         found = values(frame)

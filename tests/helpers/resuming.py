@@ -41,7 +41,7 @@ def process(recipe, out):
 
 def survived(recipe, out, reference, longest, kills, chance):
     """Train to the end in processes that are killed at random moments, at most ``kills``; how many were."""
-    run, killed = out / recipe.run, 0
+    run, killed = out / recipe.run_name, 0
     started = process(recipe, out)
     while killed < kills:
         started.join(chance.uniform(0, longest))
@@ -50,11 +50,11 @@ def survived(recipe, out, reference, longest, kills, chance):
         started.kill()
         started.join()
         killed += 1
-        check_beginning(run, reference / recipe.run)
+        check_beginning(run, reference / recipe.run_name)
         started = process(recipe, out)
     started.join()
     assert started.exitcode == 0
-    check_same(run, reference / recipe.run)
+    check_same(run, reference / recipe.run_name)
     return killed
 
 

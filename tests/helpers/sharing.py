@@ -13,7 +13,7 @@ import optuna
 
 from landscape.training.presets import RECIPES
 from landscape.tuning.database import open_storage
-from landscape.tuning.trials import finish, study_name
+from landscape.tuning.trials import run_trials, study_name
 
 DIGITS = replace(RECIPES["classify-digits"], norm="ghost")
 GHOSTS = [replace(DIGITS, groups=groups, seed=seed) for groups in (2, 4, 8) for seed in (0, 1)]
@@ -27,7 +27,7 @@ ROWS = [[recipe.groups, recipe.seed, score(recipe)] for recipe in GHOSTS]
 
 
 def runs(recipes):
-    return [recipe.run for recipe in recipes]
+    return [recipe.run_name for recipe in recipes]
 
 
 def states(storage, recipe=GHOSTS[0]):
@@ -39,12 +39,12 @@ def work(url, seconds):
     """A worker's process: says what it begins, and at the end what every training came to."""
 
     def train(recipe, report):
-        print("begin", recipe.run, flush=True)
+        print("begin", recipe.run_name, flush=True)
         time.sleep(float(seconds))
         report(1, score(recipe))
         return {"score": score(recipe)}
 
-    rows = finish(open_storage(url, heartbeat=1, grace=2), GHOSTS, train)
+    rows = run_trials(open_storage(url, heartbeat=1, grace=2), GHOSTS, train)
     print(json.dumps([[row["groups"], row["seed"], row["score"]] for row in rows]), flush=True)
 
 

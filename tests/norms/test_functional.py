@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, jacrev, vmap
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.norms import functional
 from landscape.norms.functional import ghost_norm, ghost_norm_with_statistics, seq_norm
 from landscape.norms.layers import GhostNorm
@@ -171,7 +171,7 @@ def test_keeps_the_memory_format_without_a_copy(how, shape, layout):
     y = ghost_norm(x, 2, layout=layout)
     (gradient,) = gradients(y, x)
     assert y.stride() == native.stride() == gradient.stride()
-    assert slices(x, 2, layout == "interleaved").of(x).data_ptr() == x.data_ptr()
+    assert slices(x, 2, layout == "interleaved").view(x).data_ptr() == x.data_ptr()
 
 
 def test_seq_norm_keeps_channels_last():
@@ -217,20 +217,20 @@ def test_values_far_from_zero(shape, how, layout):
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_refuses(shape, groups, message, layout):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         ghost_norm(torch.randn(shape), groups, layout=layout)
 
 
 def test_refuses_integers_and_unknown_layouts():
-    with pytest.raises(UserError, match="int64"):
+    with pytest.raises(LandscapeError, match="int64"):
         ghost_norm(PAPER.long().view(8, 1), 2)
-    with pytest.raises(UserError, match=r"'random'.*contiguous, interleaved"):
+    with pytest.raises(LandscapeError, match=r"'random'.*contiguous, interleaved"):
         ghost_norm(PAPER.view(8, 1), 2, layout="random")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("channel_groups", "message"), [(4, "channel_groups=4 on 6"), (0, "=0"), (6, "instance norm")])
 def test_seq_norm_refuses(channel_groups, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         seq_norm(torch.randn(8, 6), 2, channel_groups)
 
 

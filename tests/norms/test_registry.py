@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import NORMS, options_of
 from landscape.norms.functional import batch_group_norm, ghost_mean_norm, ghost_norm, group_norm, seq_norm
 from landscape.norms.layers import BatchNorm, GhostNorm, GroupNorm, SeqNorm
-from landscape.norms.registry import MAKERS, convert_norms, make_norm
+from landscape.norms.registry import REGISTRY, convert_norms, make_norm
 
 NATIVE = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SHAPES = [(12, 4), (12, 4, 3), (12, 4, 3, 2), (12, 4, 3, 2, 2)]
@@ -99,16 +99,16 @@ def test_seq_norm(layout):
 
 
 def test_every_norm_has_a_name_in_print_and_takes_the_options_that_tell_it_apart():
-    assert set(MAKERS) == set(NORMS)
-    assert all(set(options_of(name)) <= set(options) for name, (_, options) in MAKERS.items())
+    assert set(REGISTRY) == set(NORMS)
+    assert all(set(options_of(name)) <= set(options) for name, (_, options) in REGISTRY.items())
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", REGISTRY)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_norm_takes_every_rank(name, shape):
     norm, x = make_norm(name, **OPTIONS.get(name, {}))(4), torch.randn(shape)
     if name == "instance" and len(shape) == 2:
-        with pytest.raises(UserError, match="instance norm on a fully-connected layer"):
+        with pytest.raises(LandscapeError, match="instance norm on a fully-connected layer"):
             norm(x)
         return
     assert norm(x).shape == x.shape
@@ -156,7 +156,7 @@ def test_make_norm(name, options, expected):
     ],
 )
 def test_mistakes(make, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         make()
 
 

@@ -8,7 +8,7 @@ from rays import ENGINES, STEP_SIZES, moved_losses
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from landscape import UserError, ray_losses
+from landscape import LandscapeError, ray_losses
 from landscape.norms.functional import batch_group_norm, ghost_mean_norm, ghost_norm, group_norm
 from landscape.norms.layers import ReversedSeqNorm
 from landscape.norms.registry import make_norm
@@ -237,20 +237,20 @@ def test_engines_give_the_losses_of_moved_copies(name, engine):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_refuses_what_ghost_norm_refuses(name, layout):
-    with pytest.raises(UserError, match="groups=9 on a batch of 8 samples: allowed are 1 to 8"):
+    with pytest.raises(LandscapeError, match="groups=9 on a batch of 8 samples: allowed are 1 to 8"):
         made(name, groups=9, layout=layout)(normal(8, 6))
-    with pytest.raises(UserError, match=r"got an input of shape \(8, 5\)"):
+    with pytest.raises(LandscapeError, match=r"got an input of shape \(8, 5\)"):
         made(name, groups=2, layout=layout)(normal(8, 5))
     if name != "batch-group":  # whose groups of one sample still have several channels
-        with pytest.raises(UserError, match="single value per channel"):
+        with pytest.raises(LandscapeError, match="single value per channel"):
             made(name, groups=8, layout=layout)(normal(8, 6))
 
 
 def test_refuses_channel_groups_that_do_not_divide():
-    with pytest.raises(UserError, match="channel_groups=4 on 6 channels"):
+    with pytest.raises(LandscapeError, match="channel_groups=4 on 6 channels"):
         batch_group_norm(normal(8, 6), 2, 4)
-    with pytest.raises(UserError, match="single value per channel"):
+    with pytest.raises(LandscapeError, match="single value per channel"):
         batch_group_norm(normal(8, 6), 8, 6)
     for name in ("batch-group", "seq-reversed"):
-        with pytest.raises(UserError, match="channel_groups=4 on 6 channels"):
+        with pytest.raises(LandscapeError, match="channel_groups=4 on 6 channels"):
             make_norm(name, groups=2, channel_groups=4)(6)

@@ -8,7 +8,7 @@ from rays import ENGINES, STEP_SIZES, moved_losses
 from torch import nn
 from torch.nn.utils import parametrize
 
-from landscape import LandscapeProbe, UserError, convert_norms, make_norm, ray_losses
+from landscape import LandscapeError, LandscapeProbe, convert_norms, make_norm, ray_losses
 from landscape.norms.weight_standardization import WeightStandardization, standardize_weights
 from landscape.training.models import ResNet, SimpleNet, WideResNet
 
@@ -133,7 +133,7 @@ def test_copies_are_independent():
 
 
 def test_lazy_layers_are_refused():
-    with pytest.raises(UserError, match="Run one batch"):
+    with pytest.raises(LandscapeError, match="Run one batch"):
         standardize_weights(nn.Sequential(nn.LazyLinear(6), GHOST(6)))
 
 

@@ -3,11 +3,19 @@ import pytest
 import torch
 from matplotlib.collections import PolyCollection
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import NORMS
-from landscape.norms.registry import MAKERS, make_norm
-from landscape.paper.figure1 import FIRST, LATER, UNREACHED, dependence, figure1_blocks, plot_blocks, steps_to
-from landscape.plotting.figure import save
+from landscape.norms.registry import REGISTRY, make_norm
+from landscape.paper.figure1 import (
+    FIRST,
+    LATER,
+    UNREACHED,
+    dependence,
+    figure1_blocks,
+    normalization_steps,
+    plot_blocks,
+)
+from landscape.plotting.figure import save_figure
 
 SHAPE, PLACES = (8, 6, 3), [(0, 0, 0), (3, 4, 1), (7, 5, 2)]
 OPTIONS = {"groups": 4, "channel_groups": 3}
@@ -38,7 +46,7 @@ def slices(name, at):
 
 
 def options_of(name):
-    return {option: value for option, value in OPTIONS.items() if option in MAKERS[name][1]}
+    return {option: value for option, value in OPTIONS.items() if option in REGISTRY[name][1]}
 
 
 @pytest.mark.parametrize("at", PLACES)
@@ -70,18 +78,18 @@ def test_the_first_step_counts(name):
     first = {"seq": "group", "seq-ws": "group", "seq-reversed": "ghost"}.get(name, name)
     expected = slices(name, PLACES[1]).long() * 2
     expected[slices(first, PLACES[1])] = 1
-    assert torch.equal(steps_to(name, SHAPE, PLACES[1], **options_of(name)), expected)
+    assert torch.equal(normalization_steps(name, SHAPE, PLACES[1], **options_of(name)), expected)
 
 
 @pytest.mark.parametrize("at", [(0, 0), (0, 0, 3), (-1, 0, 0)])
 def test_a_value_that_is_not_there(at):
-    with pytest.raises(UserError, match=r"no value at .* in a batch of shape \(8, 6, 3\)"):
+    with pytest.raises(LandscapeError, match=r"no value at .* in a batch of shape \(8, 6, 3\)"):
         dependence(lambda x: x, SHAPE, at)
 
 
 def test_norms_that_do_not_fit_say_so():
-    with pytest.raises(UserError, match="channel_groups=4 on 6 channels"):
-        steps_to("seq", SHAPE, (0, 0, 0), groups=2, channel_groups=4)
+    with pytest.raises(LandscapeError, match="channel_groups=4 on 6 channels"):
+        normalization_steps("seq", SHAPE, (0, 0, 0), groups=2, channel_groups=4)
 
 
 def shown(axes):
@@ -122,13 +130,13 @@ def test_colours_differ_in_grey():
 
 
 def test_panels_without_a_block_stay_empty(tmp_path):
-    figure = plot_blocks({"BatchNorm": steps_to("batch", (2, 2, 1), (0, 0, 0)).numpy()})
+    figure = plot_blocks({"BatchNorm": normalization_steps("batch", (2, 2, 1), (0, 0, 0)).numpy()})
     assert [bool(axes.collections) for axes in figure.axes] == [True, False, False]
-    save(figure, tmp_path / "one.png")
+    save_figure(figure, tmp_path / "one.png")
 
 
 def test_the_first_step_has_the_options_of_the_norm():
     options = {"groups": 2, "channel_groups": 2, "layout": "interleaved"}
-    reached = steps_to("seq-reversed", (6, 4, 2), (0, 0, 0), **options)
+    reached = normalization_steps("seq-reversed", (6, 4, 2), (0, 0, 0), **options)
     assert (reached == 1)[:, 0].all(1).tolist() == [True, False] * 3  # every second sample is in the group
     assert not (reached == 1)[:, 1:].any()

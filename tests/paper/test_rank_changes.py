@@ -9,20 +9,20 @@ import torch
 from scipy.stats import kendalltau
 from torch import nn
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.norms.functional import ghost_norm
 from landscape.norms.registry import make_norm
 from landscape.paper.rank_changes import (
     VALUES,
     _changes,
     activations,
-    changes_by_groups,
-    order_changes,
     plot_orders,
     quartiles,
+    rank_changes,
+    rank_changes_by_groups,
     ranking,
 )
-from landscape.plotting.figure import save
+from landscape.plotting.figure import save_figure
 from landscape.training.models import ResNet, SimpleNet
 from landscape.training.presets import RECIPES
 
@@ -51,21 +51,21 @@ def test_every_pair_is_counted(shape, ties, dtype):
     before, after = torch.randn(2, *shape, dtype=dtype).mul(2)
     if ties:
         before, after = before.round(), after.round()
-    torch.testing.assert_close(order_changes(before, after), pair_by_pair(before, after), rtol=0, atol=1e-12)
+    torch.testing.assert_close(rank_changes(before, after), pair_by_pair(before, after), rtol=0, atol=1e-12)
 
 
 def test_it_is_kendalls_tau():
     before = torch.randn(300, 4, dtype=torch.float64)
     after = before + torch.linspace(0, 3, 4) * torch.randn(300, 4)
     taus = [kendalltau(*pair).statistic for pair in zip(before.T.numpy(), after.T.numpy(), strict=True)]
-    np.testing.assert_allclose(order_changes(before, after), (1 - np.array(taus)) / 2, rtol=1e-12)
+    np.testing.assert_allclose(rank_changes(before, after), (1 - np.array(taus)) / 2, rtol=1e-12)
 
 
 def test_ends_of_the_scale():
     values = torch.randn(50, 3)
-    torch.testing.assert_close(order_changes(values, values.exp()), torch.zeros(3, dtype=torch.float64))
-    torch.testing.assert_close(order_changes(values, -values), torch.ones(3, dtype=torch.float64))
-    assert order_changes(torch.randn(2000, 8), torch.randn(2000, 8)).sub(0.5).abs().max() < 0.05
+    torch.testing.assert_close(rank_changes(values, values.exp()), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(rank_changes(values, -values), torch.ones(3, dtype=torch.float64))
+    assert rank_changes(torch.randn(2000, 8), torch.randn(2000, 8)).sub(0.5).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_ends_of_the_scale():
     ],
 )
 def test_values_without_an_order(before, after, message):
-    with pytest.raises(UserError, match=message):
-        order_changes(before, after)
+    with pytest.raises(LandscapeError, match=message):
+        rank_changes(before, after)
 
 
 def model_and_inputs():
@@ -110,7 +110,7 @@ def test_activations_are_those_from_before_an_operation_in_place():
 @pytest.mark.parametrize("shape", [(32, 3), (8, 3, 2, 2)])
 def test_ghost_norm_changes_orders_and_batch_norm_none(shape):
     values = torch.randn(shape) * 3 + 1
-    table = changes_by_groups(values, [1, 2, 4]).pivot(index="channel", columns="groups", values="share")
+    table = rank_changes_by_groups(values, [1, 2, 4]).pivot(index="channel", columns="groups", values="share")
     for groups in (1, 2, 4):
         # As the layer does it, with a scale that is not negative.
         expected = pair_by_pair(values.double(), ghost_norm(values.double(), groups, torch.tensor([2.0, 1.0, 3.0])))
@@ -123,19 +123,19 @@ def test_ghost_norm_changes_orders_and_batch_norm_none(shape):
 def test_rounding_changes_no_order():
     values = (1000 + torch.randperm(512) * 2.0**-14)[:, None]  # neighbours in float32
     expected = pair_by_pair(values.double(), ghost_norm(values.double(), 32)).item()
-    assert changes_by_groups(values, [1, 32])["share"].tolist() == [0.0, pytest.approx(expected, abs=1e-12)]
+    assert rank_changes_by_groups(values, [1, 32])["share"].tolist() == [0.0, pytest.approx(expected, abs=1e-12)]
 
 
 def test_a_negative_scale_turns_all_pairs_around():
     values = torch.randn(32, 3, dtype=torch.float64)
     upright, reversed_ = (ghost_norm(values, 4, torch.full((3,), sign)) for sign in (1.0, -1.0))
-    torch.testing.assert_close(order_changes(values, upright), 1 - order_changes(values, reversed_))
+    torch.testing.assert_close(rank_changes(values, upright), 1 - rank_changes(values, reversed_))
 
 
 def test_of_many_values_some_are_compared():
     values = torch.randn(64, 2, 16, 16)
-    every = order_changes(values.double(), ghost_norm(values.double(), 16))
-    some = changes_by_groups(values, [16])["share"]
+    every = rank_changes(values.double(), ghost_norm(values.double(), 16))
+    some = rank_changes_by_groups(values, [16])["share"]
     assert values[:, 0].numel() > VALUES
     np.testing.assert_allclose(some, every, atol=0.01)
 
@@ -192,7 +192,7 @@ def test_the_figure_shows_the_quartiles_and_names_each_layer_once(digits, tmp_pa
             corners = band.get_paths()[0].vertices
             for edge in ("low", "high"):
                 assert set(shares.loc[name, edge]) <= set(corners[:, 1])
-    save(figure, tmp_path / "orders.png")
+    save_figure(figure, tmp_path / "orders.png")
     assert "for a batch of 128 training samples" in " ".join(figure._supxlabel.get_text().split())
 
 

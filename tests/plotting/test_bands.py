@@ -7,12 +7,12 @@ from recordings import frame, frames, without
 
 from landscape.analysis.labels import band_labels
 from landscape.analysis.measures import measured
-from landscape.errors import UserError
-from landscape.plotting.bands import Scale, _resumed, hides, largest_first, view_of
+from landscape.errors import LandscapeError
+from landscape.plotting.bands import Scale, _gap_ends, bands_overlap, draw_order, panel_data
 
 
 def view(runs, measure="loss", scale="auto"):
-    return view_of(runs.assign(band=band_labels(runs)), "step", measure, scale)
+    return panel_data(runs.assign(band=band_labels(runs)), "step", measure, scale)
 
 
 def with_extremes(measure, low, high):
@@ -35,8 +35,8 @@ def test_a_measure_without_a_band_has_no_height_and_hides_nothing():
     for band in drawn.bands.values():
         np.testing.assert_array_equal(band.low, band.line)
         np.testing.assert_array_equal(band.high, band.line)
-    assert not hides(drawn)
-    assert hides(view(runs, "predictiveness"))
+    assert not bands_overlap(drawn)
+    assert bands_overlap(view(runs, "predictiveness"))
 
 
 def test_an_update_that_is_not_finite_is_a_gap():
@@ -77,7 +77,7 @@ def test_the_scale_fits_the_values(measure, low, high, scale, expected):
 
 def test_what_has_no_place_on_a_logarithmic_axis_is_told():
     with pytest.raises(
-        UserError, match=r"A gap of -1 has no place on a logarithmic axis; choose scale linear or symlog"
+        LandscapeError, match=r"A gap of -1 has no place on a logarithmic axis; choose scale linear or symlog"
     ):
         view(with_extremes("gap", -1.0, 5.0), "gap", "log")
     assert view(frames("none", seeds=(0,)), "beta", "log").scale == Scale("log")
@@ -86,9 +86,9 @@ def test_what_has_no_place_on_a_logarithmic_axis_is_told():
 def test_what_is_small_is_so_for_the_eye():
     near_zero, far = frame("none", steps=5).assign(gap_min=0.001, gap_max=1.0), frame("batch", steps=5)
     runs = pd.concat([near_zero, far.assign(gap_min=100.0, gap_max=150.0)], ignore_index=True)
-    assert list(largest_first(view(runs, "gap", "linear"))) == ["BatchNorm", "No normalization"]
+    assert list(draw_order(view(runs, "gap", "linear"))) == ["BatchNorm", "No normalization"]
     for scale in ("log", "symlog"):
-        assert list(largest_first(view(runs, "gap", scale))) == ["No normalization", "BatchNorm"]
+        assert list(draw_order(view(runs, "gap", scale))) == ["No normalization", "BatchNorm"]
 
 
 def test_a_symmetric_axis_is_linear_in_the_middle():
@@ -142,7 +142,7 @@ def test_both_ends_of_the_axis_are_kept_near():
 
 def broken(runs, x="step"):
     """Where the bands are interrupted, by label."""
-    found = view_of(runs.assign(band=band_labels(runs)), x, "loss", "auto")
+    found = panel_data(runs.assign(band=band_labels(runs)), x, "loss", "auto")
     assert found.interrupted == any(np.isnan(band.low).any() for band in found.bands.values())
     return {label: list(band.x[np.isnan(band.low)]) for label, band in found.bands.items()}
 
@@ -251,6 +251,6 @@ def test_a_record_goes_on_as_run_by_run(seed):
         far = generator.random(60) < 0.1
         runs.append(np.cumsum(np.where(far, generator.integers(5, 60, 60), generator.integers(1, 4, 60))).tolist())
     rows = [pd.DataFrame({"band": "band", "run": str(run), "step": steps}) for run, steps in enumerate(runs)]
-    found = _resumed(pd.concat(rows).sample(frac=1, random_state=seed), "step")["band"]
+    found = _gap_ends(pd.concat(rows).sample(frac=1, random_state=seed), "step")["band"]
     assert found.tolist() == slowly_resumed(runs)
     assert seed or len(found)

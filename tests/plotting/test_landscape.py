@@ -17,9 +17,9 @@ from matplotlib.text import Text
 from recordings import frame, frames, without
 
 from landscape.analysis.measures import measured
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.names import MEASURES
-from landscape.plotting.figure import save
+from landscape.plotting.figure import save_figure
 from landscape.plotting.landscape import plot_landscape
 
 
@@ -156,7 +156,7 @@ def test_the_line_has_a_gap_where_the_training_loss_is_not_finite():
 def test_a_trace_without_a_finite_loss_is_still_a_figure(tmp_path):
     run = frame(steps=5).assign(loss=np.nan, loss_min=np.nan, loss_max=np.inf)
     figure = plot_landscape(run)
-    save(figure, tmp_path / "figure.png")
+    save_figure(figure, tmp_path / "figure.png")
     (axes,) = figure.axes
     assert bars_and_crosses(axes) == [([[0, 4]], [0])]
     assert list(axes.get_yticks()) == []
@@ -184,7 +184,7 @@ def test_a_negative_loss_has_no_place_on_a_logarithmic_axis():
     run = frame(steps=5)
     run.loc[2, "loss_min"] = -1.0
     assert plot_landscape(run).axes[0].get_yscale() == "linear"
-    with pytest.raises(UserError, match="loss of -1 has no place on a logarithmic axis; choose scale linear"):
+    with pytest.raises(LandscapeError, match="loss of -1 has no place on a logarithmic axis; choose scale linear"):
         plot_landscape(run, scale="log")
 
 
@@ -306,7 +306,7 @@ def test_a_band_that_is_left_out_is_not_in_the_legend():
     runs = pd.concat([lacking, frame("batch", steps=5)], ignore_index=True)
     figure = plot_landscape(runs, measure="gap")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["BatchNorm"]
-    with pytest.raises(UserError, match="gap needs slope"):
+    with pytest.raises(LandscapeError, match="gap needs slope"):
         plot_landscape(lacking, measure="gap")
 
 
@@ -359,12 +359,12 @@ def test_steps_or_epochs():
     ],
 )
 def test_options_that_do_not_exist_are_named(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         plot_landscape(frame(steps=2), **options)
 
 
 def test_a_frame_without_rows_is_refused():
-    with pytest.raises(UserError, match="no rows"):
+    with pytest.raises(LandscapeError, match="no rows"):
         plot_landscape(frame(steps=2).iloc[:0])
 
 
@@ -372,7 +372,7 @@ def test_a_frame_without_rows_is_refused():
 def test_a_picture_is_written_by_its_suffix_and_always_the_same(tmp_path, suffix, start):
     pictures = [tmp_path / "new" / f"{name}{suffix}" for name in "ab"]
     for picture in pictures:
-        save(plot_landscape(frame(steps=5)), picture)
+        save_figure(plot_landscape(frame(steps=5)), picture)
     first, second = (picture.read_bytes() for picture in pictures)
     assert first.startswith(start)
     assert first == second
@@ -380,8 +380,8 @@ def test_a_picture_is_written_by_its_suffix_and_always_the_same(tmp_path, suffix
 
 
 def test_another_suffix_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"figure\.jpg; give a name that ends in \.png, \.svg, \.pdf"):
-        save(plot_landscape(frame(steps=5)), tmp_path / "figure.jpg")
+    with pytest.raises(LandscapeError, match=r"figure\.jpg; give a name that ends in \.png, \.svg, \.pdf"):
+        save_figure(plot_landscape(frame(steps=5)), tmp_path / "figure.jpg")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -389,8 +389,8 @@ def test_a_path_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for path in (tmp_path / "file" / "figure.png", tmp_path / "folder.png"):
-        with pytest.raises(UserError, match="cannot be written"):
-            save(plot_landscape(frame(steps=5)), path)
+        with pytest.raises(LandscapeError, match="cannot be written"):
+            save_figure(plot_landscape(frame(steps=5)), path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -398,7 +398,7 @@ def test_a_notebook_can_show_it_and_global_state_is_left_alone(tmp_path):
     before = dict(mpl.rcParams)
     figure = plot_landscape(frame(steps=5))
     assert figure._repr_png_().startswith(b"\x89PNG")
-    save(figure, tmp_path / "figure.svg")
+    save_figure(figure, tmp_path / "figure.svg")
     assert dict(mpl.rcParams) == before
     assert not plt.get_fignums()
 
@@ -447,10 +447,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import pandas as pd
 from recordings import frame
-from landscape.plotting.figure import save
+from landscape.plotting.figure import save_figure
 from landscape.plotting.landscape import plot_landscape
 runs = pd.concat([frame(norm, seed) for seed, norm in enumerate(["none", "batch", "ghost", "seq"])], ignore_index=True)
-save(plot_landscape(runs, layout="multiples"), sys.argv[2])
+save_figure(plot_landscape(runs, layout="multiples"), sys.argv[2])
 """
     here = str(Path(__file__).parents[1] / "helpers")
     for seed in ("1", "2"):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from landscape import UserError
+from landscape import LandscapeError
 from landscape.probe.checks import GradientCheck, LossCheck, judged
 from landscape.ray.objective import Objective
 
@@ -45,12 +45,12 @@ def test_a_changed_gradient_is_told_where_the_loss_is_right_and_refused_where_it
     changed = check(torch.sign)
     assert set(verdict(gradient=changed)) == {"gradient"}
     for options in ({"evaluated": 1.5}, {"others": True}):
-        with pytest.raises(UserError):
+        with pytest.raises(LandscapeError):
             verdict(gradient=changed, **options)
 
 
 def test_a_parameter_that_the_loss_does_not_see_is_refused():
-    with pytest.raises(UserError, match="'weight'"):
+    with pytest.raises(LandscapeError, match="'weight'"):
         verdict(gradient=GradientCheck(1.0, 1.0, 1.0, 1, 1e-3, ("weight",)))
 
 

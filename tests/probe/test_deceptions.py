@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from landscape import LandscapeProbe, UserError, ray_losses
+from landscape import LandscapeError, LandscapeProbe, ray_losses
 from landscape.ray.engines.registry import ENGINES, OPT_IN
 
 STEP_SIZES = [0.2 * k for k in range(1, 6)]
@@ -134,7 +134,7 @@ def test_parameters_that_are_written_before_the_step_are_refused():
     def shrink(model):
         model[0].weight.data.mul_(0.9)
 
-    with pytest.raises(UserError, match="step size 0"):
+    with pytest.raises(LandscapeError, match="step size 0"):
         train(mlp, "loop", between=shrink)
 
 
@@ -376,13 +376,13 @@ def test_lazy_modules_are_probed_once_they_are_made():
 )
 def test_mistakes(options, message):
     model = nn.Linear(1, 1)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         LandscapeProbe(model, torch.optim.SGD(model.parameters()), **{"step_sizes": [1.0]} | options)
 
 
 def test_a_direction_with_nothing_for_a_parameter():
     model = nn.Linear(1, 1)
-    with pytest.raises(UserError, match="direction of 'weight' is a NoneType; give a tensor, or leave it out"):
+    with pytest.raises(LandscapeError, match="direction of 'weight' is a NoneType; give a tensor, or leave it out"):
         ray_losses(model, lambda m: m(torch.ones(1)), {"weight": None, "bias": torch.ones(1)}, [1.0])
 
 

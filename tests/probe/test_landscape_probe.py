@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from landscape import GhostNorm, LandscapeProbe, UserError, ray_losses
+from landscape import GhostNorm, LandscapeError, LandscapeProbe, ray_losses
 from landscape.ray.engines.loop import loop
 from landscape.ray.engines.registry import ENGINES
 
@@ -299,7 +299,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("loss_of", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_capture_that_is_not_the_training_loss_is_refused(loss_of, message):
-    with pytest.raises(UserError, match=f"{message}.*probe.observe"):
+    with pytest.raises(LandscapeError, match=f"{message}.*probe.observe"):
         step_after(loss_of)
 
 
@@ -311,7 +311,7 @@ def test_a_batch_that_is_overwritten_before_the_step_is_refused():
         model[0].weight.register_post_accumulate_grad_hook(overwrite)
         return criterion(model(inputs), targets)
 
-    with pytest.raises(UserError, match=r"\(16, 6\) among the arguments of the model .*clone"):
+    with pytest.raises(LandscapeError, match=r"\(16, 6\) among the arguments of the model .*clone"):
         step_after(reuse)
 
 
@@ -567,7 +567,7 @@ def test_trace_and_facts(tmp_path):
 
 
 def test_a_refused_probe_does_not_block_its_folder(tmp_path):
-    with pytest.raises(UserError, match="No loss was captured"):
+    with pytest.raises(LandscapeError, match="No loss was captured"):
         step_after(lambda m, c, x, y: F.cross_entropy(m(x), y), trace=tmp_path / "run")
     assert len(probed(trace=tmp_path / "run").frame()) == 5
 
@@ -608,5 +608,5 @@ def test_detached_probe_listens_no_more():
 def test_mistakes(options, message):
     model = make_model()
     arguments = {"criterion": nn.CrossEntropyLoss(), "step_sizes": STEP_SIZES} | options
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         LandscapeProbe(model, OPTIMIZERS["sgd"](model.parameters()), **arguments)

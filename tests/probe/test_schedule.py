@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from landscape import LandscapeProbe, UserError
-from landscape.probe.schedule import Budget, Schedule, Stopwatch
+from landscape import LandscapeError, LandscapeProbe
+from landscape.probe.schedule import DeviceTimer, OverheadBudget, ProbeSchedule
 
 CPU = torch.device("cpu")
 
@@ -14,9 +14,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("first", [1.0, 10.0])
 def test_five_hundred_steps_cost_the_share(share, first):
     """Probes of one and a half steps, the first of them dearer by its checks."""
-    budget, probes = Budget(share), 0
+    budget, probes = OverheadBudget(share), 0
     for _ in range(500):
-        if budget.affords():
+        if budget.allows_probe():
             budget.probe(first if probes == 0 else 1.5)
             probes += 1
         budget.train(1.0)
@@ -25,7 +25,7 @@ def test_five_hundred_steps_cost_the_share(share, first):
 
 
 def test_every_nth_update():
-    schedule, due = Schedule(3, None, CPU), []
+    schedule, due = ProbeSchedule(3, None, CPU), []
     for _ in range(7):
         due.append(schedule.due)
         schedule.advance(0.0)
@@ -34,7 +34,7 @@ def test_every_nth_update():
 
 
 def test_what_is_probed_is_not_training():
-    schedule = Schedule(1, 0.5, CPU)
+    schedule = ProbeSchedule(1, 0.5, CPU)
     with schedule.probing():
         time.sleep(0.05)
     schedule.advance(0.01)
@@ -46,7 +46,7 @@ def test_what_is_probed_is_not_training():
 
 
 def test_a_stopwatch_that_is_left_by_an_error():
-    watch = Stopwatch(CPU)
+    watch = DeviceTimer(CPU)
     with pytest.raises(KeyError), watch.running():
         raise KeyError
     assert len(watch.take()) == 1
@@ -55,7 +55,7 @@ def test_a_stopwatch_that_is_left_by_an_error():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_stopwatch_on_a_gpu_does_not_wait():
-    watch = Stopwatch(torch.device("cuda"))
+    watch = DeviceTimer(torch.device("cuda"))
     with watch.running():
         torch.cuda._sleep(100_000_000)
     assert watch.pending()
@@ -79,5 +79,5 @@ def test_a_probe_with_a_budget_skips_updates_and_says_so():
 @pytest.mark.parametrize("overhead", [0, -0.1, float("nan"), float("inf")])
 def test_no_share(overhead):
     model = nn.Linear(1, 1)
-    with pytest.raises(UserError, match="share of the training time"):
+    with pytest.raises(LandscapeError, match="share of the training time"):
         LandscapeProbe(model, torch.optim.SGD(model.parameters()), step_sizes=[1.0], overhead=overhead)

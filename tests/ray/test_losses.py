@@ -11,7 +11,7 @@ from cases import CASES, REFUSED
 from rays import ENGINES, STEP_SIZES, moved_losses
 from torch import nn
 
-from landscape import UserError, ray_losses
+from landscape import LandscapeError, ray_losses
 
 
 def measured(name, case, engine):
@@ -153,7 +153,7 @@ def test_arrays_of_step_sizes_and_too_large_ones():
     a, b = (ray_losses(case.model, case.closure, case.direction(), s) for s in (steps, torch.from_numpy(steps)))
     assert torch.equal(a, b)
     model = nn.Linear(1, 1)
-    with pytest.raises(UserError, match=r"more than torch.float32 holds"):
+    with pytest.raises(LandscapeError, match=r"more than torch.float32 holds"):
         ray_losses(model, lambda m: m(torch.ones(1)), {"bias": torch.ones(1)}, [1e300])
 
 
@@ -188,5 +188,5 @@ def test_code_that_does_not_go_with_the_fast_engine_is_measured_by_the_loop():
 def test_mistakes(change, message):
     case = CASES["mlp"]()
     arguments = {"model": case.model, "closure": case.closure, "direction": case.direction(), "step_sizes": [0.1]}
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         ray_losses(**arguments | change)

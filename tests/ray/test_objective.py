@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from landscape.ray.linear_cache import Base
-from landscape.ray.objective import Objective, Term
-from landscape.ray.snapshot import Autocast, ForwardState, Scene
+from landscape.ray.linear_cache import CachedLinear
+from landscape.ray.objective import LossTerm, Objective
+from landscape.ray.snapshot import Autocast, ForwardSnapshot, LossModule
 
 
 class Restless(nn.Module):
@@ -103,24 +103,26 @@ def test_autocast_is_that_of_the_forward_pass():
 
 
 def test_terms_are_summed_with_their_weights():
-    scene = Scene(nn.Linear(1, 1))
+    scene = LossModule(nn.Linear(1, 1))
     losses, weights = (3.0, 5.0), (torch.tensor(0.5), None)
     terms = [
-        Term(lambda model, loss=loss: torch.tensor(loss), ForwardState.capture(scene), torch.tensor(loss), weight)
+        LossTerm(
+            lambda model, loss=loss: torch.tensor(loss), ForwardSnapshot.capture(scene), torch.tensor(loss), weight
+        )
         for loss, weight in zip(losses, weights, strict=True)
     ]
-    assert Objective(terms)({}) == Objective(terms).recorded() == 6.5
+    assert Objective(terms)({}) == Objective(terms).training_loss() == 6.5
 
 
 @pytest.mark.parametrize("change", ["inputs", "outputs", "weight", "rebound"])
 def test_a_layer_that_was_written_to_since_is_not_current(change):
     layer, inputs = nn.Linear(3, 2), torch.randn(4, 3)
     outputs = layer(inputs).detach()
-    base = Base.of({"weight": layer.weight, "bias": layer.bias}, inputs, outputs)
-    assert base.current()
+    base = CachedLinear.of({"weight": layer.weight, "bias": layer.bias}, inputs, outputs)
+    assert base.is_valid()
     with torch.no_grad():
         if change == "rebound":
             layer.weight.data = layer.weight.data.clone()
         else:
             {"inputs": inputs, "outputs": outputs, "weight": layer.weight}[change][1:].add_(1)
-    assert not base.current()
+    assert not base.is_valid()

@@ -1,11 +1,11 @@
 import torch
 
-from landscape.ray.peak_memory import Meter
+from landscape.ray.peak_memory import PeakMemory
 
 
 def test_the_peak_is_of_what_lives_at_one_time():
     kept = torch.ones(1000)  # was there before
-    with Meter() as meter:
+    with PeakMemory() as meter:
         for _ in range(3):
             a = kept + 1
             b = a + 1
@@ -16,7 +16,7 @@ def test_the_peak_is_of_what_lives_at_one_time():
 
 
 def test_a_view_holds_what_it_looks_at():
-    with Meter() as meter:
+    with PeakMemory() as meter:
         small = torch.ones(1000)[:1]
         more = torch.ones(500)
     assert meter.peak == 4000 + 2000
@@ -25,6 +25,6 @@ def test_a_view_holds_what_it_looks_at():
 
 def test_memory_inside_vmap_is_seen():
     x = torch.ones(10, 100)
-    with Meter() as meter:
+    with PeakMemory() as meter:
         torch.vmap(lambda row: (row * 2).square())(x)
     assert meter.peak == 2 * 4000

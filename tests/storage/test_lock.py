@@ -9,7 +9,7 @@ import time
 import pytest
 from recordings import rows
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.storage.filesystem import Folder, Memory
 from landscape.storage.lock import LEASE_SECONDS, Lock
 from landscape.traces.reader import read_traces
@@ -41,7 +41,7 @@ def other(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
 def test_a_second_writer_is_refused_with_the_owners_host_and_process(tmp_path, other, options):
     expected = rf"run is being written by process {other.pid} on host {platform.node()}\. Wait until it has ended"
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(LandscapeError, match=expected):
         TraceWriter(tmp_path / "run", **options)
     assert len(read_traces(tmp_path)) == 1
 
@@ -58,7 +58,7 @@ def test_a_dead_process_holds_nothing(tmp_path, other):
 
 def test_a_process_is_told_of_itself(tmp_path):
     first = TraceWriter(tmp_path)
-    with pytest.raises(UserError, match=rf"process {os.getpid()} on host .*Close its writer"):
+    with pytest.raises(LandscapeError, match=rf"process {os.getpid()} on host .*Close its writer"):
         TraceWriter(tmp_path, overwrite=True)
     first.close()
     TraceWriter(tmp_path, overwrite=True).close()
@@ -77,7 +77,7 @@ ELSEWHERE = {"host": "node17", "process": 4711, "token": "theirs"}
 def test_without_locks_a_note_says_who_writes():
     store = Lockless()
     store.note(**ELSEWHERE, time=time.time() - LEASE_SECONDS / 2)
-    with pytest.raises(UserError, match="process 4711 on host node17"):
+    with pytest.raises(LandscapeError, match="process 4711 on host node17"):
         Lock(store)
     store.note(**ELSEWHERE, time=time.time() - LEASE_SECONDS - 1)
     Lock(store).release()
@@ -91,7 +91,7 @@ def test_without_locks_a_dead_process_of_this_host_is_known():
     store.note(host=platform.node(), process=process.pid, token="theirs", time=time.time())
     Lock(store).release()
     store.note(host=platform.node(), process=os.getpid(), token="theirs", time=time.time())
-    with pytest.raises(UserError, match="Close its writer"):
+    with pytest.raises(LandscapeError, match="Close its writer"):
         Lock(store)
 
 
@@ -133,6 +133,6 @@ def test_a_folder_that_was_made_anew_belongs_to_who_has_it_now(tmp_path, recwarn
 def test_a_lock_of_a_folder_outlives_its_note(tmp_path):
     lock = Lock(Folder(tmp_path))
     (tmp_path / ".owner.json").unlink()
-    with pytest.raises(UserError, match=r"being written by process \(unknown\)"):
+    with pytest.raises(LandscapeError, match=r"being written by process \(unknown\)"):
         Lock(Folder(tmp_path))
     lock.release()

@@ -14,7 +14,7 @@ from recordings import rows
 from torch import nn
 
 from landscape import RECIPES, LandscapeProbe, plot_landscape, train
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.storage.filesystem import store_at
 from landscape.traces.reader import list_runs, read_traces
 from landscape.traces.writer import TraceWriter
@@ -81,18 +81,18 @@ def test_a_run_is_held_overwritten_and_goes_on(bucket):
     trace = TraceWriter(f"{TRACES}/run")
     record(trace, range(3))
     trace.flush()
-    with pytest.raises(UserError, match=rf"process {os.getpid()} on host {platform.node()}"):
+    with pytest.raises(LandscapeError, match=rf"process {os.getpid()} on host {platform.node()}"):
         TraceWriter(f"{TRACES}/run", resume=True)
     trace.close()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(LandscapeError, match="holds a run already"):
         TraceWriter(f"{TRACES}/run")
     with TraceWriter(f"{TRACES}/run", resume=True) as trace:
-        trace.rewind({"updates": 2})
+        trace.truncate({"updates": 2})
         record(trace, range(2, 5))
-        trace.keep("checkpoint.pt", b"state")
-        assert trace.kept("checkpoint.pt") == b"state"
-        trace.discard("checkpoint.pt")
-        assert trace.kept("checkpoint.pt") is None
+        trace.write_file("checkpoint.pt", b"state")
+        assert trace.read_file("checkpoint.pt") == b"state"
+        trace.delete_file("checkpoint.pt")
+        assert trace.read_file("checkpoint.pt") is None
     assert list(read_traces(TRACES).step) == list(range(5))
     with TraceWriter(f"{TRACES}/run", overwrite=True) as trace:
         record(trace, range(1))
@@ -121,7 +121,7 @@ def test_a_server_that_stops_in_the_middle_of_a_run(server, bucket):
             assert not probe.trace.flush()
         train(5)
         assert not probe.trace.flush()
-        with pytest.raises(UserError, match="s3://bucket/traces/run cannot be read now"):
+        with pytest.raises(LandscapeError, match="s3://bucket/traces/run cannot be read now"):
             probe.frame()
         server.start()
         assert len(probe.frame()) == 15
@@ -138,10 +138,10 @@ def test_a_server_that_stays_away_is_told_at_the_end(server, bucket):
     record(trace, range(2, 5))
     with (
         pytest.warns(UserWarning, match="cannot be written to"),
-        pytest.raises(UserError, match="3 rows of updates could not be written"),
+        pytest.raises(LandscapeError, match="3 rows of updates could not be written"),
     ):
         trace.close()
-    with pytest.raises(UserError, match="s3://bucket/traces cannot be read: "):
+    with pytest.raises(LandscapeError, match="s3://bucket/traces cannot be read: "):
         read_traces(TRACES)
     server.start()
     trace.close()
@@ -157,12 +157,12 @@ def test_a_server_that_stays_away_is_told_at_the_end(server, bucket):
     ],
 )
 def test_places_that_cannot_be_written_to(bucket, place, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         TraceWriter(place)
 
 
 def test_places_where_nothing_is(bucket):
-    with pytest.raises(UserError, match="There is no s3://bucket/nothing"):
+    with pytest.raises(LandscapeError, match="There is no s3://bucket/nothing"):
         read_traces("s3://bucket/nothing")
 
 
@@ -195,13 +195,13 @@ def test_the_command_goes_on_with_a_run_in_a_bucket(bucket):
 
     with pytest.raises(KeyboardInterrupt):
         train(recipe, TRACES, device="cpu", on_update=stop)
-    assert f"traces/{recipe.run}/checkpoint.pt" in names(bucket)
+    assert f"traces/{recipe.run_name}/checkpoint.pt" in names(bucket)
     command = ["probe", "--norm", "batch", "--epochs", "1", "--device", "cpu", "--resume", "--out", TRACES]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith(f"{TRACES}/{recipe.run}: mean range ")
+    assert result.output.startswith(f"{TRACES}/{recipe.run_name}: mean range ")
     assert names(bucket) == [
-        f"traces/{recipe.run}/{name}"
+        f"traces/{recipe.run_name}/{name}"
         for name in (
             "epochs-000000000.parquet",
             "run.json",

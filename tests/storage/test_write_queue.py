@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 from recordings import rows
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.storage import write_queue
 from landscape.traces.reader import read_traces
 from landscape.traces.writer import TraceWriter
@@ -75,7 +75,7 @@ def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path):
         message = (
             "Not all that was recorded is in .*run: 13 rows of updates could not be written .No space left on device"
         )
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(LandscapeError, match=message):
             trace.close()
         assert list(read_traces(disk).step) == list(range(10))
         filler.unlink()
@@ -138,7 +138,7 @@ def test_a_folder_that_was_deleted_gets_what_is_left_and_the_rest_is_named(tmp_p
     with pytest.warns(UserWarning, match="No such file or directory"):
         record(trace, range(10, 17))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"10 rows of updates were written and have vanished\.$"):
+    with pytest.raises(LandscapeError, match=r"10 rows of updates were written and have vanished\.$"):
         trace.close()
     with pytest.warns(UserWarning, match="lacks the updates in rows 0 to 9"):
         assert list(read_traces(tmp_path).step) == list(range(10, 17))
@@ -183,7 +183,7 @@ def test_memory_is_bounded_and_what_is_lost_is_told(tmp_path, monkeypatch):
         record(trace, range(5, 60))
     (tmp_path / "away").rename(tmp_path / "run")
     record(trace, range(60, 65))
-    with pytest.raises(UserError, match="rows of updates were more than memory may hold while nothing"):
+    with pytest.raises(LandscapeError, match="rows of updates were more than memory may hold while nothing"):
         trace.close()
     with pytest.warns(UserWarning, match="lacks the updates in rows"):
         steps = list(read_traces(tmp_path).step)
@@ -196,7 +196,7 @@ def test_facts_wait_too(tmp_path):
     trace = TraceWriter(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "away")
     with pytest.warns(UserWarning, match="No such file"):
-        trace.note(engine="affine")
+        trace.update_metadata(engine="affine")
     (tmp_path / "away").rename(tmp_path / "run")
     record(trace, range(2))
     with warnings.catch_warnings():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.traces.metadata import environment, plain
 
 
@@ -30,7 +30,7 @@ def test_facts_become_what_json_holds(fact, expected):
 
 
 def test_a_fact_that_json_cannot_hold_is_named():
-    with pytest.raises(UserError, match=r"recipe\.layers\[1\] is a object"):
+    with pytest.raises(LandscapeError, match=r"recipe\.layers\[1\] is a object"):
         plain({"recipe": {"layers": [1, object()]}})
 
 

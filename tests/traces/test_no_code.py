@@ -16,7 +16,7 @@ from recordings import rows
 
 import landscape
 from landscape.data.dataset import load_dataset
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.traces.reader import read_traces
 from landscape.traces.writer import TraceWriter
 
@@ -155,5 +155,5 @@ def test_files_of_data_sets_are_no_code(planted, tmp_path, monkeypatch, name):
         archive.addfile(info, io.BytesIO(planted))
     for file in ("train.bin", "test.bin", "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz", "digits.npz"):
         (tmp_path / file).write_bytes(planted)
-    with pytest.raises(UserError, match=r"damaged|missing"):
+    with pytest.raises(LandscapeError, match=r"damaged|missing"):
         load_dataset(name, tmp_path)

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from recordings import rows
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.storage.filesystem import Folder
 from landscape.traces.parquet import read_part, schema, to_arrow, to_parquet
 from landscape.traces.schema import UPDATES, VERSION
@@ -54,7 +54,7 @@ def test_extremes_that_a_row_gives_are_kept():
 def test_a_newer_format_is_refused(tmp_path):
     newer = to_arrow(rows(steps=1), "updates").replace_schema_metadata({"landscape_version": str(VERSION + 1)})
     pq.write_table(newer, tmp_path / "part")
-    with pytest.raises(UserError, match=f"format {VERSION + 1}, and only {VERSION} is known"):
+    with pytest.raises(LandscapeError, match=f"format {VERSION + 1}, and only {VERSION} is known"):
         read(tmp_path / "part")
 
 
@@ -84,7 +84,7 @@ def test_a_column_that_others_added_is_not_taken_for_one_that_came_later(tmp_pat
 @pytest.mark.parametrize("version", ["2", None])
 @pytest.mark.parametrize("column", ["slope", "gradient_distances", "losses"])
 def test_a_part_without_a_column_of_its_version_is_refused(tmp_path, version, column):
-    with pytest.raises(UserError, match=f"no part of the table updates: it has no column {column}"):
+    with pytest.raises(LandscapeError, match=f"no part of the table updates: it has no column {column}"):
         read(rewritten(tmp_path / "part", version, drop=[column]))
 
 
@@ -95,7 +95,7 @@ def test_a_part_that_has_lost_its_version_is_read_whole(tmp_path):
 
 def test_another_table_is_refused(tmp_path):
     write(tmp_path / "part", rows(steps=1))
-    with pytest.raises(UserError, match="no part of the table epochs: it has no column train_loss"):
+    with pytest.raises(LandscapeError, match="no part of the table epochs: it has no column train_loss"):
         read(tmp_path / "part", "epochs")
 
 
@@ -109,7 +109,7 @@ def test_a_part_knows_its_run(tmp_path):
     write(tmp_path / "part", rows(steps=2), run="a")
     assert read(tmp_path / "part", run="a").num_rows == 2
     assert read(tmp_path / "part").num_rows == 2
-    with pytest.raises(UserError, match="belongs to another run"):
+    with pytest.raises(LandscapeError, match="belongs to another run"):
         read(tmp_path / "part", run="b")
 
 
@@ -124,6 +124,6 @@ def test_no_flipped_bit_is_read_as_a_number(tmp_path):
         content[bit // 8] ^= 1 << bit % 8
         try:
             assert read(tmp_path / "part", run="a").equals(part.cast(schema("updates")))
-        except UserError:
+        except LandscapeError:
             refused += 1
     assert refused > 100

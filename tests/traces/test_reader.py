@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from recordings import rows
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.storage.filesystem import inside
 from landscape.traces.reader import list_runs, read_traces
 from landscape.traces.schema import UPDATES, VERSION
@@ -73,10 +73,10 @@ def test_a_path_like_a_hive_partition_is_only_a_name(tmp_path):
 
 
 def test_paths_that_lead_nowhere_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"There is no .*missing"):
+    with pytest.raises(LandscapeError, match=r"There is no .*missing"):
         read_traces(tmp_path / "missing")
     (tmp_path / "notes.txt").write_text("no trace")
-    with pytest.raises(UserError, match=r"notes\.txt cannot be read as Parquet"):
+    with pytest.raises(LandscapeError, match=r"notes\.txt cannot be read as Parquet"):
         read_traces(tmp_path / "notes.txt")
 
 
@@ -195,10 +195,12 @@ def test_facts_that_cannot_be_read_do_not_hide_the_rows(tmp_path, content, reaso
 def test_where_nothing_can_be_read_it_is_an_error(tmp_path):
     record(tmp_path)
     (tmp_path / part(0)).write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match=r"Nothing can be read of what is recorded: .*updates-000000000.parquet cannot"):
+    with pytest.raises(
+        LandscapeError, match=r"Nothing can be read of what is recorded: .*updates-000000000.parquet cannot"
+    ):
         read_traces(tmp_path)
     (tmp_path / part(0)).unlink()
-    with pytest.raises(UserError, match=r"No updates are recorded in .*landscape probe"):
+    with pytest.raises(LandscapeError, match=r"No updates are recorded in .*landscape probe"):
         read_traces(tmp_path)
 
 
@@ -218,7 +220,7 @@ def test_runs_are_listed_without_their_rows(tmp_path):
     assert list(runs.ended.isna()) == [False, False, True]
     assert list(runs.writer.isna()) == [True, True, False]
     assert runs.writer[2] == f"process {os.getpid()} on host {platform.node()}"
-    trace.keep("checkpoint.pt", b"")
+    trace.write_file("checkpoint.pt", b"")
     trace.close()  # what goes on from a checkpoint has not ended
     assert list(list_runs(tmp_path).ended.isna()) == [False, False, True]
 
@@ -239,7 +241,7 @@ def test_a_url_of_a_file_is_its_path(tmp_path):
 
 def test_a_run_has_no_place_in_no_bucket():
     assert inside("s3://bucket/", "run") == "s3://bucket/run"
-    with pytest.raises(UserError, match="s3:// names no bucket"):
+    with pytest.raises(LandscapeError, match="s3:// names no bucket"):
         inside("s3://", "run")
 
 

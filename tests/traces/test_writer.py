@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from recordings import rows
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.traces.reader import read_traces
 from landscape.traces.schema import EPOCHS, UPDATES, VERSION
 from landscape.traces.writer import TraceWriter
@@ -136,7 +136,7 @@ def test_rows_that_could_not_be_written_stay_pending(tmp_path):
 
 def test_the_run_says_what_made_it(tmp_path):
     trace = TraceWriter(tmp_path, {"recipe": {"layers": (512, 300)}, "data": Path("digits.npz")})
-    trace.note(engine="affine", data="mnist")
+    trace.update_metadata(engine="affine", data="mnist")
     facts = json.loads((tmp_path / "run.json").read_text())
     assert "ended" not in facts
     trace.close()
@@ -151,7 +151,7 @@ def test_the_run_says_what_made_it(tmp_path):
 def test_a_run_is_overwritten_only_when_asked(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     record(tmp_path, flush_rows=2, steps=10)
-    with pytest.raises(UserError, match="holds a run already; give another folder, overwrite=True to replace"):
+    with pytest.raises(LandscapeError, match="holds a run already; give another folder, overwrite=True to replace"):
         TraceWriter(tmp_path)
     assert len(read_traces(tmp_path)) == 10
     record(tmp_path, steps=3, overwrite=True)
@@ -161,7 +161,7 @@ def test_a_run_is_overwritten_only_when_asked(tmp_path):
 
 def test_a_fact_that_cannot_be_kept_is_told_before_anything_is_removed(tmp_path):
     record(tmp_path)
-    with pytest.raises(UserError, match="run fact model"):
+    with pytest.raises(LandscapeError, match="run fact model"):
         TraceWriter(tmp_path, {"model": object()}, overwrite=True)
     assert len(read_traces(tmp_path)) == 10
 
@@ -169,7 +169,7 @@ def test_a_fact_that_cannot_be_kept_is_told_before_anything_is_removed(tmp_path)
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="No trace can be written in"):
+        with pytest.raises(LandscapeError, match="No trace can be written in"):
             TraceWriter(folder)
 
 
@@ -177,17 +177,17 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     for folder in (tmp_path, tmp_path / "run"):
-        with pytest.raises(UserError, match="Permission denied"):
+        with pytest.raises(LandscapeError, match="Permission denied"):
             TraceWriter(folder)
 
 
 def test_unknown_tables_and_columns_are_named(tmp_path):
     trace = TraceWriter(None)
-    with pytest.raises(UserError, match="no column accuracy; it has step, epoch"):
+    with pytest.raises(LandscapeError, match="no column accuracy; it has step, epoch"):
         trace.append({"step": 0, "accuracy": 1.0})
-    with pytest.raises(UserError, match="no table batches; the tables of a trace are updates, epochs"):
+    with pytest.raises(LandscapeError, match="no table batches; the tables of a trace are updates, epochs"):
         trace.append({"step": 0}, "batches")
-    with pytest.raises(UserError, match="no table batches"):
+    with pytest.raises(LandscapeError, match="no table batches"):
         read_traces(tmp_path, "batches")
 
 
@@ -199,7 +199,7 @@ trace = TraceWriter(sys.argv[1], {"norm": "ghost"}, flush_rows=3)
 print("ready", flush=True)
 for step, row in enumerate(itertools.cycle(rows())):
     trace.append({**row, "step": step})
-    trace.note(step=step)
+    trace.update_metadata(step=step)
 """
 
 
@@ -251,11 +251,11 @@ def test_a_run_goes_on_behind_its_rows(tmp_path):
 
 def test_a_checkpoint_counts_also_where_no_row_was_recorded(tmp_path):
     with TraceWriter(tmp_path) as trace:
-        trace.keep("checkpoint.pt", b"state")
+        trace.write_file("checkpoint.pt", b"state")
     (tmp_path / ".checkpoint.pt.tmp").write_bytes(b"half a file")
     with TraceWriter(tmp_path, resume=True) as trace:
-        assert trace.kept("checkpoint.pt") == b"state"
-        assert trace.kept(".checkpoint.pt.tmp") is None
+        assert trace.read_file("checkpoint.pt") == b"state"
+        assert trace.read_file(".checkpoint.pt.tmp") is None
 
 
 def test_resuming_what_was_never_begun_begins_it(tmp_path):
@@ -270,7 +270,7 @@ def test_later_rows_are_forgotten(tmp_path, kept):
     trace = TraceWriter(tmp_path, resume=True)
     for row in rows(steps=12)[10:]:
         trace.append(row)
-    trace.rewind({"updates": kept})
+    trace.truncate({"updates": kept})
     assert trace.written["updates"] == kept
     for row in rows(steps=14)[kept:]:
         trace.append(row)
@@ -285,7 +285,7 @@ def test_a_run_that_goes_on_has_not_ended(tmp_path):
     """Not even with the rows that it had when it was closed before."""
     record(tmp_path, flush_rows=4)
     trace = TraceWriter(tmp_path, resume=True)
-    trace.rewind({"updates": 4})
+    trace.truncate({"updates": 4})
     facts = json.loads((tmp_path / "run.json").read_text())
     assert not {"ended", "rows"} & set(facts)
     assert list(read_traces(tmp_path).step) == list(range(4))
@@ -297,17 +297,17 @@ def test_a_trace_is_not_cut_by_mistake(tmp_path, written):
     record(tmp_path)
     with (
         TraceWriter(tmp_path, resume=True) as trace,
-        pytest.raises(UserError, match="give what TraceWriter"),
+        pytest.raises(LandscapeError, match="give what TraceWriter"),
     ):
-        trace.rewind(written)
+        trace.truncate(written)
     assert len(read_traces(tmp_path)) == 10
 
 
 def test_a_trace_with_a_gap_does_not_go_on(tmp_path):
     record(tmp_path, flush_rows=4)
     (tmp_path / "updates-000000000.parquet").unlink()
-    with TraceWriter(tmp_path, resume=True) as trace, pytest.raises(UserError, match="has 0 rows of updates"):
-        trace.rewind({"updates": 9})
+    with TraceWriter(tmp_path, resume=True) as trace, pytest.raises(LandscapeError, match="has 0 rows of updates"):
+        trace.truncate({"updates": 9})
 
 
 def test_a_run_that_an_error_stopped_has_not_ended(tmp_path):
@@ -317,14 +317,14 @@ def test_a_run_that_an_error_stopped_has_not_ended(tmp_path):
 
 
 def test_going_on_and_starting_anew_are_not_one_thing(tmp_path):
-    with pytest.raises(UserError, match="choose one of them"):
+    with pytest.raises(LandscapeError, match="choose one of them"):
         TraceWriter(tmp_path, overwrite=True, resume=True)
 
 
 def test_what_is_replaced_is_not_gone_on_with(tmp_path):
     with TraceWriter(tmp_path) as trace:
         trace.append(rows()[0])
-        trace.keep("checkpoint.pt", b"of the earlier run")
+        trace.write_file("checkpoint.pt", b"of the earlier run")
     TraceWriter(tmp_path, overwrite=True).close()
     assert files(tmp_path) == ["run.json"]
 
@@ -333,7 +333,7 @@ def test_rows_in_memory_are_forgotten_too():
     trace = TraceWriter(None)
     for row in rows(steps=5):
         trace.append(row)
-    trace.rewind({"updates": 3})
+    trace.truncate({"updates": 3})
     assert list(trace.frame().step) == [0, 1, 2]
 
 
@@ -342,17 +342,17 @@ def test_a_trace_that_has_lost_rows_does_not_go_on(tmp_path):
     (tmp_path / "updates-000000008.parquet").unlink()
     with (
         TraceWriter(tmp_path, resume=True) as trace,
-        pytest.raises(UserError, match="has 8 rows of updates, and should go on after 10: some were lost since"),
+        pytest.raises(LandscapeError, match="has 8 rows of updates, and should go on after 10: some were lost since"),
     ):
-        trace.rewind({"updates": 10})
+        trace.truncate({"updates": 10})
 
 
 def test_other_files_beside_a_run(tmp_path):
     with TraceWriter(tmp_path) as trace:
-        assert trace.kept("checkpoint.pt") is None
-        trace.keep("checkpoint.pt", b"state")
-        assert trace.kept("checkpoint.pt") == b"state"
-        trace.discard("checkpoint.pt")
+        assert trace.read_file("checkpoint.pt") is None
+        trace.write_file("checkpoint.pt", b"state")
+        assert trace.read_file("checkpoint.pt") == b"state"
+        trace.delete_file("checkpoint.pt")
         assert files(tmp_path) == [".owner.json", "run.json"]
     with pytest.raises(OSError, match="directory"):
-        trace.keep("no/such/folder", b"")
+        trace.write_file("no/such/folder", b"")

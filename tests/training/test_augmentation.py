@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.training.augmentation import augmentation
 from landscape.training.recipe import AUGMENTATIONS
 
@@ -63,5 +63,5 @@ def test_nothing_asked_is_nothing_done():
 
 def test_without_kornia_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "kornia.augmentation", None)
-    with pytest.raises(UserError, match=r"pip install 'landscape\[augment\]'"):
+    with pytest.raises(LandscapeError, match=r"pip install 'landscape\[augment\]'"):
         augmentation(["flip"], 32)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from resuming import check_same
 
-from landscape import RECIPES, UserError, list_runs, read_traces, train
-from landscape.distributed.group import ALONE
+from landscape import RECIPES, LandscapeError, list_runs, read_traces, train
+from landscape.distributed.group import SINGLE_PROCESS
 from landscape.traces.writer import TraceWriter
 from landscape.training import checkpoint
 from landscape.training.checkpoint import Checkpoints
 from landscape.training.experiment import Experiment
-from landscape.training.train import Beginning, _Training
+from landscape.training.train import TraceTarget, _Training
 
 SHORT = replace(RECIPES["digits"], train_samples=640, epochs=2)
 
@@ -54,7 +54,7 @@ def resume(out, recipe=SHORT, **options):
 
 
 def test_a_checkpoint_is_data_and_says_what_is_trained(begun):
-    content = torch.load(begun / SHORT.run / "checkpoint.pt", weights_only=True)
+    content = torch.load(begun / SHORT.run_name / "checkpoint.pt", weights_only=True)
     assert content["recipe"]["probe_lrs"] == list(SHORT.probe_lrs)
     (state,) = content["ranks"]
     assert (state["epoch"], len(state["losses"])) == (2, 2)
@@ -70,13 +70,13 @@ def test_an_ended_run_stays_as_it_is(begun):
     assert resume(begun, on_update=seen.append) == whole
     assert {path: path.read_bytes() for path in whole.iterdir()} == before
     # Another process may have ended it just before this one has got hold of it.
-    _Training(Experiment(SHORT, device="cpu"), Beginning(whole, False, True, 60.0)).run(seen.append)
+    _Training(Experiment(SHORT, device="cpu"), TraceTarget(whole, False, True, 60.0)).run(seen.append)
     assert {path: path.read_bytes() for path in whole.iterdir() if path.name != "run.json"}.items() <= before.items()
     assert not seen
 
 
 def test_without_a_checkpoint_a_run_starts_anew(begun, tmp_path):
-    (begun / SHORT.run / "checkpoint.pt").unlink()
+    (begun / SHORT.run_name / "checkpoint.pt").unlink()
     steps = []
     with pytest.warns(UserWarning, match="There is no state to go on from: 7 recorded updates are replaced"):
         parts = resume(begun, on_update=lambda probe: steps.append(probe.step))
@@ -85,15 +85,15 @@ def test_without_a_checkpoint_a_run_starts_anew(begun, tmp_path):
 
 
 def test_an_empty_checkpoint_is_a_damaged_one(begun):
-    (begun / SHORT.run / "checkpoint.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"checkpoint\.pt is empty; remove it, and the run starts anew"):
+    (begun / SHORT.run_name / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(LandscapeError, match=r"checkpoint\.pt is empty; remove it, and the run starts anew"):
         resume(begun)
     assert len(read_traces(begun)) == 7
 
 
 def test_a_run_that_was_stopped_has_not_ended(begun):
     assert list_runs(begun).ended.isna().all()
-    (begun / SHORT.run / "checkpoint.pt").unlink()
+    (begun / SHORT.run_name / "checkpoint.pt").unlink()
     assert list_runs(begun).ended.isna().all()
 
 
@@ -103,7 +103,7 @@ def test_a_run_that_was_not_begun_begins(tmp_path):
 
 def test_a_run_that_is_being_written_is_let_alone(begun):
     message = f"is being written by process {os.getpid()} on host "
-    with TraceWriter(begun / SHORT.run, resume=True), pytest.raises(UserError, match=message):
+    with TraceWriter(begun / SHORT.run_name, resume=True), pytest.raises(LandscapeError, match=message):
         resume(begun)
     resume(begun)
 
@@ -112,18 +112,18 @@ def test_a_run_that_is_being_written_is_let_alone(begun):
 def test_a_damaged_run_is_not_taken_for_an_unfinished_one(begun):
     run = resume(begun)
     (run / "epochs-000000001.parquet").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"is damaged: .*epochs-000000001\.parquet .*Mend it, move it out"):
+    with pytest.raises(LandscapeError, match=r"is damaged: .*epochs-000000001\.parquet .*Mend it, move it out"):
         resume(begun)
     assert len(read_traces(run)) == 10
 
 
 def test_replacing_a_run_forgets_its_checkpoint(begun):
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(LandscapeError, match="holds a run already"):
         train(SHORT, begun, device="cpu")
     changed = replace(SHORT, lr=0.1)
 
     def on_update(probe):
-        assert not (begun / SHORT.run / "checkpoint.pt").exists()
+        assert not (begun / SHORT.run_name / "checkpoint.pt").exists()
 
     train(changed, begun, device="cpu", overwrite=True, on_update=on_update)
     assert set(read_traces(begun).lr) == {0.1}
@@ -139,7 +139,7 @@ def test_replacing_a_run_forgets_its_checkpoint(begun):
     ],
 )
 def test_another_run_is_not_gone_on_with(begun, changes, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         resume(begun, replace(SHORT, **changes))
     resume(begun)
 
@@ -153,7 +153,7 @@ def test_another_run_is_not_gone_on_with(begun, changes, message):
     ],
 )
 def test_what_cannot_be_asked_for(tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         resume(tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
@@ -176,9 +176,9 @@ def zipped(content):
 )
 def test_a_foreign_file_is_refused_and_nothing_in_it_is_run(begun, content, monkeypatch):
     monkeypatch.chdir(begun)
-    (begun / SHORT.run / "checkpoint.pt").write_bytes(content)
+    (begun / SHORT.run_name / "checkpoint.pt").write_bytes(content)
     with pytest.raises(
-        UserError, match=r"checkpoint\.pt cannot be gone on from .*; remove it, and the run starts anew"
+        LandscapeError, match=r"checkpoint\.pt cannot be gone on from .*; remove it, and the run starts anew"
     ):
         resume(begun)
     assert not (begun / "planted").exists()
@@ -187,18 +187,18 @@ def test_a_foreign_file_is_refused_and_nothing_in_it_is_run(begun, content, monk
 
 def test_no_damage_goes_unnoticed(begun):
     """Bits of the file that are not compared are in names and dates that nobody reads."""
-    path, chance, refused = begun / SHORT.run / "checkpoint.pt", random.Random(0), 0
+    path, chance, refused = begun / SHORT.run_name / "checkpoint.pt", random.Random(0), 0
     content = path.read_bytes()
     with TraceWriter(begun / "other", {}) as trace:
-        kept = Checkpoints(begun / "other", trace, SHORT.checked(), ALONE, 60.0)
+        kept = Checkpoints(begun / "other", trace, SHORT.resolve(), SINGLE_PROCESS, 60.0)
         states = []
         for _ in range(300):
             damaged = bytearray(content)
             damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-            trace.keep("checkpoint.pt", bytes(damaged))
+            trace.write_file("checkpoint.pt", bytes(damaged))
             try:
                 kept.restore(lambda state: states.append(zipped(state)))
-            except UserError:
+            except LandscapeError:
                 refused += 1
     (expected,) = torch.load(path, weights_only=True)["ranks"]
     assert set(states) <= {zipped(expected)}
@@ -208,7 +208,7 @@ def test_no_damage_goes_unnoticed(begun):
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     """A folder is in the way, which stops the superuser too."""
     monkeypatch.setattr(checkpoint, "SHARE", 1e9)
-    run = tmp_path / SHORT.run
+    run = tmp_path / SHORT.run_name
 
     def on_update(probe):
         if probe.step == 3:
@@ -226,7 +226,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
 
 
 def test_a_checkpoint_is_never_ahead_of_the_trace(tmp_path):
-    run = tmp_path / SHORT.run
+    run = tmp_path / SHORT.run_name
 
     def on_update(probe):
         if probe.step == 4:
@@ -245,7 +245,7 @@ def test_a_checkpoint_is_never_ahead_of_the_trace(tmp_path):
 def test_dear_checkpoints_are_rarer(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARE", 0.5)
     with TraceWriter(tmp_path / "run", {}) as trace:
-        kept = Checkpoints(tmp_path / "run", trace, SHORT.checked(), ALONE, 0.05)
+        kept = Checkpoints(tmp_path / "run", trace, SHORT.resolve(), SINGLE_PROCESS, 0.05)
         assert not kept.due()
         time.sleep(0.06)
         assert kept.due()
@@ -265,7 +265,9 @@ def test_what_was_paid_for_probes_is_remembered(tmp_path):
     recipe = replace(SHORT, overhead=0.5, epochs=4)
     with pytest.raises(Stop):
         train(recipe, tmp_path, device="cpu", on_update=stop_at(12))
-    before = torch.load(tmp_path / recipe.run / "checkpoint.pt", weights_only=True)["ranks"][0]["probe"]["schedule"]
+    before = torch.load(tmp_path / recipe.run_name / "checkpoint.pt", weights_only=True)["ranks"][0]["probe"][
+        "schedule"
+    ]
     run = resume(tmp_path, recipe)
     budget, frame = json.loads((run / "run.json").read_text())["budget"], read_traces(run)
     assert (budget["updates"], budget["probes"]) == (20, len(frame))

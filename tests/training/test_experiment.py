@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from landscape import RECIPES, UserError
+from landscape import RECIPES, LandscapeError
 from landscape.training.experiment import Experiment, learning_rate
 
 DIGITS = replace(RECIPES["digits"], epochs=2, precision="float64")
 
 
 def rates(updates, **changes):
-    recipe = replace(RECIPES["cifar10"], **changes).checked()
+    recipe = replace(RECIPES["cifar10"], **changes).resolve()
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], recipe.lr)
     schedule, seen = learning_rate(recipe, optimizer, updates), []
     for _ in range(updates):
@@ -129,7 +129,7 @@ def test_augmentation_follows_the_seed():
     ],
 )
 def test_mistakes(changes, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         Experiment(replace(RECIPES["digits"], **changes))
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from landscape import UserError, make_norm
+from landscape import LandscapeError, make_norm
 from landscape.training.models import MODELS, ResNet, SimpleNet, WideResNet
 
 
@@ -102,5 +102,5 @@ def test_residual_networks_train_on_small_images():
     ],
 )
 def test_mistakes(make, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         make()

@@ -2,20 +2,20 @@ from dataclasses import replace
 
 import pytest
 
-from landscape import RECIPES, Recipe, UserError
+from landscape import RECIPES, LandscapeError, Recipe
 
 
 def test_names_of_runs_tell_variants_apart():
     recipe = RECIPES["mnist"]
-    assert recipe.run == "mnist-batch-seed0"
-    assert replace(recipe, norm="ghost", groups=128, seed=2).run == "mnist-ghost128-seed2"
-    assert replace(recipe, norm="seq", channel_groups=4, groups=16).run == "mnist-seq4-16-seed0"
+    assert recipe.run_name == "mnist-batch-seed0"
+    assert replace(recipe, norm="ghost", groups=128, seed=2).run_name == "mnist-ghost128-seed2"
+    assert replace(recipe, norm="seq", channel_groups=4, groups=16).run_name == "mnist-seq4-16-seed0"
 
 
 def test_options_that_the_norm_does_not_take_are_dropped():
     recipe = RECIPES["digits"]
-    assert (recipe.checked().groups, recipe.checked().channel_groups) == (None, None)
-    ghost = replace(recipe, norm="ghost").checked()
+    assert (recipe.resolve().groups, recipe.resolve().channel_groups) == (None, None)
+    ghost = replace(recipe, norm="ghost").resolve()
     assert (ghost.groups, ghost.channel_groups) == (16, None)
 
 
@@ -31,8 +31,8 @@ def test_the_papers_settings_on_cifar():
     assert recipe.relative
     rates = [(recipe.lr_start * multiple, recipe.lr * multiple) for multiple in recipe.probe_lrs]
     assert rates == [pytest.approx(pair) for pair in ((0.05, 1.5), (0.1, 3), (0.15, 4.5), (0.2, 6))]
-    assert replace(recipe, norm="none").checked().lr == 1.0
-    assert replace(recipe, norm="ghost", ghost_by="ranks", groups=4).run == "cifar10-ghost4-ranks-seed0"
+    assert replace(recipe, norm="none").resolve().lr == 1.0
+    assert replace(recipe, norm="ghost", ghost_by="ranks", groups=4).run_name == "cifar10-ghost4-ranks-seed0"
 
 
 def test_the_papers_settings_for_classification():
@@ -45,7 +45,7 @@ def test_the_papers_settings_for_classification():
 
 def test_recipes_are_named_as_they_are_called():
     assert all(recipe.recipe == name for name, recipe in RECIPES.items())
-    assert all(recipe.checked() for recipe in RECIPES.values())
+    assert all(recipe.resolve() for recipe in RECIPES.values())
 
 
 @pytest.mark.parametrize(
@@ -76,5 +76,5 @@ def test_recipes_are_named_as_they_are_called():
     ],
 )
 def test_mistakes(change, message):
-    with pytest.raises(UserError, match=message):
-        replace(RECIPES["digits"], **change).checked()
+    with pytest.raises(LandscapeError, match=message):
+        replace(RECIPES["digits"], **change).resolve()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from resuming import check_same, command, ended, kill_tree, process, survived, wait_for_checkpoint
 from torch import nn
 
-from landscape import RECIPES, LandscapeProbe, UserError, read_traces, train
+from landscape import RECIPES, LandscapeError, LandscapeProbe, read_traces, train
 
 LONG = bool(os.environ.get("LANDSCAPE_LONG"))
 KILLS = 100 if LONG else 10
@@ -52,7 +52,7 @@ def stopped(recipe, out, *steps):
 
         with pytest.raises(Stop):
             train(recipe, out, device="cpu", resume=True, on_update=on_update)
-        assert (out / recipe.run / "checkpoint.pt").exists()
+        assert (out / recipe.run_name / "checkpoint.pt").exists()
     return train(recipe, out, device="cpu", resume=True)
 
 
@@ -127,7 +127,7 @@ def test_signals_finish_the_update_and_say_how_to_go_on(tmp_path):
         whole = replace(RECIPES["digits"], norm=name, epochs=20, every=2)
         reference = process(whole, tmp_path / "whole")
         reference.join()
-        check_same(run.parent / whole.run, tmp_path / "whole" / whole.run)
+        check_same(run.parent / whole.run_name, tmp_path / "whole" / whole.run_name)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes to kill in /proc")
@@ -231,5 +231,5 @@ def test_another_number_of_threads_is_told(tmp_path):
 @step_0_is_missing
 def test_rows_that_a_checkpoint_counts_on_are_missed(tmp_path):
     checkpoint = own_loop(tmp_path / "run", 4, engine="loop")
-    with pytest.raises(UserError, match="has 0 rows of updates, and should go on after"):
+    with pytest.raises(LandscapeError, match="has 0 rows of updates, and should go on after"):
         own_loop(tmp_path / "elsewhere", 6, checkpoint, engine="loop")

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from landscape import RECIPES, UserError, read_traces, train
+from landscape import RECIPES, LandscapeError, read_traces, train
 from landscape.training.train import classify
 
 SHORT = replace(RECIPES["digits"], epochs=2)
@@ -62,14 +62,14 @@ def test_losses_start_at_the_same_weights_for_all_norms(tmp_path):
     ],
 )
 def test_a_mistake_leaves_no_trace_behind(tmp_path, change, options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         train(replace(SHORT, **change), tmp_path / "traces", **options)
     assert not (tmp_path / "traces").exists()
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
     train(replace(SHORT, epochs=1), tmp_path)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(LandscapeError, match="holds a run already"):
         train(SHORT, tmp_path)
     train(SHORT, tmp_path, overwrite=True)
     assert len(read_traces(tmp_path)) == 22

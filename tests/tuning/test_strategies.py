@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from landscape.tuning.strategies import Configuration, best, candidates, follow, grid, most_groups, sequential
+from landscape.tuning.strategies import Configuration, best, candidates, grid, most_groups, run_strategies, sequential
 
 NAN = math.nan
 G = {groups: Configuration("ghost", groups=groups) for groups in (1, 2, 4, 8, 16, 32)}
@@ -80,7 +80,7 @@ def follow_one(strategy, scores):
         rounds.append(list(configurations))
         return {each: scores(each) for each in configurations}
 
-    return follow({"it": strategy}, evaluate)["it"], rounds
+    return run_strategies({"it": strategy}, evaluate)["it"], rounds
 
 
 def accuracy(each):
@@ -146,7 +146,7 @@ def test_strategies_side_by_side_share_what_they_ask_for():
         return {each: accuracy(each) for each in configurations}
 
     ghost = candidates("ghost", [], [2, 4, 8])
-    chosen = follow({"seq": sequential(ALL, 0.005), "ghost": sequential(ghost, 0.005)}, evaluate)
+    chosen = run_strategies({"seq": sequential(ALL, 0.005), "ghost": sequential(ghost, 0.005)}, evaluate)
     assert chosen == {"seq": seq(2, 8), "ghost": G[2]}
     assert rounds == [[G[2], G[4], G[8]], [seq(1, 8), seq(2, 8), seq(4, 8)]]
 

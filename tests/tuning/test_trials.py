@@ -8,10 +8,10 @@ import pytest
 from optuna.trial import TrialState
 from sharing import GHOSTS, ROWS, begun, check_that_one_of_two_may_be_killed, runs, score, start, states
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.tuning import trials
 from landscape.tuning.database import open_storage
-from landscape.tuning.trials import finish, study_name
+from landscape.tuning.trials import run_trials, study_name
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ class Trainer:
         self.trained, self.then = [], then
 
     def __call__(self, recipe, report):
-        self.trained.append(recipe.run)
+        self.trained.append(recipe.run_name)
         return {"score": self.then(recipe)}
 
 
@@ -39,7 +39,7 @@ def values(rows):
 def test_everything_is_trained_once_in_order(storage):
     trainer = Trainer()
     batch = replace(GHOSTS[0], norm="batch")
-    rows = finish(storage, [*GHOSTS, batch], trainer)
+    rows = run_trials(storage, [*GHOSTS, batch], trainer)
     assert trainer.trained == runs([*GHOSTS, batch])
     assert values(rows[:-1]) == ROWS
     assert "groups" not in rows[-1]
@@ -47,14 +47,14 @@ def test_everything_is_trained_once_in_order(storage):
 
 
 def test_what_is_complete_is_not_trained_again(storage):
-    finish(storage, GHOSTS[:3], Trainer())
+    run_trials(storage, GHOSTS[:3], Trainer())
     trainer = Trainer()
-    assert values(finish(storage, GHOSTS, trainer)) == ROWS
+    assert values(run_trials(storage, GHOSTS, trainer)) == ROWS
     assert trainer.trained == runs(GHOSTS[3:])
-    assert finish(storage, GHOSTS, Trainer(pytest.fail)) is not None
+    assert run_trials(storage, GHOSTS, Trainer(pytest.fail)) is not None
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, UserError("cannot be"), MemoryError])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, LandscapeError("cannot be"), MemoryError])
 def test_what_was_stopped_is_trained_again_and_nothing_else(storage, stop):
     def stopped(recipe):
         if recipe == GHOSTS[2]:
@@ -62,15 +62,15 @@ def test_what_was_stopped_is_trained_again_and_nothing_else(storage, stop):
         return score(recipe)
 
     with pytest.raises(stop if isinstance(stop, type) else type(stop)):
-        finish(storage, GHOSTS, Trainer(stopped))
+        run_trials(storage, GHOSTS, Trainer(stopped))
     trainer = Trainer()
-    assert values(finish(storage, GHOSTS[:4], trainer)) == ROWS[:4]
+    assert values(run_trials(storage, GHOSTS[:4], trainer)) == ROWS[:4]
     assert trainer.trained == runs(GHOSTS[2:4])
 
 
 def test_a_run_that_diverged_is_kept_as_it_is_and_as_the_worst(storage):
     trainer = Trainer(lambda recipe: math.nan if recipe.groups == 4 else score(recipe))
-    first, again = finish(storage, GHOSTS, trainer), finish(storage, GHOSTS, trainer)
+    first, again = run_trials(storage, GHOSTS, trainer), run_trials(storage, GHOSTS, trainer)
     assert len(trainer.trained) == 6
     assert [row["groups"] for row in again if math.isnan(row["score"])] == [4, 4]
     assert str(values(first)) == str(values(again))
@@ -81,9 +81,9 @@ def test_a_run_that_diverged_is_kept_as_it_is_and_as_the_worst(storage):
     "change", [{"epochs": 3}, {"lr": 0.2}, {"validation": 0}, {"norm": "seq"}, {"train_samples": 500}]
 )
 def test_other_settings_are_never_mixed_in(storage, change):
-    finish(storage, GHOSTS[:1], Trainer())
+    run_trials(storage, GHOSTS[:1], Trainer())
     trainer = Trainer()
-    finish(storage, [replace(GHOSTS[0], **change)], trainer)
+    run_trials(storage, [replace(GHOSTS[0], **change)], trainer)
     assert len(trainer.trained) == 1
 
 
@@ -91,7 +91,7 @@ def test_trainings_of_the_same_settings_share_a_study_that_says_what_they_are(st
     assert len({study_name(recipe) for recipe in GHOSTS}) == 1
     assert study_name(GHOSTS[0]).startswith("classify-digits ghost tuning ")
     assert study_name(replace(GHOSTS[0], validation=0)).startswith("classify-digits ghost test ")
-    finish(storage, GHOSTS[:1], Trainer())
+    run_trials(storage, GHOSTS[:1], Trainer())
     settings = optuna.load_study(study_name=study_name(GHOSTS[0]), storage=storage).user_attrs["settings"]
     assert (settings["epochs"], settings["lr"], "seed" in settings) == (20, 0.1, False)
 
@@ -104,11 +104,11 @@ def add(storage, state, recipe=GHOSTS[0]):
 
 
 def test_of_two_workers_that_queue_the_same_training_the_first_has_it(storage):
-    finish(storage, GHOSTS[1:2], Trainer())
+    run_trials(storage, GHOSTS[1:2], Trainer())
     add(storage, TrialState.WAITING)
     add(storage, TrialState.WAITING)
     trainer = Trainer()
-    finish(storage, GHOSTS[:3], trainer)
+    run_trials(storage, GHOSTS[:3], trainer)
     assert trainer.trained == runs([GHOSTS[0], GHOSTS[2]])
     assert sorted(states(storage)) == ["COMPLETE"] * 3 + ["PRUNED"]
 
@@ -120,10 +120,10 @@ def test_an_empty_queue_trains_nothing(storage):
 
 
 def test_a_trial_that_died_before_its_first_sign_of_life_is_run_again(storage):
-    finish(storage, GHOSTS[1:2], Trainer())
+    run_trials(storage, GHOSTS[1:2], Trainer())
     add(storage, TrialState.RUNNING)
     trainer = Trainer()
-    assert values(finish(storage, GHOSTS[:2], trainer)) == ROWS[:2]
+    assert values(run_trials(storage, GHOSTS[:2], trainer)) == ROWS[:2]
     assert trainer.trained == runs(GHOSTS[:1])
     assert states(storage) == ["COMPLETE", "FAIL", "COMPLETE"]
 
@@ -139,7 +139,7 @@ def test_a_worker_whose_trial_was_given_up_goes_on_and_nothing_counts_twice(stor
         return score(recipe)
 
     trainer = Trainer(given_up_once)
-    assert values(finish(storage, GHOSTS, trainer)) == ROWS
+    assert values(run_trials(storage, GHOSTS, trainer)) == ROWS
     assert trainer.trained == runs([GHOSTS[0], *GHOSTS])
     assert Counter(states(storage)) == {"FAIL": 1, "COMPLETE": 6}
     other.engine.dispose()
@@ -175,5 +175,5 @@ def test_two_processes_share_the_trainings(tmp_path):
     ],
 )
 def test_a_database_that_cannot_be_used_is_told(url, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LandscapeError, match=message):
         open_storage(url)

@@ -5,25 +5,25 @@ import pytest
 import torch
 
 from landscape import RECIPES
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.training.train import classify
-from landscape.tuning.feasibility import rehearsed, seconds_per_training
-from landscape.tuning.plan import Tuning
+from landscape.tuning.feasibility import check_feasible, seconds_per_training
+from landscape.tuning.plan import TuningConfig
 from landscape.tuning.report import accuracies, caption, markdown
 from landscape.tuning.strategies import Configuration
-from landscape.tuning.tune import Place, tune
+from landscape.tuning.tune import TuningBackend, tune
 
 DIGITS = replace(RECIPES["classify-digits"], epochs=1, train_samples=600)
-SMALL = Tuning(DIGITS, ("batch", "ghost", "seq"), groups=(2, 4), channel_groups=(1, 4))
+SMALL = TuningConfig(DIGITS, ("batch", "ghost", "seq"), groups=(2, 4), channel_groups=(1, 4))
 
 
 def place(folder):
-    return Place(f"sqlite:///{folder}/tuning.sqlite3")
+    return TuningBackend(f"sqlite:///{folder}/tuning.sqlite3")
 
 
 @pytest.fixture(scope="module")
 def plan():
-    return rehearsed(SMALL)
+    return check_feasible(SMALL)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,31 +81,31 @@ def test_what_two_norms_need_is_trained_once(plan, once):
 
 def test_the_same_again_trains_nothing_and_a_wider_search_only_what_is_new(once):
     outcome, folder, _ = once
-    again = tune(rehearsed(SMALL), place(folder), on_trained=pytest.fail)
+    again = tune(check_feasible(SMALL), place(folder), on_trained=pytest.fail)
     assert again.chosen == outcome.chosen
     assert again.trials.equals(outcome.trials)
     trained = []
-    wider = rehearsed(replace(SMALL, norms=("ghost",), groups=(2, 4, 8)))
+    wider = check_feasible(replace(SMALL, norms=("ghost",), groups=(2, 4, 8)))
     tune(wider, place(folder), on_trained=lambda recipe, row: trained.append(recipe))
     assert [recipe.groups for recipe in trained if recipe.validation] == [8, 8]
 
 
 def say(recipe, row):
-    print(recipe.run)
+    print(recipe.run_name)
 
 
 def test_two_processes_come_to_the_same(once, tmp_path, capfd):
     outcome, _, trained = once
-    both = tune(rehearsed(SMALL), place(tmp_path), jobs=2, on_trained=say)
+    both = tune(check_feasible(SMALL), place(tmp_path), jobs=2, on_trained=say)
     lines = capfd.readouterr().out.splitlines()
-    assert sorted(lines) == sorted(recipe.run for recipe in trained)
+    assert sorted(lines) == sorted(recipe.run_name for recipe in trained)
     assert both.chosen == outcome.chosen
     unlike = ["seconds", "started", "ended"]
     assert both.trials.drop(columns=unlike).equals(outcome.trials.drop(columns=unlike))
 
 
 def test_norms_whose_every_run_diverges_are_told_and_not_trained_on(tmp_path):
-    hopeless = rehearsed(Tuning(replace(DIGITS, lr=1e6), ("none",)))
+    hopeless = check_feasible(TuningConfig(replace(DIGITS, lr=1e6), ("none",)))
     outcome = tune(hopeless, place(tmp_path))
     assert outcome.chosen == {"none": None}
     assert set(outcome.trials.part) == {"tuning"}
@@ -144,7 +144,7 @@ def test_the_table_and_its_caption_say_what_was_done(plan, once):
 
 
 def test_what_cannot_be_trained_is_left_out_and_told():
-    plan = rehearsed(replace(SMALL, norms=("ghost", "group"), groups=(4, 128, 1000), channel_groups=(2, 8)))
+    plan = check_feasible(replace(SMALL, norms=("ghost", "group"), groups=(4, 128, 1000), channel_groups=(2, 8)))
     assert plan.possible == {
         "ghost": (Configuration("ghost", groups=4),),
         "group": (Configuration("group", 2),),
@@ -175,12 +175,12 @@ def test_what_cannot_be_trained_is_left_out_and_told():
     ],
 )
 def test_a_mistake_is_told_before_anything_is_trained(change, message):
-    with pytest.raises(UserError, match=message):
-        rehearsed(replace(SMALL, **change))
+    with pytest.raises(LandscapeError, match=message):
+        check_feasible(replace(SMALL, **change))
 
 
 def test_the_number_of_jobs_is_checked(plan, tmp_path):
-    with pytest.raises(UserError, match="jobs=0 is out of range"):
+    with pytest.raises(LandscapeError, match="jobs=0 is out of range"):
         tune(plan, place(tmp_path), jobs=0)
 
 

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from landscape.ray.engines.masks import SharedDraws
 from landscape.ray.engines.products import SharedProducts
-from landscape.ray.objective import Term
-from landscape.ray.ray import Ray, Walk
+from landscape.ray.objective import LossTerm
+from landscape.ray.ray import ParametersAlongRay, Ray
 
 
 def affine(ray: Ray) -> Tensor:
     """Each point by itself, but what does not depend on eta, or is affine in it, is evaluated once for all points."""
-    return _shared(ray, Walk(ray, idle=_idle(ray)))
+    return _shared(ray, ParametersAlongRay(ray, idle=_idle(ray)))
 
 
 def channels_last(ray: Ray) -> Tensor:
     """The affine engine, with the weights of convolutions, and so what they give, in channels-last layout."""
-    return _shared(ray, Walk(ray, channels_last=True, idle=_idle(ray)))
+    return _shared(ray, ParametersAlongRay(ray, channels_last=True, idle=_idle(ray)))
 
 
 def _idle(ray: Ray) -> set[str]:
@@ -30,17 +30,17 @@ def _idle(ray: Ray) -> set[str]:
     return ray.objective.terms[0].state.scene.streamed.union(known)
 
 
-def _shared(ray: Ray, walk: Walk) -> Tensor:
+def _shared(ray: Ray, walk: ParametersAlongRay) -> Tensor:
     # From the nearest point outwards: differences of large products would cancel.
     order = sorted(range(len(ray.step_sizes)), key=lambda k: abs(ray.step_sizes[k]))
     columns = []
     for term in ray.objective.terms:
         losses = _outwards(term, walk, [ray.step_sizes[k] for k in order])
         columns.append(torch.stack([losses[order.index(k)] for k in range(len(order))]))
-    return ray.objective.total(columns)
+    return ray.objective.weighted_sum(columns)
 
 
-def _outwards(term: Term, walk: Walk, step_sizes: Sequence[float]) -> list[Tensor]:
+def _outwards(term: LossTerm, walk: ParametersAlongRay, step_sizes: Sequence[float]) -> list[Tensor]:
     scene = term.state.scene
     products = SharedProducts(walk, term.bases, scene.streamed)
     draws = SharedDraws(walk.channels_last, term.state.random.accelerators)

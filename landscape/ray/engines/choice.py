@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landscape.distributed.group import ALONE, Ranks
-from landscape.errors import NotYetError, UserError
+from landscape.distributed.group import SINGLE_PROCESS, RankGroup
+from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.ray.engines.loop import loop
 from landscape.ray.engines.registry import ENGINES, OPT_IN, SHARING, Engine, evaluate, refusal
 from landscape.ray.engines.stacked import Stacked
 from landscape.ray.gradients import RayGradients, gradients_along
-from landscape.ray.peak_memory import Meter
+from landscape.ray.peak_memory import PeakMemory
 from landscape.ray.ray import Ray
 
 ROUNDS = 3
@@ -47,25 +47,25 @@ class EngineChoice:
         """The K losses of the ray.
 
         Raises:
-            UserError: Not even the loop stays below ``max_memory``.
+            LandscapeError: Not even the loop stays below ``max_memory``.
         """
         if not self._compared:
             return self._compare(ray)
         return self._race(ray) if len(self._engines) > 1 else self._evaluate(ray)
 
-    def gradients(self, ray: Ray, ranks: Ranks = ALONE) -> RayGradients:
+    def gradients(self, ray: Ray, ranks: RankGroup = SINGLE_PROCESS) -> RayGradients:
         """Losses and gradients along the ray, of the mean over the ranks, for which there is the loop alone.
 
         Raises:
-            UserError: It does not stay below ``max_memory``.
+            LandscapeError: It does not stay below ``max_memory``.
         """
         if self._compared:
             return gradients_along(ray, ranks)
         try:
-            with Meter() as meter:
+            with PeakMemory() as meter:
                 measured = gradients_along(ray, ranks)
         except RuntimeError as error:
-            raise UserError(
+            raise LandscapeError(
                 f"The loss cannot be differentiated along the ray ({error}). Leave out gradients=True; or if it is "
                 "checkpointing that forbids it, use torch.utils.checkpoint with use_reentrant=False."
             ) from error
@@ -103,7 +103,7 @@ class EngineChoice:
         (name,) = self._engines
         try:
             return evaluate(self._engines[name], ray)
-        except NotYetError:
+        except ProbeDeferred:
             raise
         except Exception as error:
             if name == "loop":
@@ -116,7 +116,7 @@ class EngineChoice:
 
     def _compare(self, ray: Ray) -> Tensor:
         """Every engine once, beside the loop and with an eye on memory; a ray that is not finite says nothing."""
-        with Meter() as meter:
+        with PeakMemory() as meter:
             expected = evaluate(loop, ray)
         self._allow("loop", meter.peak)
         if expected.isfinite().any():
@@ -150,7 +150,7 @@ class EngineChoice:
 
     def _peak(self, name: str, engine: Engine, ray: Ray, expected: Tensor) -> int:
         """The most bytes that the engine holds; a RuntimeError if these are too many, or it is wrong."""
-        meter = Meter()
+        meter = PeakMemory()
         # Nothing is compiled under a meter.
         with nullcontext() if name in OPT_IN else meter:
             losses = evaluate(engine, ray)
@@ -204,7 +204,7 @@ class EngineChoice:
     def _allow(self, name: str, peak: int) -> None:
         self._peaks[name] = peak
         if self.max_memory is not None and peak > self.max_memory:
-            raise UserError(
+            raise LandscapeError(
                 f"max_memory={self.max_memory}: a single point of the ray takes {peak:,} bytes; allow more, or probe "
                 "smaller batches."
             )
@@ -222,7 +222,7 @@ class EngineChoice:
 def _agree(losses: Tensor, expected: Tensor, ray: Ray) -> bool:
     """At the nearest point but for rounding, and to one percent elsewhere, where rounding may grow."""
     nearest = min(range(len(ray.step_sizes)), key=lambda k: abs(ray.step_sizes[k]))
-    size = ray.objective.recorded().abs().item()
+    size = ray.objective.training_loss().abs().item()
     near = 1e-2 if ray.objective.reduced_precision() else 3e-5 if losses.dtype is torch.float32 else 1e-10
     return bool(losses[nearest].isclose(expected[nearest], rtol=near, atol=near * size, equal_nan=True)) and (
         torch.allclose(losses, expected, rtol=1e-2, atol=1e-2 * size, equal_nan=True)

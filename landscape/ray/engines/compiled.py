@@ -27,7 +27,7 @@ class Compiled:
             replace(
                 term,
                 closure=lambda model, term=term: term.closure(self._of(model)),
-                state=replace(term.state, watched=False),
+                state=replace(term.state, detects_foreign_modules=False),
             )
             for term in ray.objective.terms
         ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from landscape.ray.linear_cache import Base
-from landscape.ray.snapshot import Scene
+from landscape.ray.linear_cache import CachedLinear
+from landscape.ray.snapshot import LossModule
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ def _nothing(*args: Any) -> None:
 class Layers:
     """Listens to the layers that rays have turned out to share: one product less for each of them."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: LossModule) -> None:
         self._scene = scene
         self._handles: list[RemovableHandle] = []
         self._watched: set[str] = set()
         self.overwritten: set[str] = set()
         """Parameters of layers whose output an activation overwrites in place."""
-        self.bases: list[Base] | None = None
+        self.bases: list[CachedLinear] | None = None
         """What is kept of the forward pass that is under way."""
 
     def refresh(self) -> None:
@@ -65,9 +65,9 @@ class Layers:
             handle.remove()
         self._handles, self._watched = [], set()
 
-    def current(self, bases: Sequence[Base]) -> list[Base]:
+    def current(self, bases: Sequence[CachedLinear]) -> list[CachedLinear]:
         """Those that are still true; where an activation has overwritten one, the next is kept as a copy."""
-        current = [base for base in bases if base.current()]
+        current = [base for base in bases if base.is_valid()]
         self.overwritten.update(*(base.parameters for base in bases if base not in current))
         return current
 
@@ -82,4 +82,4 @@ class Layers:
         if own.keys() <= {"weight", "bias"} and outputs.dtype in (torch.float32, torch.float64):
             parameters = {f"{path}.{name}".lstrip("."): own[name] for name in ("weight", "bias") if name in own}
             outputs = outputs.detach().clone() if self.overwritten & parameters.keys() else outputs
-            self.bases.append(Base.of(parameters, args[0], outputs))
+            self.bases.append(CachedLinear.of(parameters, args[0], outputs))

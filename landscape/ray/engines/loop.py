@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from landscape.ray.ray import Ray, Walk
+from landscape.ray.ray import ParametersAlongRay, Ray
 
 
 def loop(ray: Ray) -> Tensor:
     """Each point by itself: the obvious twin of every other engine."""
-    walk = Walk(ray)
+    walk = ParametersAlongRay(ray)
     moves = walk.moves(ray.step_sizes)
-    return ray.objective.total([torch.stack(term.losses(walk.point, moves)) for term in ray.objective.terms])
+    return ray.objective.weighted_sum([torch.stack(term.losses(walk.point, moves)) for term in ray.objective.terms])

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
-from landscape.ray.linear_cache import Base, layer_key
-from landscape.ray.ray import FEW_ROWS, Walk
+from landscape.ray.linear_cache import CachedLinear, layer_key
+from landscape.ray.ray import FEW_ROWS, ParametersAlongRay
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _ALIASES = {
@@ -51,7 +51,9 @@ class SharedProducts(TorchFunctionMode):
     Parameters of shared products are not computed, unless another use of them comes up.
     """
 
-    def __init__(self, walk: Walk, bases: Sequence[Base] = (), streamed: Iterable[str] = ()) -> None:
+    def __init__(
+        self, walk: ParametersAlongRay, bases: Sequence[CachedLinear] = (), streamed: Iterable[str] = ()
+    ) -> None:
         super().__init__()
         self.walk = walk
         self.names = {id(tensor): name for name, tensor in walk.point.items()}
@@ -75,7 +77,7 @@ class SharedProducts(TorchFunctionMode):
         if self.points == 2:
             self._settle()
         self.points += 1
-        self.walk.move(eta, skipped=self.idle)
+        self.walk.move_to(eta, skipped=self.idle)
         self.versions = {name: tensor._version for name, tensor in self.walk.point.items()}
 
     def are_useless(self) -> bool:
@@ -132,7 +134,7 @@ class SharedProducts(TorchFunctionMode):
         if known is None:
             if func is F.linear and names[0] in self.streamed & self.idle and _streams(weight, input):
                 self._use((bias,))
-                outputs = self.walk.product(names[0], input)
+                outputs = self.walk.blockwise_linear(names[0], input)
                 return outputs if bias is None else outputs + bias
             self._use((input, weight, bias))
             outputs = product(weight, bias)
@@ -155,7 +157,7 @@ class SharedProducts(TorchFunctionMode):
         """The product that the update's own forward pass has evaluated, if it has."""
         func, *layer, _ = key
         base = self.bases.get(tuple(layer)) if func is F.linear else None
-        if base is None or not base.holds():
+        if base is None or not base.is_unwritten():
             return None
         inputs, outputs = base.inputs, base.outputs
         product = _Product(tuple(base.parameters), inputs, inputs._version, outputs, outputs._version, eta=0.0)
@@ -188,7 +190,7 @@ class SharedProducts(TorchFunctionMode):
                 self._use(value)
             elif id(value) in self.names and (name := self.names[id(value)]) in self.idle:
                 self.idle.remove(name)
-                self.walk.build(name)
+                self.walk.materialize(name)
 
 
 def _differentiates(inputs: Tensor) -> bool:

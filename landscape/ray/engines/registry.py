@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from landscape.errors import UserError
+from landscape.errors import LandscapeError
 from landscape.ray.engines.affine import affine, channels_last
 from landscape.ray.engines.compiled import Compiled
 from landscape.ray.engines.loop import loop
@@ -14,9 +14,9 @@ from landscape.ray.ray import Ray
 
 
 def check_engine(engine: str) -> None:
-    """Raise a UserError unless there is an engine of that name."""
+    """Raise a LandscapeError unless there is an engine of that name."""
     if not isinstance(engine, str) or (engine != "auto" and engine not in ENGINES):
-        raise UserError(f"Unknown engine {engine!r}; choose one of auto, {', '.join(ENGINES)}.")
+        raise LandscapeError(f"Unknown engine {engine!r}; choose one of auto, {', '.join(ENGINES)}.")
 
 
 Engine = Callable[[Ray], Tensor]
@@ -41,7 +41,7 @@ def evaluate(engine: Engine, ray: Ray) -> Tensor:
     """The K losses of a ray by an engine, with all random streams left as they were."""
     if engine is not loop and ray.objective.shards is not None:
         raise RuntimeError("its parameters are spread over processes")
-    with torch.no_grad(), ray.objective.undisturbed():
+    with torch.no_grad(), ray.objective.rng_restored():
         losses = engine(ray)
         # NaN is how a use of a parameter shows that no TorchFunctionMode sees; on a GPU a look would wait for it.
         unsure = engine is not loop and losses.device.type == "cpu" and bool(losses.isnan().any())

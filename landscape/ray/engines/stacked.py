@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_map
 
 from landscape.ray.engines.layers import Hook
 from landscape.ray.engines.masks import OTHER_NUMBERS, draws
-from landscape.ray.linear_cache import Base, layer_key
-from landscape.ray.objective import Term
-from landscape.ray.peak_memory import Meter
-from landscape.ray.ray import FEW_ROWS, Ray, Walk, stand_in
+from landscape.ray.linear_cache import CachedLinear, layer_key
+from landscape.ray.objective import LossTerm
+from landscape.ray.peak_memory import PeakMemory
+from landscape.ray.ray import FEW_ROWS, ParametersAlongRay, Ray, placeholder
 
 
 class Stacked:
@@ -53,13 +53,13 @@ class Stacked:
 
 def _losses(ray: Ray, draws: int) -> Tensor:
     points = _Points(ray)
-    losses = ray.objective.total([_term_losses(term, ray, points) for term in ray.objective.terms])
+    losses = ray.objective.weighted_sum([_term_losses(term, ray, points) for term in ray.objective.terms])
     if points.dropouts != draws:
         raise RuntimeError(OTHER_NUMBERS)
     return losses
 
 
-def _term_losses(term: Term, ray: Ray, points: "_Points") -> Tensor:
+def _term_losses(term: LossTerm, ray: Ray, points: "_Points") -> Tensor:
     etas = torch.tensor(ray.step_sizes, dtype=torch.float64, device=next(iter(points.stand_ins.values())).device)
 
     def losses(model: nn.Module) -> Tensor:
@@ -73,7 +73,7 @@ def _term_losses(term: Term, ray: Ray, points: "_Points") -> Tensor:
             # One mask of dropout for all points.
             return vmap(loss, randomness="same")(etas, term.state.written_copies(len(etas)))
 
-    (measured,) = term.state.each(losses, points.stand_ins, [lambda: None])
+    (measured,) = term.state.evaluate_at(losses, points.stand_ins, [lambda: None])
     term.state.scene.shared |= points.shared
     return measured
 
@@ -88,14 +88,14 @@ class _Points(TorchFunctionMode):
     def __init__(self, ray: Ray) -> None:
         super().__init__()
         self.origin, self.direction = ray.origin, ray.direction
-        self.stand_ins = {name: stand_in(ray.origin[name]) for name in ray.direction}
+        self.stand_ins = {name: placeholder(ray.origin[name]) for name in ray.direction}
         self.names = {id(tensor): name for name, tensor in self.stand_ins.items()}
         self.shared: set[str] = set()
         """Parameters of linear layers whose input is the same at all points."""
         self.dropouts = 0
         """How often dropout has drawn a mask."""
 
-    def at(self, eta: Tensor, bases: Sequence[Base]) -> Self:
+    def at(self, eta: Tensor, bases: Sequence[CachedLinear]) -> Self:
         """From here on the points are at ``eta``, which ``vmap`` maps over."""
         self.eta = eta
         self.bases = {layer_key(tuple(base.parameters), base.inputs): base for base in bases}
@@ -129,7 +129,7 @@ class _Points(TorchFunctionMode):
         """The layer at theta, where its input is the same at all points: known from the update, or computed."""
         self.shared.update(names)
         known = self.bases.get(layer_key(tuple(names), input))
-        if known is not None and known.holds():
+        if known is not None and known.is_unwritten():
             return known.outputs
         return F.linear(input, *(self.origin[name] for name in names))
 
@@ -149,10 +149,10 @@ def _draws(ray: Ray) -> int:
     Numbers fill a tensor in the order of its memory, which ``vmap`` may change. It is an error, too, if the model keeps
     tensors somewhere (in a list, a cache).
     """
-    walk, seen, meter = Walk(ray), _Draws(), Meter()
+    walk, seen, meter = ParametersAlongRay(ray), _Draws(), PeakMemory()
     for term in ray.objective.terms:
 
-        def closure(model: nn.Module, term: Term = term) -> Tensor:
+        def closure(model: nn.Module, term: LossTerm = term) -> Tensor:
             before = torch.get_rng_state()
             with seen:
                 loss = term.closure(model)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from landscape import LandscapeProbe, UserError, ray_losses
+from landscape import LandscapeError, LandscapeProbe, ray_losses
 from landscape.ray.engines.products import LONG_SUM
 
 STEP_SIZES = [0.1 * k for k in range(1, 9)]
@@ -119,7 +119,7 @@ def test_weights_that_were_changed_since_the_forward_pass_are_refused():
         with torch.no_grad():
             model[0].weight.mul_(1.5)
 
-    with pytest.raises(UserError, match="written to between"):
+    with pytest.raises(LandscapeError, match="written to between"):
         rows(MODELS["plain"], "affine", meddle=meddle, observe=True)
 
 

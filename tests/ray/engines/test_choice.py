@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from landscape import LandscapeProbe, UserError
+from landscape import LandscapeError, LandscapeProbe
 from landscape.ray.engines.choice import ROUNDS, EngineChoice
 from landscape.ray.engines.loop import loop
 from landscape.ray.engines.registry import ENGINES, OPT_IN
@@ -76,7 +76,9 @@ def test_an_engine_that_the_model_does_not_allow_is_named_with_its_reason():
 
 
 def test_a_loop_that_needs_more_than_is_allowed_is_an_error():
-    with pytest.raises(UserError, match=r"max_memory=1000: a single point of the ray takes [0-9,]+ bytes; allow more"):
+    with pytest.raises(
+        LandscapeError, match=r"max_memory=1000: a single point of the ray takes [0-9,]+ bytes; allow more"
+    ):
         EngineChoice("auto", 1000, Notes()).losses(ray_of(network(), inputs()))
 
 
