@@ -200,7 +200,7 @@ class _Progress:
     def update(self, probe: "LandscapeProbe") -> None:
         if not self.bar.n:  # before them are those of an earlier process
             self.bar.n = self.bar.initial = probe.step - 1
-        self.bar.total = self.epochs * (probe.steps_per_epoch or 0)
+        self.bar.total = self.epochs * (probe.options.steps_per_epoch or 0)
         # Reading a loss waits for the device, so it is done as often as an eye can follow, not as updates come.
         if not self.bar.disable and time.monotonic() - self.shown > 0.2 and (row := probe.last()):
             self.shown = time.monotonic()

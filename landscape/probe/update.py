@@ -39,7 +39,7 @@ class Update:
             if parameter.grad is not None and id(parameter) in held
         }
         origin = {name: scene.local(parameter) for name, parameter in parameters.items()}
-        return cls(Objective(captured.terms), origin, gradient, rate_of(optimizer), captured)
+        return cls(Objective(captured.terms), origin, gradient, learning_rate_of(optimizer), captured)
 
     @property
     def differentiated(self) -> Tensor | None:
@@ -72,7 +72,7 @@ class Update:
         return Ray(self.objective, self.origin, direction, step_sizes)
 
 
-def rate_of(optimizer: torch.optim.Optimizer) -> float:
+def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:
     """The learning rate of the first parameter group; NaN where the optimizer knows none."""
     return float(optimizer.param_groups[0].get("lr", math.nan))
 

@@ -9,8 +9,9 @@ from landscape.distributed.group import sharded_parts
 from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.ray.engines.registry import ENGINES, check_engine, evaluate, refusal
 from landscape.ray.objective import Objective
-from landscape.ray.ray import Ray, check_model, checked_step_sizes
+from landscape.ray.ray import Ray, check_model
 from landscape.ray.snapshot import Closure, ForwardSnapshot, Parameters
+from landscape.ray.step_sizes import checked_step_sizes
 
 
 def ray_losses(

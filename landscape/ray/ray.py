@@ -1,7 +1,6 @@
 """A ray, and the parameters along it in memory that each point takes over from the one before."""
 
-import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -133,17 +132,3 @@ def check_model(model: nn.Module) -> None:
                 f"{name or 'The model'!r} is scripted or traced (torch.jit), and holds its parameters out of reach. "
                 "Train and probe the Python module that it was made of."
             )
-
-
-def checked_step_sizes(step_sizes: Iterable[float]) -> list[float]:
-    """The step sizes as numbers; a LandscapeError unless there is at least one and all are finite."""
-    try:
-        given = list(step_sizes)
-        numbers = [float(eta) for eta in given if not isinstance(eta, bool | str | bytes)]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.") from error
-    if len(numbers) < len(given) or isinstance(step_sizes, bytes | Mapping):  # a text is one of texts
-        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.")
-    if not numbers or not all(map(math.isfinite, numbers)):
-        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: give one finite number or more.")
-    return numbers

@@ -1,0 +1,118 @@
+"""Model, optimizer and criterion that a probe is given: checked, unwrapped, described."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from landscape.errors import LandscapeError
+from landscape.probe.options import ProbeOptions
+from landscape.probe.update import learning_rate_of
+from landscape.ray.engines.registry import check_engine
+from landscape.ray.ray import check_model
+
+
+def check_arguments(model: Any, optimizer: Any, criterion: Any, grad_scaler: Any, options: ProbeOptions) -> None:
+    """Raise a LandscapeError unless a probe can be attached to these."""
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise LandscapeError(
+            f"model={type(model).__name__}, optimizer={type(optimizer).__name__}: must be an nn.Module and its "
+            "torch.optim.Optimizer, in this order."
+        )
+    if not _takes_hooks(optimizer):
+        raise LandscapeError(
+            f"optimizer={type(optimizer).__name__}: must call torch.optim.Optimizer.__init__, which makes its step "
+            "hooks. Give the optimizer inside of it."
+        )
+    check_model(model)
+    if any(parameter.is_complex() for group in optimizer.param_groups for parameter in group["params"]):
+        raise LandscapeError(
+            "optimizer: must hold real parameters, got complex ones. Hold their torch.view_as_real, and use "
+            "torch.view_as_complex in the forward pass."
+        )
+    if options.relative and "lr" not in optimizer.param_groups[0]:
+        raise LandscapeError(
+            f"relative=True: needs a learning rate, and {type(optimizer).__name__} has none. Give step_sizes=[...] "
+            "with relative=False."
+        )
+    if criterion is not None and not isinstance(criterion, nn.Module):
+        raise LandscapeError(
+            f"criterion must be an nn.Module, got {criterion!r}. Use nn.CrossEntropyLoss() for F.cross_entropy, or "
+            "omit criterion and pass each loss through probe.observe(...)."
+        )
+    check_engine(options.engine)
+    if grad_scaler is not None and not hasattr(grad_scaler, "scale"):
+        raise LandscapeError(f"grad_scaler={grad_scaler!r}: must be the torch.amp.GradScaler that scales the loss.")
+    known = {id(parameter) for parameter in model.parameters()}
+    if not all(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
+        warnings.warn(
+            "The optimizer holds parameters that are not the model's; rays leave them where they are.", stacklevel=3
+        )
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer that makes the steps, from inside a trainer's wrapper."""
+    while not _takes_hooks(optimizer) and isinstance(
+        inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer
+    ):
+        optimizer = inner
+    return optimizer
+
+
+def _takes_hooks(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
+
+
+def probe_metadata(
+    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module | None, options: ProbeOptions
+) -> dict[str, Any]:
+    """Return what a probe was given, as facts of the run."""
+    defaults = {
+        name: value if isinstance(value, int | float | str | None) else repr(value)
+        for name, value in optimizer.defaults.items()
+    }
+    return {
+        "model": type(model).__name__,
+        "criterion": None if criterion is None else repr(criterion),
+        "optimizer": type(optimizer).__name__,
+        "optimizer_options": defaults,
+        "base_lr": learning_rate_of(optimizer),
+        **options.metadata(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def resume_signature(options: ProbeOptions, model: nn.Module) -> dict[str, Any]:
+    """Return what a resumed run has to share with its checkpoint."""
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    return {**options.resume_signature(), "parameters": shapes, "threads": torch.get_num_threads()}
+
+
+def check_state(state: Any, signature: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """Raise a LandscapeError unless a probe with this signature can resume.
+
+    Args:
+        state: What ``load_state_dict`` was given.
+        signature: The `resume_signature` of the probe. Another number of threads only warns.
+        parts: Names of the parts of the probe that have a state of their own.
+    """
+    names = ("step", "written", "last", "about", *parts)
+    if not isinstance(state, Mapping) or not all(name in state for name in names):
+        raise LandscapeError(
+            f"state must be what probe.state_dict() returned, got {type(state).__name__} without "
+            f"{next((name for name in names if not isinstance(state, Mapping) or name not in state), '')!r}."
+        )
+    before = state["about"]
+    if other := [name for name in signature if name != "threads" and before.get(name) != signature[name]]:
+        raise LandscapeError(
+            f"The checkpoint is of a probe with other {', '.join(other).replace('_', ' ')}. Give this probe the same, "
+            "or start a new trace."
+        )
+    if before.get("threads") != (now := signature["threads"]):
+        warnings.warn(
+            f"The run was recorded with {before.get('threads')} threads and is resumed with {now}: rows will differ by "
+            "rounding from an uninterrupted run. See torch.set_num_threads and OMP_NUM_THREADS.",
+            stacklevel=3,
+        )
