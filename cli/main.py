@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from landscape import __version__
 from landscape.errors import LandscapeError
 from landscape.text import one_line
 
@@ -59,7 +60,7 @@ def _say(message: Warning | str, *details: Any, **options: Any) -> None:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="landscape")
+@click.version_option(__version__, package_name="landscape-probe")
 def main() -> None:
     """Measure how smooth the loss landscape of a PyTorch training run is.
 

@@ -17,3 +17,5 @@ from .traces.writer import TraceWriter as TraceWriter
 from .training.presets import RECIPES as RECIPES
 from .training.recipe import Recipe as Recipe
 from .training.train import train as train
+
+__version__: str

@@ -14,3 +14,10 @@ class ProbeDeferred(LandscapeError):
 
 class TrainingInterrupted(Exception):
     """Training was asked to stop, between two updates."""
+
+
+class MissingExtraError(LandscapeError):
+    """An optional dependency is not installed; the message names its extra."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional dependency. Run: pip install 'landscape-probe[{extra}]'")

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from landscape import __version__
 from landscape.errors import LandscapeError
 
-PACKAGES = ("landscape", "torch", "numpy")
+PACKAGES = ("torch", "numpy")
 
 
 def environment() -> dict[str, Any]:
     """Versions, platform and commit (of the repository around the current directory), as far as they can be known."""
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    versions = {name: _version(name) for name in PACKAGES}
+    versions |= {"python": platform.python_version(), "landscape": __version__}
     commit = _git("rev-parse", "HEAD")
     # Only tracked files count: the traces themselves are often untracked files of the same repository.
     changes = _git("status", "--porcelain", "--untracked-files=no")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from landscape.errors import LandscapeError
+from landscape.errors import MissingExtraError
 from landscape.training.recipe import AUGMENTATIONS
 
 Augment = Callable[[Tensor], Tensor]
@@ -41,9 +41,7 @@ def _steps(size: int) -> dict[str, Any]:
     try:
         from kornia.augmentation import RandomCrop, RandomErasing, RandomHorizontalFlip
     except ImportError as error:
-        raise LandscapeError(
-            f"Augmentation ({', '.join(AUGMENTATIONS)}) needs kornia: pip install 'landscape[augment]'."
-        ) from error
+        raise MissingExtraError(f"Augmentation ({', '.join(AUGMENTATIONS)})", "augment") from error
     return {
         "crop": RandomCrop((size, size), padding=size // 8, cropping_mode="slice"),
         "flip": RandomHorizontalFlip(),

@@ -7,13 +7,10 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from landscape.errors import LandscapeError
+from landscape.errors import LandscapeError, MissingExtraError
 
 if TYPE_CHECKING:  # an extra
     from optuna.storages import RDBStorage
-
-
-EXTRA = "install it by: pip install 'landscape[tune]'"
 
 
 def open_storage(url: str, *, heartbeat: int = 20, grace: int = 60) -> "RDBStorage":
@@ -31,7 +28,7 @@ def open_storage(url: str, *, heartbeat: int = 20, grace: int = 60) -> "RDBStora
         import optuna
         from sqlalchemy.exc import ArgumentError, SQLAlchemyError
     except ImportError as error:
-        raise LandscapeError(f"Tuning needs Optuna; {EXTRA}") from error
+        raise MissingExtraError("Tuning (Optuna)", "tune") from error
     address = re.sub("^postgres(ql)?://", "postgresql+psycopg://", url)
     for attempt in (1, 2, 3):
         try:
@@ -46,7 +43,7 @@ def open_storage(url: str, *, heartbeat: int = 20, grace: int = 60) -> "RDBStora
                 "postgresql://user@host/database."
             ) from error
         except ImportError as error:
-            raise LandscapeError(f"There is no driver for this database; {EXTRA}") from error
+            raise MissingExtraError("The driver of this database", "tune") from error
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             if attempt == 3:
                 raise LandscapeError(f"The database cannot be used: {str(error).splitlines()[0]}") from error

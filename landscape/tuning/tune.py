@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+from landscape import __version__
 from landscape.errors import LandscapeError
 from landscape.training.experiment import resolve_device
 from landscape.training.recipe import Recipe
@@ -124,7 +124,7 @@ def _train(place: TuningBackend, recipe: Recipe, report: Callable[[int, float], 
         on_epoch=lambda row: report(int(row["epoch"]), row[accuracy]),
     )
     diverged = not math.isfinite(row["train_loss"])  # then its accuracy, that of a guess, says nothing
-    versions = {name: metadata.version(name) for name in ("landscape", "torch")}
+    versions = {"landscape": __version__, "torch": str(torch.__version__)}
     made_by = {"device": str(resolve_device(place.device)), **versions}
     return row | {"score": math.nan if diverged else row[accuracy]} | made_by
 
