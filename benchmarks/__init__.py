@@ -1,1 +1,1 @@
-"""Speed against the named alternatives, each in one run: ``python -m benchmarks.rays`` and ``benchmarks.norms``."""
+"""Benchmarks of speed and memory against named alternatives, such as ``python -m benchmarks.rays``."""

@@ -1,6 +1,6 @@
-"""Count the functions and files that one steady probed update runs: ``python -m benchmarks.code_path``.
+"""Count the functions and files that one probed update runs: ``python -m benchmarks.code_path``.
 
-It is a measure of how much a reader has to follow, not of speed.
+The numbers measure how much code a reader has to follow, not speed.
 """
 
 import sys
@@ -18,11 +18,11 @@ from landscape import LandscapeProbe
 
 ROOT = Path(landscape.__file__).parent
 STEADY = 40
-"""The update that is counted; the engine is chosen and the first checks are made by then."""
+"""Update that is counted; by then the engine is selected and the first checks are complete."""
 
 
 def run(engine: str) -> Counter[tuple[str, str]]:
-    """Return the calls of one probed update, by file and function."""
+    """Count the calls of one probed update by function."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5))
     optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
@@ -30,7 +30,7 @@ def run(engine: str) -> Counter[tuple[str, str]]:
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        # Comprehensions are read with the function around them.
+        # Comprehensions count as part of the function around them.
         if event == "call" and code.co_name[0] != "<" and Path(code.co_filename).is_relative_to(ROOT):
             calls[str(Path(code.co_filename).relative_to(ROOT)), code.co_qualname] += 1
 
@@ -50,7 +50,7 @@ def run(engine: str) -> Counter[tuple[str, str]]:
 @click.option("--engine", default="affine", show_default=True)
 @click.option("--functions", is_flag=True, help="List the functions of each file.")
 def main(engine: str, functions: bool) -> None:
-    """Print how many functions of how many files run in one steady probed update."""
+    """Print the functions and files of one probed update."""
     calls = run(engine)
     files = sorted({file for file, _ in calls})
     click.echo(f"{len(calls)} functions in {len(files)} files, {calls.total()} calls (engine {engine!r})")

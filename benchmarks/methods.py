@@ -1,4 +1,4 @@
-"""The ways to measure the losses along a ray: this package's, and what people do without it."""
+"""Methods to compute the losses along a ray: those of this package, and common alternatives."""
 
 import copy
 import warnings
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from benchmarks.side_effects import Footprint
+from benchmarks.side_effects import SideEffects
 from benchmarks.workloads import BARE, Workload
 from landscape import LandscapeProbe, ray_losses
 from landscape.ray.engines.registry import ENGINES, OPT_IN
 
 
 class NotRunError(RuntimeError):
-    """There is no sense in this way here, and the message says why."""
+    """A method does not apply; the message states why."""
 
 
-class Setting:
-    """A workload made real: a model at one point, with its gradient there, and twins of it trained with probes.
+class Workbench:
+    """A workload on a device: model, batch, optimizer and gradient.
 
-    Learning rates are 0, so that every round sees the same point.
+    The learning rate is 0, so every round measures the same point.
     """
 
     def __init__(self, workload: Workload, device: str) -> None:
@@ -34,13 +34,13 @@ class Setting:
         self.inputs, self.targets = (tensor.to(device) for tensor in workload.batch())
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
-        before = Footprint.of(self.model)
+        before = SideEffects.snapshot(self.model)
         self.update()
         self.gradient = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         before.restore(self.model)
         for name, parameter in self.model.named_parameters():
             parameter.grad = self.gradient[name].clone() if name in self.gradient else None
-        self.start = Footprint.of(self.model)
+        self.start = SideEffects.snapshot(self.model)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -57,23 +57,29 @@ class Setting:
         self.optimizer.step()
 
 
-class Twin:
-    """A copy of a setting's model that is trained with a probe; its hooks are on a criterion of its own."""
+class ProbedCopy:
+    """Copy of a workbench's model, trained with a probe.
 
-    def __init__(self, setting: Setting, engine: str) -> None:
-        self.setting, self.model, self.criterion = setting, copy.deepcopy(setting.model), nn.CrossEntropyLoss()
+    It has its own criterion, so the probe's hooks do not affect the original.
+    """
+
+    def __init__(self, workbench: Workbench, engine: str) -> None:
+        self.workbench, self.model, self.criterion = workbench, copy.deepcopy(workbench.model), nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
-        step_sizes = setting.step_sizes
+        step_sizes = workbench.step_sizes
         self.probe = LandscapeProbe(self.model, self.optimizer, self.criterion, step_sizes=step_sizes, engine=engine)
         self.probe.attach()
 
     def update(self) -> None:
         self.optimizer.zero_grad()
-        self.setting.loss(self.model, self.criterion).backward()
+        self.workbench.loss(self.model, self.criterion).backward()
         self.optimizer.step()
 
-    def settle(self) -> str:
-        """Update until the probe has found its engine, and what is compiled on first use is; the engine's name."""
+    def warm_up(self) -> str:
+        """Update until an engine is selected; return its name.
+
+        An opt-in engine gets 2 more updates, in which it compiles.
+        """
         for _ in range(8):
             self.update()
             if "engine" in (frame := self.probe.frame()):
@@ -85,111 +91,124 @@ class Twin:
 
 
 @torch.no_grad()
-def bare(setting: Setting) -> None:
-    """K forward passes where the model is, which is what every ratio is of."""
-    for _ in setting.step_sizes:
-        setting.loss(setting.model)
+def bare(workbench: Workbench) -> None:
+    """Run K forward passes, the base of all ratios."""
+    for _ in workbench.step_sizes:
+        workbench.loss(workbench.model)
 
 
-def ray(setting: Setting, engine: str) -> Tensor:
-    if engine == "channels_last" and not any(tensor.dim() in (4, 5) for tensor in setting.gradient.values()):
-        raise NotRunError("not run: no convolutions, so it is the affine engine")
+def ray(workbench: Workbench, engine: str) -> Tensor:
+    if engine == "channels_last" and not any(tensor.dim() in (4, 5) for tensor in workbench.gradient.values()):
+        raise NotRunError("not run: no convolutions, so it equals the affine engine")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "The engine", UserWarning)  # a refusal: the loop would be timed in its place
-        return ray_losses(setting.model, setting.loss, setting.gradient, setting.step_sizes, engine=engine)
+        # An engine that does not fit the model warns and falls back to the loop, which would be timed instead.
+        warnings.filterwarnings("error", "The engine", UserWarning)
+        return ray_losses(workbench.model, workbench.loss, workbench.gradient, workbench.step_sizes, engine=engine)
 
 
 @torch.no_grad()
-def in_place(setting: Setting) -> Tensor:
+def in_place(workbench: Workbench) -> Tensor:
     losses = []
-    for eta in setting.step_sizes:
-        _move(setting.model, setting, eta)
-        losses.append(setting.loss(setting.model))
-        _move(setting.model, setting, -eta)
+    for eta in workbench.step_sizes:
+        _move(workbench.model, workbench, eta)
+        losses.append(workbench.loss(workbench.model))
+        _move(workbench.model, workbench, -eta)
     return torch.stack(losses)
 
 
 @torch.no_grad()
-def deepcopy(setting: Setting) -> Tensor:
+def deepcopy(workbench: Workbench) -> Tensor:
     losses = []
-    for eta in setting.step_sizes:
-        model = copy.deepcopy(setting.model)
-        _move(model, setting, eta)
-        losses.append(setting.loss(model))
+    for eta in workbench.step_sizes:
+        model = copy.deepcopy(workbench.model)
+        _move(model, workbench, eta)
+        losses.append(workbench.loss(model))
     return torch.stack(losses)
 
 
-def _move(model: nn.Module, setting: Setting, eta: float) -> None:
+def _move(model: nn.Module, workbench: Workbench, eta: float) -> None:
     for name, parameter in model.named_parameters():
-        if name in setting.gradient:
-            parameter.sub_(setting.gradient[name], alpha=eta)
+        if name in workbench.gradient:
+            parameter.sub_(workbench.gradient[name], alpha=eta)
 
 
 @torch.no_grad()
-def plain_vmap(setting: Setting, buffers: bool = False) -> Tensor:
-    """All points as one model with stacked parameters; ``buffers`` stacks these too, and shares the random numbers."""
-    points = len(setting.step_sizes)
-    etas = torch.tensor(setting.step_sizes, device=setting.device)
+def plain_vmap(workbench: Workbench, buffers: bool = False) -> Tensor:
+    """Evaluate all points as one model with stacked parameters.
+
+    With ``buffers``, buffers are stacked too, and all points share their random numbers.
+    """
+    points = len(workbench.step_sizes)
+    etas = torch.tensor(workbench.step_sizes, device=workbench.device)
     stacked = {}
-    for name, parameter in setting.model.named_parameters():
-        gradient = setting.gradient.get(name, torch.zeros_like(parameter))
+    for name, parameter in workbench.model.named_parameters():
+        gradient = workbench.gradient.get(name, torch.zeros_like(parameter))
         stacked[name] = torch.addcmul(parameter, etas.view(-1, *[1] * gradient.dim()), gradient, value=-1)
     if buffers:
-        stacked |= {n: b.expand(points, *b.shape).clone() for n, b in setting.model.named_buffers()}
+        stacked |= {n: b.expand(points, *b.shape).clone() for n, b in workbench.model.named_buffers()}
 
     def loss(tensors: dict[str, Tensor]) -> Tensor:
-        return setting.loss(partial(functional_call, setting.model, tensors))  # type: ignore[arg-type]
+        return workbench.loss(partial(functional_call, workbench.model, tensors))  # type: ignore[arg-type]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         return vmap(loss, randomness="same" if buffers else "error")(stacked)
 
 
-def loss_landscapes(setting: Setting) -> Tensor:
+def loss_landscapes(workbench: Workbench) -> Tensor:
     try:
         from loss_landscapes import linear_interpolation
         from loss_landscapes.metrics import Loss
     except ImportError as error:
         raise NotRunError('not run: needs loss-landscapes (pip install ".[bench]")') from error
-    end = copy.deepcopy(setting.model)
+    end = copy.deepcopy(workbench.model)
     with torch.no_grad():
-        _move(end, setting, setting.step_sizes[-1])
-    metric = Loss(setting.criterion, setting.inputs, setting.targets)
-    with setting.autocast():
-        losses = linear_interpolation(setting.model, end, metric, len(setting.step_sizes), deepcopy_model=True)
+        _move(end, workbench, workbench.step_sizes[-1])
+    metric = Loss(workbench.criterion, workbench.inputs, workbench.targets)
+    with workbench.autocast():
+        losses = linear_interpolation(workbench.model, end, metric, len(workbench.step_sizes), deepcopy_model=True)
     return torch.from_numpy(losses)
 
 
-def evaluation_loop(setting: Setting) -> Tensor:
-    """As PyHessian's tutorial walks: a copy in evaluation mode is given each point's weights, and its loss is read."""
-    copied = copy.deepcopy(setting.model).eval()
+def evaluation_loop(workbench: Workbench) -> Tensor:
+    """Assign each point's weights to a copy in evaluation mode.
+
+    This is the loop of PyHessian's tutorial on loss landscapes.
+    """
+    copied = copy.deepcopy(workbench.model).eval()
     losses = []
-    for eta in setting.step_sizes:
-        for (name, there), here in zip(copied.named_parameters(), setting.model.parameters(), strict=True):
-            if name in setting.gradient:
-                there.data = here.data - eta * setting.gradient[name]
-        losses.append(setting.loss(copied).item())  # with gradients on, as there
+    for eta in workbench.step_sizes:
+        for (name, there), here in zip(copied.named_parameters(), workbench.model.parameters(), strict=True):
+            if name in workbench.gradient:
+                there.data = here.data - eta * workbench.gradient[name]
+        losses.append(workbench.loss(copied).item())  # The tutorial does not disable gradients.
     return torch.tensor(losses)
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to measure a ray: ``run`` gives the K losses, if it has any."""
+class Method:
+    """Method to compute the losses along a ray.
+
+    Attributes:
+        name: Name of its row in tables and charts.
+        run: Returns the losses (K,), or None if it computes none.
+        note: Remark below the table.
+        replaces: Name of another method; this one runs only if that fails.
+    """
 
     name: str
-    run: Callable[[Setting], Tensor | None]
+    run: Callable[[Workbench], Tensor | None]
     note: str = ""
     replaces: str = ""
-    """A way in whose place this one is tried if that fails."""
 
 
-WAYS = [
-    Way(BARE, bare),
-    *(Way(f"landscape, {name}", partial(ray, engine=name)) for name in ENGINES if name not in OPT_IN),
-    Way("in-place loop", in_place),
-    Way("deepcopy per point", deepcopy),
-    Way("vmap", plain_vmap),
-    Way("vmap, buffers stacked", partial(plain_vmap, buffers=True), replaces="vmap"),
-    Way("loss-landscapes", loss_landscapes),
-    Way("loop of PyHessian's tutorial", evaluation_loop, note="measures evaluation mode, which is another function"),
+METHODS = [
+    Method(BARE, bare),
+    *(Method(f"landscape, {name}", partial(ray, engine=name)) for name in ENGINES if name not in OPT_IN),
+    Method("in-place loop", in_place),
+    Method("deepcopy per point", deepcopy),
+    Method("vmap", plain_vmap),
+    Method("vmap, buffers stacked", partial(plain_vmap, buffers=True), replaces="vmap"),
+    Method("loss-landscapes", loss_landscapes),
+    Method("loop of PyHessian's tutorial", evaluation_loop, note="measures evaluation mode, which is another function"),
 ]

@@ -1,8 +1,8 @@
-"""GhostNorm and SeqNorm against ``nn.BatchNorm`` and what others publish: ``python -m benchmarks.norms``.
+"""Time GhostNorm and SeqNorm against ``nn.BatchNorm`` and other implementations: ``python -m benchmarks.norms``.
 
-Training mode, on the layers of SimpleNet at batch 512 and of ResNet-56 at batch 128, contiguous and channels_last:
-forward without gradients, as along a ray, and forward and backward. Each ratio is to the base in the same round. The
-loop, the view and the equations are bare functions; the layers also track running statistics, for about 15 us.
+The inputs are those of SimpleNet at batch 512 and of ResNet-56 at batch 128, contiguous and channels_last, in training
+mode: forward without gradients, as along a ray, and forward and backward. Ratios are to the base in the same round. The
+loop, the view and the equations are plain functions; the layers also track running statistics, which takes about 15 us.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.charts import chart
-from benchmarks.timing import against, interleaved, keep_memory, machine, write_json
+from benchmarks.charts import draw_norms
+from benchmarks.timing import compare, interleaved, keep_memory, machine, write_json
 from landscape import GhostNorm, SeqNorm
+from landscape.plotting.figure import save_figure
 
 BATCH_NORM, SEQUENCE = "nn.BatchNorm", "nn.GroupNorm, nn.BatchNorm"
-BASES = {SEQUENCE: SEQUENCE, "SeqNorm": SEQUENCE}  # of the others: nn.BatchNorm
-REPEATS = 5  # per turn, because the first one pays for what the candidate before left of caches and memory
+BASES = {SEQUENCE: SEQUENCE, "SeqNorm": SEQUENCE}
+"""Base of a norm, if it is not nn.BatchNorm."""
+REPEATS = 5
+"""Passes per turn; the first one is slower, because the previous candidate has filled the caches."""
 EPS = 1e-5
 Norm = Callable[[Tensor], Tensor]
 
 
 class Layer(NamedTuple):
-    """An input of a norm, and its groups."""
+    """Shape and memory format of an input, with groups."""
 
     shape: tuple[int, ...]
     groups: int
@@ -47,7 +50,7 @@ LAYERS = [
 
 
 def equations(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """The paper's equations 1-3, one operation after the other, differentiated by autograd."""
+    """Compute equations 1-3 of arXiv:2007.08554, operation by operation."""
     slices = x.reshape(groups, len(x) // groups, x.shape[1], -1)
     mean = slices.mean((1, 3), keepdim=True)
     var = slices.var((1, 3), unbiased=False, keepdim=True)
@@ -55,20 +58,23 @@ def equations(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def chunks(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """One native batch normalization per group, as in TabNet and Composer."""
+    """Normalize group by group, as TabNet and Composer do."""
     parts = (F.batch_norm(chunk, None, None, weight, bias, training=True, eps=EPS) for chunk in x.tensor_split(groups))
     return torch.cat(list(parts))
 
 
 def view(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """The groups as channels of a native batch normalization, as in cifar10-fast; the groups are interleaved."""
+    """Normalize groups as channels, as cifar10-fast does.
+
+    The groups are interleaved.
+    """
     channels = x.view(-1, groups * x.shape[1], *x.shape[2:])
     weights = weight.repeat(groups), bias.repeat(groups)
     return F.batch_norm(channels, None, None, *weights, training=True, eps=EPS).view(x.shape)
 
 
 def norms(layer: Layer, device: str) -> dict[str, Norm]:
-    """Everything that is timed, by the name of its row."""
+    """Return the norms to time, by row of the table."""
     channels, groups = layer.shape[1], layer.groups
     batch_norm = nn.BatchNorm1d if len(layer.shape) == 2 else nn.BatchNorm2d
     modules = {
@@ -79,7 +85,7 @@ def norms(layer: Layer, device: str) -> dict[str, Norm]:
         "SeqNorm": SeqNorm(channels, groups),
     }
     functions = {"equations as written": equations, "loop over chunks": chunks}
-    if layer.memory == torch.contiguous_format:  # there is no such view of a channels_last batch
+    if layer.memory == torch.contiguous_format:  # A channels_last batch has no such view.
         functions["view as in cifar10-fast"] = view
     weight, bias = (nn.Parameter(fill(channels, device=device)) for fill in (torch.ones, torch.zeros))
     bound = {name: partial(norm, groups=groups, weight=weight, bias=bias) for name, norm in functions.items()}
@@ -87,7 +93,7 @@ def norms(layer: Layer, device: str) -> dict[str, Norm]:
 
 
 def candidates(layer: Layer, device: str, backward: bool) -> dict[str, Callable[[], None]]:
-    """The passes of every norm over one layer."""
+    """Return the passes of every norm over one input."""
     torch.manual_seed(0)
     x, gradient = torch.randn(2, *layer.shape, device=device)
     x, gradient = (
@@ -111,20 +117,20 @@ def forward(norm: Norm, x: Tensor, _gradient: Tensor) -> None:
 
 
 def measure(rounds: int, device: str) -> pd.DataFrame:
-    """All norms on all layers: milliseconds and ratios."""
+    """Time all norms on all inputs."""
     tables = []
     for backward, layer in ((backward, layer) for backward in (True, False) for layer in LAYERS):
         synchronize = torch.cuda.synchronize if device.startswith("cuda") else None
         seconds = interleaved(candidates(layer, device, backward), rounds, synchronize) / REPEATS
         bases = pd.Series(BASES).reindex(seconds.columns).fillna(BATCH_NORM)
-        rows = pd.concat([against(seconds, base).loc[[name]].assign(base=base) for name, base in bases.items()])
+        rows = pd.concat([compare(seconds, base).loc[[name]].assign(base=base) for name, base in bases.items()])
         passes = "forward + backward" if backward else "forward, no_grad"
         tables.append(rows.rename_axis("norm").reset_index().assign(passes=passes, layer=str(layer)))
     return pd.concat(tables).set_index(["passes", "layer", "norm"])
 
 
 def as_text(table: pd.DataFrame) -> str:
-    """Layers as rows, norms as columns."""
+    """Format the ratios as a table (inputs, norms)."""
     ratios, ms = (table[column].unstack("norm", sort=False) for column in ("ratio", "ms"))
     bases = {f"{base} [ms]": ms[base].round(3) for base in (BATCH_NORM, SEQUENCE)}
     text = ratios.drop(columns=[BATCH_NORM, SEQUENCE]).round(2).assign(**bases).rename_axis(None, axis="columns")
@@ -132,21 +138,24 @@ def as_text(table: pd.DataFrame) -> str:
 
 
 @click.command()
-@click.option("--rounds", default=30, show_default=True, help="How often each norm is timed on each layer.")
+@click.option("--rounds", default=30, show_default=True, help="Timings of each norm on each input.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads of torch.")
 @click.option("--device", default="cpu", show_default=True, help="Device of torch, such as cuda.")
-@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table here.")
-@click.option("--chart", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Also draw the ratios here.")
+@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the table to this file.")
+@click.option(
+    "--chart", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the ratios to this file."
+)
 def main(rounds: int, threads: int, device: str, path: Path | None, picture: Path | None) -> None:
-    """Time the norms on the layers of two models."""
+    """Time the norms on the inputs of two models."""
     torch.set_num_threads(threads)
     keep_memory()
     table = measure(rounds, device)
-    click.echo(f"{machine()}\nBase: {BATCH_NORM}; of SeqNorm: {SEQUENCE}.")
+    click.echo(f"{machine()}\nBase: {BATCH_NORM}; for SeqNorm: {SEQUENCE}.")
     for passes, part in table.droplevel("passes").groupby(table.index.get_level_values("passes"), sort=False):
-        click.echo(f"\n{passes}: times over that of the base, and milliseconds of the bases\n{as_text(part)}")
+        click.echo(f"\n{passes}: ratios of times to that of the base, and milliseconds of the bases\n{as_text(part)}")
     write_json(path, table)
-    chart(table, picture)
+    if picture is not None:
+        save_figure(draw_norms(table), picture)
 
 
 if __name__ == "__main__":

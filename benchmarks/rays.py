@@ -1,7 +1,7 @@
-"""Every way to measure a ray against K bare forward passes: ``python -m benchmarks.rays``.
+"""Time methods to compute the losses along a ray against K bare forward passes: ``python -m benchmarks.rays``.
 
-On random data; each figure is relative to the K forward passes without gradients of the same round. What a way leaves
-behind is found by looking. The row of loss-landscapes needs the extra ``bench``.
+Data are random, and ratios are to the K forward passes without gradients of the same round. Side effects are found by
+comparing all state before and after. The row of loss-landscapes needs the extra ``bench``.
 """
 
 import json
@@ -20,21 +20,29 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.charts import draw
-from benchmarks.methods import WAYS, NotRunError, Setting, Twin, Way
-from benchmarks.side_effects import Footprint
-from benchmarks.timing import against, interleaved, keep_memory, machine
+from benchmarks.charts import draw_rays
+from benchmarks.methods import METHODS, Method, NotRunError, ProbedCopy, Workbench
+from benchmarks.side_effects import SideEffects
+from benchmarks.timing import compare, interleaved, keep_memory, machine
 from benchmarks.workloads import BARE, PROBE, PROBED, UNPROBED, WORKLOADS, Workload
 from landscape.plotting.figure import save_figure
 from landscape.ray.engines.registry import OPT_IN
 
 REFERENCE = "landscape, loop"
 SECONDS, FEWEST, MOST = 40.0, 2, 40
+"""Time of the default rounds of a workload, and the limits of their number."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one look at a way has shown: its losses and its footprint, or why there are none."""
+    """Result of running a method once.
+
+    Attributes:
+        losses: Losses along the ray (K,), or None if there are none.
+        leaves: Side effects, as text.
+        note: Remark, or the reason why the method did not run.
+        seconds: Time of this run; None if the method did not run.
+    """
 
     losses: Tensor | None = None
     leaves: str = ""
@@ -42,25 +50,25 @@ class Measurement:
     seconds: float | None = None
 
     def differs(self, expected: Tensor | None) -> float:
-        """The largest relative difference from the ``expected`` losses; NaN where there are none."""
+        """Return the largest relative difference of losses; NaN without losses."""
         if self.losses is None or expected is None:
             return float("nan")
         return float(((self.losses.cpu().double() - expected.cpu().double()) / expected.cpu().double()).abs().max())
 
 
-def look(way: Way, setting: Setting) -> Measurement:
-    """Run a way once from the start, and compare the state after it with that before it."""
-    setting.start.restore(setting.model)
+def run_once(method: Method, workbench: Workbench) -> Measurement:
+    """Run a method once; compare the state before and after."""
+    workbench.start.restore(workbench.model)
     try:
-        started = time.perf_counter()
-        losses = way.run(setting)
-        seconds = time.perf_counter() - started
+        start = time.perf_counter()
+        losses = method.run(workbench)
+        seconds = time.perf_counter() - start
     except (RuntimeError, UserWarning) as error:
         return Measurement(note=_reason(error))
     finally:
-        after = Footprint.of(setting.model)
-        setting.start.restore(setting.model)
-    return Measurement(losses, ", ".join(setting.start.changes(after)) or "nothing", way.note, seconds)
+        after = SideEffects.snapshot(workbench.model)
+        workbench.start.restore(workbench.model)
+    return Measurement(losses, ", ".join(workbench.start.changes(after)) or "nothing", method.note, seconds)
 
 
 def _reason(error: Exception) -> str:
@@ -71,76 +79,87 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(f"refused: {refused[1]}" if refused else f"fails: {text}", 100, placeholder=" ...")
 
 
-def look_at_probe(twin: Twin, setting: Setting) -> Measurement:
-    """Compare the state after an update with the probe with that after the same update without it."""
-    note = f"engine {twin.settle()}"
+def run_probe_once(probed: ProbedCopy, workbench: Workbench) -> Measurement:
+    """Run an update with the probe and without; compare states."""
+    note = f"engine {probed.warm_up()}"
     ends, seconds = [], 0.0
-    for model, update in [(setting.model, setting.update)] * 2 + [(twin.model, twin.update)]:
-        setting.start.restore(model)
-        started = time.perf_counter()
+    # The update without the probe runs twice, which shows if it is deterministic at all.
+    for model, update in [(workbench.model, workbench.update)] * 2 + [(probed.model, probed.update)]:
+        workbench.start.restore(model)
+        start = time.perf_counter()
         update()
-        seconds = time.perf_counter() - started
-        ends.append(Footprint.of(model))
-    setting.start.restore(setting.model)
-    if unsteady := ends[0].changes(ends[1]):
-        note += f"; the update alone is not repeatable ({', '.join(unsteady)})"
-    losses = torch.tensor(twin.probe.last()["losses"])
+        seconds = time.perf_counter() - start
+        ends.append(SideEffects.snapshot(model))
+    workbench.start.restore(workbench.model)
+    if changes := ends[0].changes(ends[1]):
+        note += f"; the update alone is not repeatable ({', '.join(changes)})"
+    losses = torch.tensor(probed.probe.last()["losses"])
     return Measurement(losses, ", ".join(ends[0].changes(ends[2])) or "nothing", note, seconds)
 
 
 def measure(workload: Workload, rounds: int | None, device: str, opt_in: bool = False) -> pd.DataFrame:
-    """The table of one workload, a row for each way; without ``rounds``, as many as fit some forty seconds."""
-    setting = Setting(workload, device)
+    """Measure a workload; return a row for each method.
+
+    Without ``rounds``, their number is chosen to take about 40 s.
+    """
+    workbench = Workbench(workload, device)
     found: dict[str, Measurement] = {}
-    for way in WAYS:
-        if not way.replaces or found[way.replaces].seconds is None:
-            found[way.name] = look(way, setting)
+    for method in METHODS:
+        if not method.replaces or found[method.replaces].seconds is None:
+            found[method.name] = run_once(method, workbench)
     engines = {PROBE: "auto"} | ({f"{PROBE}, {name}": name for name in OPT_IN} if opt_in else {})
-    twins = {name: Twin(setting, engine) for name, engine in engines.items()}
-    found |= {name: look_at_probe(twin, setting) for name, twin in twins.items()}
-    rounds = rounds or _rounds(found)
-    seconds = _timed(setting, found, twins, rounds)
+    copies = {name: ProbedCopy(workbench, engine) for name, engine in engines.items()}
+    found |= {name: run_probe_once(probed, workbench) for name, probed in copies.items()}
+    rounds = rounds or _default_rounds(found)
+    seconds = _time(workbench, found, copies, rounds)
     if workload.base == BARE:
         seconds = seconds.drop(columns=[UNPROBED, PROBED])
-    table = against(seconds, workload.base).reindex(_order(found, list(seconds)))
-    looks = {name: found.get(name, Measurement()) for name in table.index}
+    table = compare(seconds, workload.base).reindex(_row_order(found, list(seconds)))
+    measurements = [found.get(name, Measurement()) for name in table.index]
     return table.assign(
         goal=[workload.goal if name == workload.judged else float("nan") for name in table.index],
-        differs=[look.differs(found[REFERENCE].losses) for look in looks.values()],
-        leaves=[look.leaves for look in looks.values()],
-        note=[look.note for look in looks.values()],
+        differs=[measurement.differs(found[REFERENCE].losses) for measurement in measurements],
+        leaves=[measurement.leaves for measurement in measurements],
+        note=[measurement.note for measurement in measurements],
         base=workload.base,
         rounds=rounds,
     )
 
 
-def _timed(setting: Setting, found: dict[str, Measurement], twins: dict[str, Twin], rounds: int) -> pd.DataFrame:
-    """Seconds of all that can be timed; a whole probe is what an update costs more with it than without."""
+def _time(
+    workbench: Workbench, found: dict[str, Measurement], copies: dict[str, ProbedCopy], rounds: int
+) -> pd.DataFrame:
+    """Return seconds (rounds, methods) of everything that can be timed.
+
+    The time of a whole probe is that of an update with it minus that of an update without it.
+    """
     candidates: dict[str, Callable[[], object]] = {
-        way.name: partial(way.run, setting) for way in WAYS if way.name in found and found[way.name].seconds is not None
+        method.name: partial(method.run, workbench)
+        for method in METHODS
+        if method.name in found and found[method.name].seconds is not None
     }
-    candidates |= {UNPROBED: setting.update} | {name: twin.update for name, twin in twins.items()}
-    probes = [len(twin.probe.frame()) for twin in twins.values()]
-    seconds = interleaved(candidates, rounds, torch.cuda.synchronize if setting.device.startswith("cuda") else None)
-    if any(len(twin.probe.frame()) < before + rounds for twin, before in zip(twins.values(), probes, strict=True)):
-        raise RuntimeError("Not every update was probed, so the time of the probe is not known; see the warnings.")
+    candidates |= {UNPROBED: workbench.update} | {name: probed.update for name, probed in copies.items()}
+    probes = [len(probed.probe.frame()) for probed in copies.values()]
+    seconds = interleaved(candidates, rounds, torch.cuda.synchronize if workbench.device.startswith("cuda") else None)
+    if any(len(probed.probe.frame()) < before + rounds for probed, before in zip(copies.values(), probes, strict=True)):
+        raise RuntimeError("Some updates were not probed, so the time of the probe is unknown. See the warnings.")
     seconds[PROBED] = seconds[PROBE]
-    return seconds.assign(**{name: seconds[name] - seconds[UNPROBED] for name in twins})
+    return seconds.assign(**{name: seconds[name] - seconds[UNPROBED] for name in copies})
 
 
-def _rounds(found: dict[str, Measurement]) -> int:
-    one = sum(look.seconds or 0.0 for look in found.values())
-    return max(FEWEST, min(MOST, int(SECONDS / one)))
+def _default_rounds(found: dict[str, Measurement]) -> int:
+    seconds_per_round = sum(measurement.seconds or 0.0 for measurement in found.values())
+    return max(FEWEST, min(MOST, int(SECONDS / seconds_per_round)))
 
 
-def _order(found: dict[str, Measurement], timed: list[str]) -> list[str]:
-    """Rows as they are read: the bare passes, all that is this package's, all else."""
+def _row_order(found: dict[str, Measurement], timed: list[str]) -> list[str]:
+    """Return the rows: bare passes, this package, alternatives."""
     names = [*found, *(name for name in timed if name not in found)]
     return sorted(names, key=lambda name: (name != BARE, not name.startswith("landscape"), names.index(name)))
 
 
 def as_text(table: pd.DataFrame) -> str:
-    """The table for people, with its notes below."""
+    """Format the table, with its notes below."""
     text = pd.DataFrame(
         {
             "ms": table["ms"].map("{:.1f}".format, na_action="ignore"),
@@ -158,11 +177,12 @@ def as_text(table: pd.DataFrame) -> str:
 
 def heading(workload: Workload, rounds: int) -> str:
     goal = "" if workload.goal is None else f"; goal: {workload.judged} at most {workload.goal:g}"
-    return f"\n{workload.name}: {workload.what}, K={workload.points}; {rounds} rounds; ratios to {workload.base}{goal}"
+    title = f"{workload.name}: {workload.description}, K={workload.points}"
+    return f"\n{title}; {rounds} rounds; ratios to {workload.base}{goal}"
 
 
 def versions() -> dict[str, str | None]:
-    """What was measured against what, as installed."""
+    """Return the installed versions of what is compared."""
     found: dict[str, str | None] = {}
     for name in ("landscape", "torch", "numpy", "loss-landscapes"):
         try:
@@ -173,20 +193,31 @@ def versions() -> dict[str, str | None]:
 
 
 def write(path: Path | None, table: pd.DataFrame) -> None:
-    """Write the machine, the versions and the rows as JSON, if there is a path; what is missing is null."""
+    """Write machine, versions and rows to a JSON file.
+
+    Without a path nothing is written. Missing values become null.
+    """
     if path is not None:
         rows: list[Any] = json.loads(table.reset_index().to_json(orient="records") or "[]")
         path.write_text(json.dumps({"machine": machine(), "versions": versions(), "rows": rows}, indent=1))
 
 
 @click.command()
-@click.option("--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="All unless given.")
-@click.option("--rounds", type=click.IntRange(1), help="Rounds in which every way takes its turn.  [default: by time]")
+@click.option(
+    "--workload", "names", multiple=True, type=click.Choice(list(WORKLOADS)), help="Repeatable.  [default: all]"
+)
+@click.option("--rounds", type=click.IntRange(1), help="Timings of each method.  [default: as many as fit 40 s]")
 @click.option("--threads", default=2, show_default=True, help="CPU threads of torch.")
 @click.option("--device", default="cpu", show_default=True, help="Device of torch, such as cuda.")
-@click.option("--opt-in", is_flag=True, help=f"Also probe by {', '.join(OPT_IN)}: minutes for each large model.")
-@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Also write the tables here.")
-@click.option("--chart", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Also draw the ratios here.")
+@click.option(
+    "--opt-in",
+    is_flag=True,
+    help=f"Also time the engines {', '.join(OPT_IN)}, which takes minutes for each large model.",
+)
+@click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the tables to this file.")
+@click.option(
+    "--chart", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the ratios to this file."
+)
 def main(
     names: tuple[str, ...],
     rounds: int | None,
@@ -196,22 +227,22 @@ def main(
     path: Path | None,
     picture: Path | None,
 ) -> None:
-    """Print the time of each way to measure a ray over that of K bare forward passes, and what it leaves behind."""
+    """Print times relative to K forward passes, and side effects."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise click.UsageError(f"--device {device}: torch sees no CUDA here.")
+        raise click.UsageError(f"--device {device}: torch finds no CUDA device. Use --device cpu.")
     torch.set_num_threads(threads)
     keep_memory()
     click.echo(machine())
     tables = {}
     for workload in (WORKLOADS[name] for name in names or WORKLOADS):
         if workload.cuda and not device.startswith("cuda"):
-            click.echo(f"\n{workload.name}: skipped, it needs --device cuda and a GPU.")
+            click.echo(f"\n{workload.name}: skipped, since it needs --device cuda.")
             continue
         table = tables[workload.name] = measure(workload, rounds, device, opt_in)
         click.echo(f"{heading(workload, table['rounds'].iloc[0])}\n{as_text(table)}")
-        write(path, pd.concat(tables, names=["workload", "way"]))
+        write(path, pd.concat(tables, names=["workload", "way"]))  # The JSON files have the key "way".
     if picture is not None and tables:
-        save_figure(draw(tables), picture)
+        save_figure(draw_rays(tables), picture)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What measuring leaves behind, found by looking: everything it might disturb, bit by bit, before and after."""
+"""Side effects of a measurement, found by comparing all state before and after it bit by bit."""
 
 import random
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """The state of a model and of the random streams, copied."""
+class SideEffects:
+    """Snapshot of a model and of all random number generators."""
 
     weights: dict[str, Tensor]
     gradients: dict[str, Tensor | None]
@@ -23,7 +23,7 @@ class Footprint:
     python: Any
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Footprint":
+    def snapshot(cls, model: nn.Module) -> "SideEffects":
         parameters = dict(model.named_parameters())
         return cls(
             weights={name: p.detach().clone() for name, p in parameters.items()},
@@ -37,7 +37,10 @@ class Footprint:
         )
 
     def restore(self, model: nn.Module) -> None:
-        """Bring the model, which may be another of its kind, and the random streams back to this state."""
+        """Restore this state of the model and of the generators.
+
+        The model may be another instance of the same architecture.
+        """
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -55,9 +58,9 @@ class Footprint:
         np.random.set_state(self.numpy)  # noqa: NPY002
         random.setstate(self.python)
 
-    def changes(self, after: "Footprint") -> list[str]:
-        """In a few words each, what is not as it was."""
-        words = {
+    def changes(self, after: "SideEffects") -> list[str]:
+        """Return a short description of each difference."""
+        states = {
             "weights moved": (self.weights, after.weights),
             "gradients changed": (self.gradients, after.gradients),
             "buffers moved": (self.buffers, after.buffers),
@@ -67,20 +70,23 @@ class Footprint:
             "numpy's RNG advanced": (self.numpy, after.numpy),
             "Python's RNG advanced": (self.python, after.python),
         }
-        return [word for word, pair in words.items() if not _same(*pair)]
+        return [description for description, pair in states.items() if not _same_bits(*pair)]
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values are the same bits; NaN is itself, and 0 is not -0."""
+def _same_bits(one: Any, other: Any) -> bool:
+    """Return True if two values have the same bits.
+
+    NaN equals itself, and 0 differs from -0.
+    """
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+        return one.keys() == other.keys() and all(_same_bits(value, other[name]) for name, value in one.items())
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_same_bits, one, other))
     if isinstance(one, np.ndarray):
         return np.array_equal(one, other)
     if isinstance(one, Tensor):
-        alike = isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype
-        return alike and torch.equal(_bits(one), _bits(other))
+        same_type = isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype
+        return same_type and torch.equal(_bits(one), _bits(other))
     return one == other
 
 

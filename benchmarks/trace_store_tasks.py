@@ -1,6 +1,6 @@
-"""The tasks of ``benchmarks.trace_store``: ``python -m benchmarks.trace_store_tasks TASK FOLDER ROWS`` does one.
+"""Tasks of ``benchmarks.trace_store``: ``python -m benchmarks.trace_store_tasks TASK FOLDER ROWS`` runs one.
 
-Each runs in a process of its own, which does not import torch: so memory at its peak is that of the task.
+Each runs in a separate process without torch, so that the peak memory is that of the task.
 """
 
 import csv
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
@@ -26,12 +27,13 @@ from landscape.traces.writer import TraceWriter
 
 STEP_SIZES = [0.1 * k for k in range(1, 9)]
 FLUSH_ROWS = 1000
-ROWS_OF_MANY = 200
+ROWS_PER_RUN = 200
 Cost = dict[str, float]
+"""Measured quantities by name."""
 
 
 def rows(number: int) -> Iterator[dict[str, Any]]:
-    """Updates with eight losses and eight distances of gradients each, by formula."""
+    """Yield updates with 8 losses and 8 gradient distances each."""
     for step in range(number):
         loss = 0.1 + 2 * math.exp(-5 * step / number)
         noise = 1.5 + math.sin(step * step)
@@ -50,26 +52,26 @@ def rows(number: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _appended(number: int, append: Callable[[dict[str, Any]], object]) -> Cost:
-    """What it costs to append rows, which are not made on the same time."""
+def _time_appends(number: int, append: Callable[[dict[str, Any]], object]) -> Cost:
+    """Time appending rows, without the time to generate them."""
     total = worst = 0.0
     for row in rows(number):
-        started = time.perf_counter()
+        start = time.perf_counter()
         append(row)
-        spent = time.perf_counter() - started
-        total, worst = total + spent, max(worst, spent)
+        seconds = time.perf_counter() - start
+        total, worst = total + seconds, max(worst, seconds)
     return {"seconds": total, "us_per_row": 1e6 * total / number, "worst_ms": 1e3 * worst}
 
 
 def append_landscape(folder: Path, number: int) -> Cost:
-    """``TraceWriter``, with its flushes."""
+    """Append rows with ``TraceWriter``, including its flushes."""
     with TraceWriter(folder / "run", {"norm": "batch", "seed": 0}, flush_rows=FLUSH_ROWS) as trace:
-        cost = _appended(number, trace.append)
+        cost = _time_appends(number, trace.append)
     return cost | {"megabytes": sum(path.stat().st_size for path in (folder / "run").iterdir()) / 1e6}
 
 
 def append_json(folder: Path, number: int) -> Cost:
-    """A line of JSON for each row, flushed as often."""
+    """Append rows as JSON lines, flushed as often."""
     with (folder / "rows.jsonl").open("w") as file:
 
         def append(row: dict[str, Any]) -> None:
@@ -77,12 +79,12 @@ def append_json(folder: Path, number: int) -> Cost:
             if row["step"] % FLUSH_ROWS == FLUSH_ROWS - 1:
                 file.flush()
 
-        cost = _appended(number, append)
+        cost = _time_appends(number, append)
     return cost | {"megabytes": (folder / "rows.jsonl").stat().st_size / 1e6}
 
 
 def append_csv(folder: Path, number: int) -> Cost:
-    """A line of CSV for each row, flushed as often, with a column for each step size."""
+    """Append rows as CSV, with a column per step size."""
     with (folder / "rows.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         head = next(rows(1))
@@ -95,48 +97,52 @@ def append_csv(folder: Path, number: int) -> Cost:
             if row["step"] % FLUSH_ROWS == FLUSH_ROWS - 1:
                 file.flush()
 
-        cost = _appended(number, append)
+        cost = _time_appends(number, append)
     return cost | {"megabytes": (folder / "rows.csv").stat().st_size / 1e6}
 
 
 def append_many(folder: Path, number: int) -> Cost:
-    """A thousandth of the rows as runs of their own, in one folder."""
-    started = time.perf_counter()
+    """Write one run per 1,000 rows to one folder."""
+    start = time.perf_counter()
     for seed in range(max(1, number // 1000)):
         with TraceWriter(folder / "many" / f"run-{seed:04d}", {"norm": "batch", "seed": seed}) as trace:
-            for row in rows(ROWS_OF_MANY):
+            for row in rows(ROWS_PER_RUN):
                 trace.append(row)
-    return {"seconds": time.perf_counter() - started}
+    return {"seconds": time.perf_counter() - start}
 
 
 def _parts(folder: Path) -> list[Path]:
     return sorted((folder / "run").glob("updates-*.parquet"))
 
 
-def _drawn(folder: Path, number: int, measures: list[str]) -> Cost:
-    """What drawing costs once the frame is there; its memory counts."""
-    frame = read_traces(folder / "run")
-    started = time.perf_counter()
-    save_figure(plot_landscape(frame, measure=measures), folder / "landscape.png")
-    return {"seconds": time.perf_counter() - started}
+def _time(task: Callable[[Path], object]) -> Callable[[Path, int], Cost]:
+    """Return a task that times a function of the folder."""
 
-
-def _summarized(folder: Path, number: int) -> Cost:
-    frame = read_traces(folder / "run")
-    started = time.perf_counter()
-    summarize(frame, by=("band", "epoch"))
-    return {"seconds": time.perf_counter() - started}
-
-
-def _timed(task: Callable[[Path], object]) -> Callable[[Path, int], Cost]:
     def run(folder: Path, number: int) -> Cost:
-        started = time.perf_counter()
-        held = task(folder)
-        spent = time.perf_counter() - started
-        del held  # until here, so that its memory counts
-        return {"seconds": spent}
+        start = time.perf_counter()
+        result = task(folder)
+        seconds = time.perf_counter() - start
+        del result  # It is referenced until here, so that its memory counts.
+        return {"seconds": seconds}
 
     return run
+
+
+def _time_on_frame(task: Callable[[pd.DataFrame, Path], object]) -> Callable[[Path, int], Cost]:
+    """Return a task that times a function of the frame.
+
+    Reading is not timed, but the peak memory includes the frame.
+    """
+
+    def run(folder: Path, number: int) -> Cost:
+        frame = read_traces(folder / "run")
+        return _time(lambda folder: task(frame, folder))(folder, number)
+
+    return run
+
+
+def _plot(measures: list[str]) -> Callable[[pd.DataFrame, Path], object]:
+    return lambda frame, folder: save_figure(plot_landscape(frame, measure=measures), folder / "landscape.png")
 
 
 WRITE: dict[str, Callable[[Path, int], Cost]] = {
@@ -146,30 +152,30 @@ WRITE: dict[str, Callable[[Path, int], Cost]] = {
     "append: as many runs": append_many,
 }
 READ: dict[str, Callable[[Path, int], Cost]] = {
-    "nothing: imports alone": _timed(lambda folder: None),
-    "read: read_traces": _timed(lambda folder: read_traces(folder / "run")),
-    "read: pyarrow, the same parts": _timed(lambda folder: pa.concat_tables(map(pq.read_table, _parts(folder)))),
-    "read: pyarrow, JSON lines": _timed(lambda folder: pyarrow.json.read_json(folder / "rows.jsonl")),
-    "read: pyarrow, CSV": _timed(lambda folder: pyarrow.csv.read_csv(folder / "rows.csv")),
-    "summarize: by epoch": _summarized,
-    "plot: loss": lambda folder, number: _drawn(folder, number, ["loss"]),
-    "plot: five measures": lambda folder, number: _drawn(folder, number, list(MEASURES)),
-    "many runs: read_traces": _timed(lambda folder: read_traces(folder / "many")),
-    "many runs: list_runs": _timed(lambda folder: list_runs(folder / "many")),
+    "nothing: imports alone": _time(lambda folder: None),
+    "read: read_traces": _time(lambda folder: read_traces(folder / "run")),
+    "read: pyarrow, the same parts": _time(lambda folder: pa.concat_tables(map(pq.read_table, _parts(folder)))),
+    "read: pyarrow, JSON lines": _time(lambda folder: pyarrow.json.read_json(folder / "rows.jsonl")),
+    "read: pyarrow, CSV": _time(lambda folder: pyarrow.csv.read_csv(folder / "rows.csv")),
+    "summarize: by epoch": _time_on_frame(lambda frame, folder: summarize(frame, by=("band", "epoch"))),
+    "plot: loss": _time_on_frame(_plot(["loss"])),
+    "plot: five measures": _time_on_frame(_plot(list(MEASURES))),
+    "many runs: read_traces": _time(lambda folder: read_traces(folder / "many")),
+    "many runs: list_runs": _time(lambda folder: list_runs(folder / "many")),
 }
-"""Tasks by name; those of ``READ`` need what those of ``WRITE`` have written."""
+"""Tasks by name; those of ``READ`` read the files of those of ``WRITE``."""
 
 
-def peak() -> float:
-    """Most memory that this process has held, in MB; NaN where the system is not Linux.
+def peak_megabytes() -> float:
+    """Return the peak memory of this process in MB.
 
-    Not by ``getrusage``, which begins with the memory of the parent process.
+    NaN except on Linux. ``getrusage`` would include the memory of the parent process.
     """
     status = Path("/proc/self/status")
     return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1e3 if status.exists() else math.nan
 
 
 if __name__ == "__main__":
-    name, place, amount = sys.argv[1:]
-    found = (WRITE | READ)[name](Path(place), int(amount))
-    print(json.dumps(found | {"peak_mb": peak()}))
+    task, folder, number = sys.argv[1:]
+    cost = (WRITE | READ)[task](Path(folder), int(number))
+    print(json.dumps(cost | {"peak_mb": peak_megabytes()}))

@@ -1,4 +1,4 @@
-"""What the ways to measure a ray are compared on: models with a batch of random data, step sizes and a goal."""
+"""Workloads of ``benchmarks.rays``: models with a batch of random data, step sizes and a goal."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +16,24 @@ PROBED, UNPROBED = "update with the probe", "update"
 
 @dataclass(frozen=True)
 class Workload:
-    """One training situation.
+    """A model, a batch, step sizes and a goal.
 
-    Step sizes are the K first multiples of ``stride``, which is what every tool can do. The goal is for the ratio of
-    the row ``judged`` to the row ``base``; a workload with ``cuda`` runs nowhere else.
+    Attributes:
+        name: Name on the command line.
+        description: Description in the report.
+        model: Creates the model.
+        batch: Creates the inputs and targets.
+        points: Number K of step sizes.
+        goal: Upper bound of the ratio of the row ``judged`` to the row ``base``.
+        judged: Row that the goal applies to.
+        base: Row that all ratios are relative to.
+        stride: Step size of the first point; the others are its multiples, which every tool supports.
+        autocast: Data type of autocast, if any.
+        cuda: Run on CUDA only.
     """
 
     name: str
-    what: str
+    description: str
     model: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
     points: int
@@ -40,11 +50,11 @@ class Workload:
 
 
 class Transformer(nn.Module):
-    """Logits (M * T, vocabulary) of the next token, by 6 causal layers of width 256 for tokens (M, T)."""
+    """Causal language model, (M, T) to (M * T, vocabulary)."""
 
     def __init__(self, dropout: float, vocabulary: int = 1000, length: int = 128, width: int = 256) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         layer = nn.TransformerEncoderLayer(width, 8, 1024, dropout, batch_first=True)
         self.layers = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
         self.logits = nn.Linear(width, vocabulary)
@@ -52,7 +62,7 @@ class Transformer(nn.Module):
         self.register_buffer("order", torch.arange(length), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.tokens(tokens) + self.places(self.order)
+        hidden = self.tokens(tokens) + self.positions(self.order)
         return self.logits(self.layers(hidden, mask=self.mask, is_causal=True)).flatten(0, 1)
 
 

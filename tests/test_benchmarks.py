@@ -1,4 +1,4 @@
-"""The benchmarks run, and their looks at what measuring leaves behind are right; nothing here is timed."""
+"""Tests that the benchmarks run and detect side effects; nothing is timed."""
 
 import json
 import random
@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from torch import nn
 
 from benchmarks import overhead, rays, trace_store
-from benchmarks.charts import draw
-from benchmarks.methods import WAYS, Setting, Way
-from benchmarks.side_effects import Footprint
+from benchmarks.charts import draw_rays
+from benchmarks.methods import METHODS, Method, Workbench
+from benchmarks.side_effects import SideEffects
 from benchmarks.workloads import BARE, PROBE, PROBED, UNPROBED, WORKLOADS, Workload
 
 
@@ -27,11 +27,11 @@ def layers(*between):
 
 
 TINY = Workload("tiny", "two layers", layers(nn.BatchNorm1d(5), nn.ReLU()), batch, 3, goal=0.5)
-DROPPING = replace(TINY, name="dropping", model=layers(nn.Dropout(0.5)))
+DROPOUT = replace(TINY, name="dropout", model=layers(nn.Dropout(0.5)))
 
 
-def look(name, workload):
-    return rays.look(next(way for way in WAYS if way.name == name), Setting(workload, "cpu"))
+def run_once(name, workload):
+    return rays.run_once(next(method for method in METHODS if method.name == name), Workbench(workload, "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -39,109 +39,104 @@ def table():
     return rays.measure(TINY, 1, "cpu")
 
 
-def test_every_way_has_a_row(table):
-    assert set(table.index) == {way.name for way in WAYS} | {PROBE}
+def test_rays_rows(table):
+    assert set(table.index) == {method.name for method in METHODS} | {PROBE}
     assert table.index[0] == BARE
     assert table.loc[BARE, "ratio"] == 1
     assert table["goal"].dropna().to_dict() == {PROBE: 0.5}
     assert set(table.index[table.ms.isna()]) - {"loss-landscapes"} == {"vmap", "landscape, channels_last"}
 
 
-def test_what_is_left_behind(table):
+def test_rays_side_effects(table):
     assert set(table.leaves[["landscape, loop", "landscape, affine", "landscape, stacked", PROBE]]) == {"nothing"}
     assert table.leaves[BARE] == "buffers moved"
     assert table.leaves["in-place loop"].endswith("buffers moved")
     assert table.leaves["deepcopy per point"] == "nothing"
 
 
-def test_who_agrees_with_the_loop(table):
+def test_rays_agreement_with_loop(table):
     agree = ["landscape, affine", "landscape, stacked", PROBE, "in-place loop", "deepcopy per point"]
     assert (table.differs[agree] < 1e-5).all()
     assert table.differs["loop of PyHessian's tutorial"] > 1e-3
     assert np.isnan(table.differs[BARE])
 
 
-def test_loss_landscapes_walks_the_same_points():
+def test_loss_landscapes_same_points():
     pytest.importorskip("loss_landscapes")
-    found = look("loss-landscapes", TINY)
-    expected = look("landscape, loop", TINY)
+    found = run_once("loss-landscapes", TINY)
+    expected = run_once("landscape, loop", TINY)
     assert found.leaves == "nothing"
     assert found.differs(expected.losses) < 1e-5
 
 
-def test_dropout_gives_others_a_mask_for_each_point():
-    found, expected = look("deepcopy per point", DROPPING), look("landscape, loop", DROPPING)
+def test_dropout_mask_differs_between_points():
+    found, expected = run_once("deepcopy per point", DROPOUT), run_once("landscape, loop", DROPOUT)
     assert found.leaves == "torch's RNG advanced"
     assert found.losses[0] == expected.losses[0]
     assert found.differs(expected.losses) > 1e-3
-    assert "random" in look("vmap", DROPPING).note
+    assert "random" in run_once("vmap", DROPOUT).note
 
 
-def test_a_model_that_refuses_an_engine_is_not_timed_by_the_loop():
-    attention = replace(TINY, model=layers(nn.AlphaDropout(0.5)))
-    found = look("landscape, stacked", attention)
+def test_unsupported_engine_is_not_timed():
+    found = run_once("landscape, stacked", replace(TINY, model=layers(nn.AlphaDropout(0.5))))
     assert found.seconds is None
     assert found.note.startswith("refused: its random numbers")
 
 
-def breaking(way):
-    def run(setting):
-        way(setting)
-        return torch.ones(3)
-
-    return rays.look(Way("breaks", run), Setting(TINY, "cpu")).leaves
-
-
-OFFENDERS = {
-    "weights moved": lambda setting: setting.model[0].weight.data.mul_(1 + 1e-6),
-    "gradients changed": lambda setting: setting.optimizer.zero_grad(),
-    "buffers moved": lambda setting: setting.model[1].running_var.add_(1),
-    "train flags changed": lambda setting: setting.model[1].eval(),
-    "requires_grad changed": lambda setting: setting.model[0].bias.requires_grad_(False),
-    "torch's RNG advanced": lambda setting: torch.rand(()),
-    "numpy's RNG advanced": lambda setting: np.random.rand(),  # noqa: NPY002
-    "Python's RNG advanced": lambda setting: random.random(),
-    "nothing": lambda setting: None,
+SIDE_EFFECTS = {
+    "weights moved": lambda workbench: workbench.model[0].weight.data.mul_(1 + 1e-6),
+    "gradients changed": lambda workbench: workbench.optimizer.zero_grad(),
+    "buffers moved": lambda workbench: workbench.model[1].running_var.add_(1),
+    "train flags changed": lambda workbench: workbench.model[1].eval(),
+    "requires_grad changed": lambda workbench: workbench.model[0].bias.requires_grad_(False),
+    "torch's RNG advanced": lambda workbench: torch.rand(()),
+    "numpy's RNG advanced": lambda workbench: np.random.rand(),  # noqa: NPY002
+    "Python's RNG advanced": lambda workbench: random.random(),
+    "nothing": lambda workbench: None,
 }
 
 
-@pytest.mark.parametrize("words", OFFENDERS)
-def test_each_offence_is_seen(words):
-    assert breaking(OFFENDERS[words]) == words
+@pytest.mark.parametrize("description", SIDE_EFFECTS)
+def test_side_effect_is_detected(description):
+    def run(workbench):
+        SIDE_EFFECTS[description](workbench)
+        return torch.ones(3)
+
+    assert rays.run_once(Method("with a side effect", run), Workbench(TINY, "cpu")).leaves == description
 
 
-def test_a_state_comes_back_whole():
-    setting = Setting(TINY, "cpu")
-    for offend in OFFENDERS.values():
-        offend(setting)
-    assert len(setting.start.changes(Footprint.of(setting.model))) == len(OFFENDERS) - 1
-    setting.start.restore(setting.model)
-    assert setting.start.changes(Footprint.of(setting.model)) == []
+def test_side_effects_restore():
+    workbench = Workbench(TINY, "cpu")
+    for change in SIDE_EFFECTS.values():
+        change(workbench)
+    assert len(workbench.start.changes(SideEffects.snapshot(workbench.model))) == len(SIDE_EFFECTS) - 1
+    workbench.start.restore(workbench.model)
+    assert workbench.start.changes(SideEffects.snapshot(workbench.model)) == []
 
 
-def test_nan_is_itself_and_zero_has_a_sign():
+def test_side_effects_nan_and_signed_zero():
     model = nn.Linear(1, 1)
     nn.init.constant_(model.weight, torch.nan)
     nn.init.zeros_(model.bias)
-    before = Footprint.of(model)
-    assert before.changes(Footprint.of(model)) == []
+    before = SideEffects.snapshot(model)
+    assert before.changes(SideEffects.snapshot(model)) == []
     nn.init.constant_(model.bias, -0.0)
-    assert before.changes(Footprint.of(model)) == ["weights moved"]
+    assert before.changes(SideEffects.snapshot(model)) == ["weights moved"]
 
 
-def test_a_probed_step_can_be_compared_with_the_unprobed_one():
+def test_rays_base_and_judged_row():
     table = rays.measure(replace(TINY, judged=PROBED, base=UNPROBED), 1, "cpu")
     assert table.loc[UNPROBED, "ratio"] == 1
     assert list(table.index[table.goal.notna()]) == [PROBED]
 
 
-def test_bfloat16():
+def test_rays_bfloat16():
     table = rays.measure(replace(TINY, autocast=torch.bfloat16), 1, "cpu")
     assert table.leaves[PROBE] == "nothing"
     assert table.differs["in-place loop"] == 0
 
 
-def test_command_and_chart(tmp_path, monkeypatch):
+def test_rays_command(tmp_path, monkeypatch):
     cuda = replace(TINY, name="on cuda", cuda=True)
     monkeypatch.setitem(WORKLOADS, "cuda-simplenet", cuda)
     monkeypatch.setitem(WORKLOADS, "mlp", TINY)
@@ -161,8 +156,8 @@ def test_command_and_chart(tmp_path, monkeypatch):
     assert (tmp_path / "rays.png").stat().st_size > 10_000
 
 
-def test_chart_marks_the_goal_and_says_why_a_bar_is_missing(table):
-    (axes,) = draw({"tiny": table}).axes
+def test_rays_chart(table):
+    (axes,) = draw_rays({"tiny": table}).axes
     words = [text.get_text() for text in axes.texts]
     assert "goal 0.5" in words
     assert "fails" in words
@@ -170,7 +165,7 @@ def test_chart_marks_the_goal_and_says_why_a_bar_is_missing(table):
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=list(WORKLOADS))
-def test_workloads_can_be_made(workload):
+def test_workload_forward_pass(workload):
     model, (inputs, targets) = workload.model(), workload.batch()
     few = 48 if "ghost" in workload.name else 4
     with torch.no_grad():
@@ -180,14 +175,14 @@ def test_workloads_can_be_made(workload):
 
 
 def test_overhead():
-    table, unmoved = overhead.measure((0.5,), 3, 1)
-    assert unmoved
+    table, same_ends = overhead.measure((0.5,), 3, 1)
+    assert same_ends
     assert list(table.index) == [0.5]
     assert (table.probes >= 1).all()
     assert (table.recorded > 0).all()
 
 
-def test_store(tmp_path):
+def test_trace_store_tasks(tmp_path):
     for task, run in (trace_store.WRITE | trace_store.READ).items():
         cost = run(tmp_path, 2000)
         assert cost["seconds"] >= 0
@@ -198,7 +193,7 @@ def test_store(tmp_path):
     assert len(list((tmp_path / "many").iterdir())) == 2
 
 
-def test_store_as_a_command(tmp_path, monkeypatch):
+def test_trace_store_command(tmp_path, monkeypatch):
     monkeypatch.setattr(trace_store, "WRITE", {task: trace_store.WRITE[task] for task in ["append: TraceWriter"]})
     monkeypatch.setattr(trace_store, "READ", {task: trace_store.READ[task] for task in ["read: read_traces"]})
     options = ["--rows", "2000", "--rounds", "1", "--json", str(tmp_path / "trace_store.json")]

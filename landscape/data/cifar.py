@@ -14,14 +14,14 @@ MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
 
 @dataclass(frozen=True)
 class Cifar:
-    """One of the two data sets: its files, and what a record begins with."""
+    """Files and record layout of CIFAR-10 or CIFAR-100."""
 
     source: Source
     train: tuple[str, ...]
     tests: tuple[str, ...]
-    """Files with test images, the best first; none of them is needed."""
+    """Alternative files with test images, in order of preference; all of them are optional."""
     labels: tuple[int, ...]
-    """Classes of each label byte of a record; the last is the target (CIFAR-100 has 20 superclasses before it)."""
+    """Number of classes of each label byte; the last is the target (CIFAR-100 has 20 superclasses before it)."""
 
 
 CIFAR10 = Cifar(
@@ -36,7 +36,7 @@ CIFAR10 = Cifar(
             "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
             "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
             "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
-            # The first 1,000 records of the file above, for who has no more of it.
+            # The first 1,000 records of the file above, for a machine that has no others.
             "test_batch_first1000.bin": "8314c96d7cd65618193bab23acdd5d4c4af15bf6dd00a1781d55beedf3be1ef5",
         },
         "cifar-10-binary.tar.gz",
@@ -65,13 +65,16 @@ CIFAR100 = Cifar(
 
 
 def read_cifar(cifar: Cifar, folder: Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
-    """Training and test images (N, 3, 32, 32) with their labels (N,).
+    """Read training and test images with their labels.
 
-    Files that were unpacked are taken as they are; a test file that is then missing leaves an empty test set, since a
-    landscape needs none. Otherwise the archive is read, and fetched where it is missing.
+    Unpacked files take precedence over the archive. Without an archive, missing test images leave the test set empty,
+    since a loss landscape needs none. If training files are missing, the archive is read, or downloaded first.
+
+    Returns:
+        Images, uint8 (N, 3, 32, 32), and labels, uint8 (N,), for training, then for the test.
 
     Raises:
-        LandscapeError: A file is damaged or not to be had.
+        LandscapeError: A file is damaged, or missing and cannot be downloaded.
     """
     unpacked = all(find_file(name, folder, cifar.source) for name in cifar.train)
     tests = [name for name in cifar.tests if find_file(name, folder, cifar.source)][:1] if unpacked else cifar.tests[:1]
@@ -83,37 +86,47 @@ def read_cifar(cifar: Cifar, folder: Path) -> tuple[ImagesAndLabels, ImagesAndLa
         for name, content in zip(names, read_files(names, folder, cifar.source), strict=True)
     ]
     split = len(cifar.train)
-    return _joined(parts[:split]), _joined(parts[split:])
+    return _concatenate(parts[:split]), _concatenate(parts[split:])
 
 
-def _joined(parts: list[ImagesAndLabels]) -> ImagesAndLabels:
+def _concatenate(parts: list[ImagesAndLabels]) -> ImagesAndLabels:
     images = np.concatenate([np.empty((0, *SHAPE), np.uint8), *(images for images, _ in parts)])
     return images, np.concatenate([np.empty(0, np.uint8), *(labels for _, labels in parts)])
 
 
 def parse_cifar(content: bytes, labels: tuple[int, ...], name: str) -> ImagesAndLabels:
-    """Images (N, 3, 32, 32) and labels (N,) in a file of the binary version.
+    """Return the images and labels of a binary file.
 
-    Its records, one after the other and without a header, are a byte for each label and 3,072 bytes of pixels, the red
-    plane before the green and the blue one (https://www.cs.toronto.edu/~kriz/cifar.html).
+    The file consists of records without a header: one byte per label, then 3,072 bytes of pixels, the red plane before
+    the green and the blue one (https://www.cs.toronto.edu/~kriz/cifar.html).
 
     Args:
         content: The whole file.
-        labels: How many classes each label byte has; the last label is returned.
-        name: What to call the file in an error.
+        labels: Number of classes of each label byte; the last label is returned.
+        name: Name of the file in error messages.
+
+    Returns:
+        Images, uint8 (N, 3, 32, 32), and labels, uint8 (N,); views of ``content``.
 
     Raises:
         LandscapeError: The file is empty or ends within a record, or a label is out of range.
+
+    Examples:
+        >>> record = bytes([7]) + bytes(3072)
+        >>> images, labels = parse_cifar(record * 2, (10,), "data_batch_1.bin")
+        >>> images.shape, labels.tolist()
+        ((2, 3, 32, 32), [7, 7])
     """
     size = len(labels) + int(np.prod(SHAPE))
     if not content or len(content) % size:
         raise LandscapeError(
-            f"{name} is damaged: {len(content)} bytes, expected whole records of {size} bytes; replace it"
+            f"{name} is damaged: {len(content)} bytes, expected one or more records of {size} bytes. Replace the file."
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     found, allowed = records[:, : len(labels)], np.array(labels)
     if (found >= allowed).any():
         raise LandscapeError(
-            f"{name} holds the labels {found.max(0).tolist()}, allowed are less than {list(labels)}; replace it"
+            f"{name} is damaged: largest labels {found.max(0).tolist()}, expected less than {list(labels)}. "
+            "Replace the file."
         )
     return records[:, len(labels) :].reshape(-1, *SHAPE), found[:, -1]

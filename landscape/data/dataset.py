@@ -1,4 +1,4 @@
-"""Data sets by name: hash-checked files in, normalized images out.
+"""Image data sets by name: load verified files, normalize pixels, split off a validation set.
 
 ``digits`` (``digits.npz`` beside this file) is the test set of "Optical Recognition of Handwritten Digits" by
 E. Alpaydin and C. Kaynak, 1998, https://archive.ics.uci.edu/dataset/80, licence CC BY 4.0: 1,797 images of 8 x 8 pixels
@@ -22,7 +22,21 @@ from landscape.errors import LandscapeError
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images (N, C, H, W), standardized float32, and their classes (N,), int64, on one device."""
+    """Images with their classes, on one device.
+
+    ``samples[index]`` selects samples by a slice, a boolean mask (N,) or an index tensor.
+
+    Attributes:
+        inputs: Normalized images, float32 (N, C, H, W).
+        targets: Classes 0, 1, ..., int64 (N,).
+
+    Examples:
+        >>> samples = load_dataset("digits").test
+        >>> len(samples), samples.inputs.shape, samples.targets.dtype
+        (297, torch.Size([297, 1, 8, 8]), torch.int64)
+        >>> len(samples[:10]), samples[samples.targets == 3].targets.unique()
+        (10, tensor([3]))
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -30,22 +44,31 @@ class Samples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def __getitem__(self, which: Tensor | slice) -> "Samples":
-        return Samples(self.inputs[which], self.targets[which])
+    def __getitem__(self, index: Tensor | slice) -> "Samples":
+        return Samples(self.inputs[index], self.targets[index])
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set for classification, whole on one device.
+    """A data set for classification, entirely on one device.
 
     Attributes:
-        name: The name that it was loaded by.
+        name: Name of the data set, as passed to :func:`load_dataset`.
         classes: Number of classes; targets are 0 to ``classes - 1``.
-        mean: Mean of each channel's pixels over the training set, in raw pixel values.
-        std: Their (biased) standard deviations; inputs are ``(pixels - mean) / std``.
-        train: What is trained on.
-        validation: What was held out of the training set by :meth:`split`; empty before.
-        test: The test set; empty where it is not to be had.
+        mean: Mean of each channel over the training set, in raw pixel values.
+        std: Biased standard deviation of each channel over the training set, in raw pixel values; inputs are
+            ``(pixels - mean) / std``.
+        train: Training samples.
+        validation: Samples that :meth:`split` held out of the training set; empty before.
+        test: Test samples; empty if their files are not available.
+
+    Examples:
+        >>> digits = load_dataset("digits")
+        >>> digits.classes, len(digits.train), len(digits.validation), len(digits.test)
+        (10, 1500, 0, 297)
+        >>> pixels = digits.train.inputs[0] * digits.std[0] + digits.mean[0]
+        >>> pixels[0, 0].round().tolist()
+        [0.0, 0.0, 5.0, 13.0, 9.0, 1.0, 0.0, 0.0]
     """
 
     name: str
@@ -57,69 +80,102 @@ class Dataset:
     test: Samples
 
     def split(self, validation: int, train: int | None = None) -> "Dataset":
-        """Hold out some of the training set, and train on some of the rest, with the share of each class kept.
+        """Split the training set into training and validation samples.
 
-        The same samples for everyone who asks for the same numbers: runs that are compared share their split.
+        The split is stratified (both parts keep the share of each class) and deterministic: equal numbers give equal
+        samples, so runs that are compared share their split.
 
         Args:
-            validation: How many samples are held out.
-            train: How many of the others stay; by default all.
+            validation: Number of samples to hold out.
+            train: Number of the remaining samples to keep; by default all of them.
 
         Raises:
-            LandscapeError: The training set has not as many.
+            LandscapeError: The training set has too few samples, or none would remain to train on.
+
+        Examples:
+            >>> digits = load_dataset("digits").split(validation=300, train=500)
+            >>> len(digits.train), len(digits.validation), len(digits.test)
+            (500, 300, 297)
+            >>> digits.validation.targets.bincount().tolist()
+            [30, 30, 30, 31, 30, 30, 30, 30, 29, 30]
         """
         last = len(self.train) if train is None else validation + train
         if last > len(self.train) or validation >= last:
             raise LandscapeError(
-                f"{train or 'all other'} samples to train on and {validation} held out of the {len(self.train)} of "
-                f"{self.name!r}: there are not that many; take fewer."
+                f"validation={validation}, train={train}: must fit into the {len(self.train)} training samples of "
+                f"{self.name!r} and leave some to train on. Use smaller numbers."
             )
         order = stratified(self.train.targets)
-        # In the order of the files, so that all of a data set is that data set.
+        # Samples keep the order of the files, so that a split into all and nothing is the data set itself.
         held_out, kept = order[:validation].sort().values, order[validation:last].sort().values
         return replace(self, train=self.train[kept], validation=self.train[held_out])
 
 
 def stratified(targets: Tensor) -> Tensor:
-    """A fixed random order (N,) of samples in which the share of each class is the same from beginning to end."""
+    """Return a fixed random order (N,) that interleaves the classes.
+
+    Every contiguous part of the order contains each class in its share of the whole. The n samples of a class get the
+    random positions ``(i + u_i) / n`` in [0, 1), one in each interval of length 1/n, and all positions are sorted.
+    """
     random = torch.rand(len(targets), generator=torch.Generator().manual_seed(0)).to(targets.device)
-    place = torch.empty(len(targets), device=targets.device)
+    position = torch.empty(len(targets), device=targets.device)
     for label in targets.unique():
-        own = (targets == label).nonzero()[:, 0]
-        own = own[random[own].argsort()]
-        place[own] = (torch.arange(len(own), device=targets.device) + random[own]) / len(own)
-    return place.argsort()
+        members = (targets == label).nonzero()[:, 0]
+        members = members[random[members].argsort()]
+        position[members] = (torch.arange(len(members), device=targets.device) + random[members]) / len(members)
+    return position.argsort()
 
 
 def load_dataset(name: str, data_dir: str | Path | None = None, device: str | torch.device = "cpu") -> Dataset:
-    """Load a data set, each channel normalized by the mean and standard deviation of its training pixels.
+    """Load a data set by name, with normalized pixels.
+
+    Channel c of an image is ``(pixels - mean[c]) / std[c]``, by the mean and the biased standard deviation of the
+    channel over all training pixels. Every file is verified by its SHA-256 hash before it is parsed.
+
+    ============  ========  ======  ================  =====================================================
+    name          training  test    images            source
+    ============  ========  ======  ================  =====================================================
+    ``digits``    1,500     297     (N, 1, 8, 8)      Alpaydin & Kaynak 1998; part of this package
+    ``mnist``     50,000    10,000  (N, 1, 28, 28)    LeCun et al. 1998; the first 50,000 training images
+    ``cifar10``   50,000    10,000  (N, 3, 32, 32)    Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar
+    ``cifar100``  50,000    10,000  (N, 3, 32, 32)    Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar
+    ============  ========  ======  ================  =====================================================
 
     Args:
-        name: ``"digits"`` (1,500 training and 297 test images, (N, 1, 8, 8), embedded), ``"mnist"`` (the first 50,000
-            of the 60,000 training images and the 10,000 test images, (N, 1, 28, 28)), ``"cifar10"`` or ``"cifar100"``
-            (50,000 and 10,000, (N, 3, 32, 32)).
-        data_dir: Folder with the data set's files as they are published, packed or unpacked, in it or in a subfolder.
-            Files that are missing are fetched into its subfolder ``name``. Default: the user's cache folder.
-        device: Where the tensors are put.
+        name: ``"digits"``, ``"mnist"``, ``"cifar10"`` or ``"cifar100"``.
+        data_dir: Folder that contains the published files, packed or unpacked, directly or in a subfolder. Missing
+            files are downloaded into its subfolder ``name``. Default: the user's cache folder.
+        device: Device of the tensors.
 
     Raises:
-        LandscapeError: If there is no such data set, or a file is damaged, or missing and not to be had.
+        LandscapeError: The name is unknown, or a file is damaged, or missing and cannot be downloaded.
+
+    Examples:
+        >>> digits = load_dataset("digits")
+        >>> digits.train.inputs.shape, digits.test.inputs.shape
+        (torch.Size([1500, 1, 8, 8]), torch.Size([297, 1, 8, 8]))
+        >>> digits.train.inputs.std(correction=0).round(decimals=4)
+        tensor(1.)
+        >>> load_dataset("minst")
+        Traceback (most recent call last):
+        landscape.errors.LandscapeError: name='minst': unknown data set. Use digits, mnist, cifar10 or cifar100.
     """
     if not isinstance(name, str) or name not in LOADERS:
-        raise LandscapeError(f"there is no data set {name!r}; choose one of: {', '.join(LOADERS)}")
+        *others, last = LOADERS
+        raise LandscapeError(f"name={name!r}: unknown data set. Use {', '.join(others)} or {last}.")
     classes, load = LOADERS[name]
     folder = Path(pooch.os_cache("landscape") if data_dir is None else data_dir).expanduser()
     try:
         train, test = load(folder)
     except OSError as error:
-        raise LandscapeError(f"cannot get the files of {name!r} in {folder}: {error}") from error
+        raise LandscapeError(f"cannot read or download the files of {name!r} in {folder}: {error}.") from error
     return _normalized(name, classes, train, test, device)
 
 
 def _normalized(
     name: str, classes: int, train: ImagesAndLabels, test: ImagesAndLabels, device: str | torch.device
 ) -> Dataset:
-    # On the CPU whatever the device is, so that a seed starts from the same bits everywhere.
+    # Pixels are normalized on the CPU, so that training starts from the same bits on every device.
     images, targets = zip(
         *[(torch.from_numpy(part[0].astype(np.float32)), part[1]) for part in (train, test)], strict=True
     )
@@ -136,7 +192,7 @@ def _normalized(
 def _load_digits(_folder: Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
         images, labels = file["images"].reshape(-1, 1, 8, 8), file["targets"]
-    # The images are grouped by writer, so most of the last 297 are by hands that were not trained on.
+    # The images are grouped by writer, so most of the last 297 are by writers absent from the training set.
     return (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
 
 
@@ -155,4 +211,4 @@ LOADERS: dict[str, tuple[int, Callable[[Path], tuple[ImagesAndLabels, ImagesAndL
     "cifar10": _cifar(CIFAR10),
     "cifar100": _cifar(CIFAR100),
 }
-"""Number of classes, and what reads training and test set from a folder."""
+"""Number of classes of each data set, and the function that reads its training and test set from a folder."""

@@ -1,4 +1,4 @@
-"""Files of data sets: found in a folder or fetched, and hash-checked before anything interprets them."""
+"""Files of data sets, found in a folder or downloaded, and verified by hash before they are parsed."""
 
 import gzip
 import hashlib
@@ -15,10 +15,10 @@ import pooch
 from landscape.errors import LandscapeError
 
 TIMEOUT = (3, 15)
-"""Seconds to wait for a connection (to each address of a mirror), and for the next bytes."""
+"""Timeouts in seconds: to connect (to each address of a mirror), and to receive the next bytes."""
 
-LARGEST = 1 << 30
-"""Bytes of a file that is read into memory to be checked."""
+MAX_BYTES = 1 << 30
+"""Maximum size in bytes of a file, since files are read into memory to be verified."""
 
 ImagesAndLabels = tuple[np.ndarray, np.ndarray]
 """Images (N, C, H, W) and their labels (N,), both uint8."""
@@ -26,15 +26,15 @@ ImagesAndLabels = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the files of a data set come from, and what they must be.
+    """Mirrors and hashes of the files of a data set.
 
     Attributes:
-        name: The data set; also the folder that files are fetched into.
-        mirrors: Addresses that end in a slash.
-        sha256: By the names of all files that may be opened, packed and unpacked.
-        archive: The only file that mirrors have, a gzipped tar with the others in it; without it they have each file,
+        name: Name of the data set, and of the subfolder for downloads.
+        mirrors: URLs that end in a slash.
+        sha256: Expected hash of every file that may be opened, packed or unpacked, by file name.
+        archive: Gzipped tar that holds all other files, if the mirrors offer only that; empty if they offer each file
             gzipped.
-        inside: The folder in the archive, and where its files are once someone has unpacked it.
+        inside: Folder of the files within the archive, and the name of the folder after it was unpacked by hand.
     """
 
     name: str
@@ -45,69 +45,76 @@ class Source:
 
 
 def find_file(name: str, folder: Path, source: Source) -> Path | None:
-    """Where a file lies, raw or gzipped: in the folder, or in a subfolder named like the data set or its archive's."""
-    places = dict.fromkeys([folder, folder / source.name, folder / source.inside, folder / source.name / source.inside])
-    known = [own for own in (name, f"{name}.gz") if own in source.sha256]
-    paths = [place / own for place in places for own in known]
-    return next(filter(Path.is_file, paths), None)
+    """Return the path of a raw or gzipped file.
+
+    None if it is missing. The folder and its subfolders ``name``, ``inside`` and ``name/inside`` of the source are
+    searched. A file without an expected hash is ignored.
+    """
+    folders = folder, folder / source.name, folder / source.inside, folder / source.name / source.inside
+    names = [variant for variant in (name, f"{name}.gz") if variant in source.sha256]
+    return next((path for parent in folders for variant in names if (path := parent / variant).is_file()), None)
 
 
 def read_files(names: Sequence[str], folder: Path, source: Source) -> list[bytes]:
-    """Contents of files, unpacked: found in the folder or fetched, and hash-checked before anything interprets them.
+    """Return the contents of files: found or downloaded, verified, decompressed.
 
     Raises:
-        LandscapeError: A file is damaged, or missing and not to be had.
+        LandscapeError: A file is damaged, or missing and cannot be downloaded.
     """
     found = [find_file(name, folder, source) for name in names]
     if source.archive and None in found:
-        path = find_file(source.archive, folder, source) or _fetch(folder / source.name / source.archive, source)
-        return _members(_checked(path, source), names, source)
+        path = find_file(source.archive, folder, source) or _download(folder / source.name / source.archive, source)
+        return _extract(_read_verified(path, source), names, source)
     paths = [
-        path or _fetch(folder / source.name / f"{name}.gz", source) for name, path in zip(names, found, strict=True)
+        path or _download(folder / source.name / f"{name}.gz", source) for name, path in zip(names, found, strict=True)
     ]
-    contents = [_checked(path, source) for path in paths]
+    contents = [_read_verified(path, source) for path in paths]
     return [gzip.decompress(c) if path.suffix == ".gz" else c for path, c in zip(paths, contents, strict=True)]
 
 
-def _members(archive: bytes, names: Sequence[str], source: Source) -> list[bytes]:
-    """Files of a gzipped tar, read in one pass and never written anywhere."""
+def _extract(archive: bytes, names: Sequence[str], source: Source) -> list[bytes]:
+    """Read files of a gzipped tar without extracting it."""
     wanted, contents = {f"{source.inside}/{name}": name for name in names}, {}
     with tarfile.open(fileobj=BytesIO(archive), mode="r|gz") as file:
         for member in file:
             if member.name in wanted and member.isreg() and (content := file.extractfile(member)) is not None:
                 contents[wanted[member.name]] = content.read()
     if missing := [path for path, name in wanted.items() if name not in contents]:
-        raise LandscapeError(f"The archive {source.archive} has no file {', '.join(missing)}; replace it.")
+        raise LandscapeError(f"{source.archive} is damaged: it has no file {', '.join(missing)}. Replace the archive.")
     return [contents[name] for name in names]
 
 
-def _checked(path: Path, source: Source) -> bytes:
-    if (size := path.stat().st_size) > LARGEST:
+def _read_verified(path: Path, source: Source) -> bytes:
+    if (size := path.stat().st_size) > MAX_BYTES:
         raise LandscapeError(
-            f"{path} is damaged: it has {size} bytes, no file of {source.name} has more than {LARGEST}."
+            f"{path} is damaged: {size} bytes, expected at most {MAX_BYTES} in {source.name}. Replace the file."
         )
     content = path.read_bytes()
     expected, found = source.sha256[path.name], hashlib.sha256(content).hexdigest()
     if found != expected:
         raise LandscapeError(
-            f"{path} is damaged: SHA-256 {expected} expected, {found} found; "
-            "put the original in its place, or delete it to have it fetched again"
+            f"{path} is damaged: SHA-256 {found}, expected {expected}. "
+            "Replace it by the original, or delete it to download it again."
         )
     return content
 
 
-def _fetch(path: Path, source: Source) -> Path:
-    """Download to the path from the first mirror that has the right file; pooch leaves no half and no wrong file."""
+def _download(path: Path, source: Source) -> Path:
+    """Download a file from the first mirror that has it.
+
+    A failed download leaves no file behind: pooch verifies a temporary file before it moves it to the path.
+    """
     expected, failures = source.sha256[path.name], []
-    download: Any = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)  # pooch 1.9's types refuse its own class
+    # The annotation is Any, because the type hints of pooch 1.9 reject its own class.
+    downloader: Any = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
     path.parent.mkdir(parents=True, exist_ok=True)
     for mirror in source.mirrors:
         try:
-            pooch.retrieve(mirror + path.name, f"sha256:{expected}", path.name, path.parent, downloader=download)
+            pooch.retrieve(mirror + path.name, f"sha256:{expected}", path.name, path.parent, downloader=downloader)
             return path
         except (OSError, ValueError) as error:
             failures.append(f"{mirror}: {error}")
     raise LandscapeError(
-        f"{path} is missing and cannot be fetched; put the file there (SHA-256 {expected}) "
-        f"or give the folder that holds it as data_dir; tried {'; '.join(failures)}"
+        f"{path} is missing and could not be downloaded ({'; '.join(failures)}). "
+        f"Put the file there (SHA-256 {expected}), or pass its folder as data_dir."
     )

@@ -26,45 +26,64 @@ MNIST = Source(
 
 
 def read_mnist(part: str, folder: Path, source: Source = MNIST) -> ImagesAndLabels:
-    """Images (N, 1, H, W) and labels (N,) of one part, ``"train"`` or ``"t10k"``.
+    """Read the images and labels of one part of MNIST.
+
+    Args:
+        part: ``"train"`` or ``"t10k"``.
+        folder: Folder of the files; missing ones are downloaded into its subfolder ``mnist``.
+        source: Names, hashes and mirrors of the files.
+
+    Returns:
+        Images, uint8 (N, 1, H, W), and labels, uint8 (N,).
 
     Raises:
-        LandscapeError: A file is damaged or not to be had, or the two do not match.
+        LandscapeError: A file is damaged, or missing and cannot be downloaded, or images and labels differ in number.
     """
     names = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
     contents = read_files(names, folder, source)
     images, labels = parse_idx(contents[0], 3, names[0]), parse_idx(contents[1], 1, names[1])
     if len(images) != len(labels):
         raise LandscapeError(
-            f"{names[0]} holds {len(images)} images, but {names[1]} {len(labels)} labels; replace them"
+            f"{names[0]} holds {len(images)} images, but {names[1]} holds {len(labels)} labels. Replace both files."
         )
     if (labels >= CLASSES).any():
-        raise LandscapeError(f"{names[1]} holds the label {labels.max()}, expected 0 to {CLASSES - 1}; replace it")
+        raise LandscapeError(
+            f"{names[1]} is damaged: largest label {labels.max()}, expected 0 to {CLASSES - 1}. Replace the file."
+        )
     return images[:, None], labels
 
 
 def parse_idx(content: bytes, dimensions: int, name: str) -> np.ndarray:
-    """Array of unsigned bytes in an idx file (the format of MNIST, http://yann.lecun.com/exdb/mnist).
+    """Return the uint8 array of an idx file.
+
+    The format of MNIST (http://yann.lecun.com/exdb/mnist): the magic number 0x0000080D for D dimensions, D big-endian
+    sizes of 4 bytes each, and the values in C order.
 
     Args:
-        content: The whole file: the magic number 0x0000080D for D dimensions, D sizes of four bytes, big-endian, and
-            the values in C order.
-        dimensions: D.
-        name: What to call the file in an error.
+        content: The whole file.
+        dimensions: Expected number of dimensions D.
+        name: Name of the file in error messages.
 
     Returns:
         A read-only uint8 view of ``content`` with D dimensions.
 
     Raises:
-        LandscapeError: If the magic number is another, or the sizes do not fit the length of the file.
+        LandscapeError: The magic number differs, or the sizes do not match the length of the file.
+
+    Examples:
+        >>> content = bytes([0, 0, 8, 1]) + bytes([0, 0, 0, 3]) + bytes([5, 0, 4])
+        >>> parse_idx(content, 1, "train-labels-idx1-ubyte").tolist()
+        [5, 0, 4]
     """
     magic, start = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
     if content[:4] != magic:
         raise LandscapeError(
-            f"{name} is no idx file: it starts with {content[:4].hex()}, not {magic.hex()}; replace it"
+            f"{name} is not an idx file: it starts with {content[:4].hex()}, expected {magic.hex()}. Replace the file."
         )
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
     size = start + math.prod(shape)
     if len(content) != size:
-        raise LandscapeError(f"{name} is damaged: {len(content)} bytes, {size} expected for sizes {shape}; replace it")
+        raise LandscapeError(
+            f"{name} is damaged: {len(content)} bytes, expected {size} for the sizes {shape}. Replace the file."
+        )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -1,4 +1,4 @@
-"""The database that workers share: SQLite for one machine, PostgreSQL for several."""
+"""Database that tuning workers share: SQLite for one machine, PostgreSQL for several."""
 
 import contextlib
 import re
@@ -9,26 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 from landscape.errors import LandscapeError, MissingExtraError
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # Optuna is an optional dependency.
     from optuna.storages import RDBStorage
 
 
 def open_storage(url: str, *, heartbeat: int = 20, grace: int = 60) -> "RDBStorage":
-    """Open a database for Optuna's studies, and make its tables if it has none.
+    """Open a database for Optuna studies, creating missing tables.
 
     Args:
         url: ``sqlite:///file`` or ``postgresql://user@host/database``.
-        heartbeat: Whole seconds between the signs of life of a trial that is running.
-        grace: Whole seconds without one after which a trial is given up, and run again by whoever notices.
+        heartbeat: Seconds between two heartbeats of a running trial, a whole number.
+        grace: Seconds without a heartbeat after which a trial is marked as failed and run again, a whole number.
 
     Raises:
-        LandscapeError: The database cannot be used, or the extra ``tune`` is not installed.
+        LandscapeError: The URL is invalid, the database cannot be used, or the extra ``tune`` is not installed.
+
+    Examples:
+        >>> storage = open_storage("sqlite:///tuning.sqlite3")
+        >>> storage.get_all_studies()
+        []
+        >>> storage.engine.dispose()
     """
     try:
         import optuna
         from sqlalchemy.exc import ArgumentError, SQLAlchemyError
     except ImportError as error:
         raise MissingExtraError("Tuning (Optuna)", "tune") from error
+    if not url.startswith("sqlite") and url.count("@") > 1:  # A driver would print what follows the first one.
+        raise LandscapeError(f"storage={_without_password(url)!r}: @ in a password must be written as %40.")
     address = re.sub("^postgres(ql)?://", "postgresql+psycopg://", url)
     for attempt in (1, 2, 3):
         try:
@@ -36,40 +44,48 @@ def open_storage(url: str, *, heartbeat: int = 20, grace: int = 60) -> "RDBStora
                 storage = optuna.storages.RDBStorage(
                     address, {"pool_pre_ping": True}, heartbeat_interval=heartbeat, grace_period=grace
                 )
-            return _with_turns(storage)
+            return _serialize_transactions(storage)
         except ArgumentError as error:
             raise LandscapeError(
-                f"{url!r} is no address of a database; give one such as sqlite:///tuning.sqlite3 or "
+                f"storage={_without_password(url)!r}: must be the URL of a database. Use sqlite:///tuning.sqlite3 or "
                 "postgresql://user@host/database."
             ) from error
         except ImportError as error:
-            raise MissingExtraError("The driver of this database", "tune") from error
+            raise MissingExtraError(f"storage={_without_password(url)!r}", "tune") from error
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             if attempt == 3:
                 raise LandscapeError(f"The database cannot be used: {str(error).splitlines()[0]}") from error
-            time.sleep(0.5)  # workers that make the tables at the same time are in each other's way
+            time.sleep(0.5)  # Creating the tables fails if another worker creates them at the same time.
     raise AssertionError
 
 
-def _with_turns(storage: "RDBStorage") -> "RDBStorage":
-    """Let transactions on SQLite begin with the right to write: two workers may else both take what waits for one."""
+def _without_password(url: str) -> str:
+    return re.sub(r"(//[^:/@]*):.*@", r"\1:***@", url)
+
+
+def _serialize_transactions(storage: "RDBStorage") -> "RDBStorage":
+    """Start every SQLite transaction with the write lock.
+
+    By default SQLite takes the lock at the first write of a transaction. Two workers could then both read that a trial
+    is waiting, and both run it.
+    """
     from sqlalchemy import event
 
     if storage.engine.dialect.name == "sqlite":
-        event.listen(storage.engine, "connect", _leave_begin_to_us)
+        event.listen(storage.engine, "connect", _disable_implicit_begin)
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-        storage.engine.dispose()  # of the connections made until now
+        storage.engine.dispose()  # Connections that were opened before lack these listeners.
     return storage
 
 
-def _leave_begin_to_us(connection: Any, _record: Any) -> None:
+def _disable_implicit_begin(connection: Any, _record: Any) -> None:
     connection.isolation_level = None
     connection.execute("PRAGMA busy_timeout = 60000")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Optuna's own lines, and its warnings that heartbeats may change one day."""
+    """Suppress Optuna's log, and its warnings about experimental heartbeats."""
     import optuna
 
     before = optuna.logging.get_verbosity()

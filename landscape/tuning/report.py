@@ -1,4 +1,4 @@
-"""Trials in, a table of accuracies like tables 1 and 2 of the paper out."""
+"""Table of accuracies from trials, like tables 1 and 2 of arXiv:2007.08554."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
@@ -14,24 +14,24 @@ from landscape.tuning.strategies import Configuration
 
 
 def accuracies(trials: pd.DataFrame, chosen: Mapping[str, Configuration | None]) -> pd.DataFrame:
-    """The accuracy of each norm in the configuration that was chosen.
+    """Return the accuracies of the chosen configuration of each norm.
 
     Args:
-        trials: As in :class:`landscape.tuning.tune.Outcome`.
-        chosen: Likewise.
+        trials: ``trials`` of :class:`landscape.tuning.tune.Outcome`.
+        chosen: ``chosen`` of :class:`landscape.tuning.tune.Outcome`.
 
     Returns:
-        One row per norm: ``norm``, ``configuration`` (in words; missing where every one had a run that diverged),
-        ``channel_groups``, ``groups``, then ``validation_accuracy`` and ``test_accuracy`` (means over runs, 0 to 1, NaN
-        where there was no run or one diverged), each with ``_spread`` (the sample standard deviation) and ``_runs``.
+        One row per norm: ``norm``, ``configuration`` (as text; None if every configuration had a diverged run),
+        ``channel_groups``, ``groups``, then ``validation_accuracy`` and ``test_accuracy`` (means over runs, 0 to 1; NaN
+        if there was no run or one diverged), each with ``_spread`` (sample standard deviation) and ``_runs`` (number).
     """
     rows = []
     for norm, configuration in chosen.items():
         row = {"norm": norm, "configuration": None if configuration is None else str(configuration)}
         row |= {name: getattr(configuration, name, None) for name in ("channel_groups", "groups")}
         for part, column in (("tuning", "validation_accuracy"), ("test", "test_accuracy")):
-            ran = _ran(trials, configuration, part)
-            values = np.where(np.isfinite(trials["train_loss"]), trials[column], np.nan)[ran]
+            selected = _is_run_of(trials, configuration, part)
+            values = np.where(np.isfinite(trials["train_loss"]), trials[column], np.nan)[selected]
             row[column] = values.mean() if len(values) else np.nan
             row[f"{column}_spread"] = values.std(ddof=1) if len(values) > 1 else np.nan
             row[f"{column}_runs"] = len(values)
@@ -39,8 +39,8 @@ def accuracies(trials: pd.DataFrame, chosen: Mapping[str, Configuration | None])
     return pd.DataFrame(rows).astype({"channel_groups": "Int64", "groups": "Int64"})
 
 
-def _ran(trials: pd.DataFrame, configuration: Configuration | None, part: str) -> np.ndarray:
-    """Which trials are runs of a configuration; bool (trials,)."""
+def _is_run_of(trials: pd.DataFrame, configuration: Configuration | None, part: str) -> np.ndarray:
+    """Return a mask (trials,) of the runs of a configuration."""
     if configuration is None:
         return np.zeros(len(trials), bool)
     same = (trials["norm"] == configuration.norm) & (trials["part"] == part)
@@ -50,7 +50,7 @@ def _ran(trials: pd.DataFrame, configuration: Configuration | None, part: str) -
 
 
 def markdown(table: pd.DataFrame, plan: TuningPlan) -> str:
-    """The table of :func:`accuracies` for people to read."""
+    """Format a table of :func:`accuracies` as Markdown."""
     images = plan.samples["test"]
     test = f"test accuracy ({images:,} images)" if images else "test accuracy"
     lines = [f"| norm | validation accuracy | {test} | runs |", "|---|---|---|---|"]
@@ -71,11 +71,14 @@ def _percent(row: Mapping[str, float], column: str) -> str:
 
 
 def caption(plan: TuningPlan, trials: pd.DataFrame) -> str:
-    """Say what a table shows: recipe, data, seeds, strategy, what it cost, and what was left out."""
+    """Return the caption of a table.
+
+    It states recipe, data, seeds, strategy, training time, and the configurations that were left out.
+    """
     tuning, recipe, samples = plan.tuning, plan.tuning.recipe, plan.samples
     whole = samples["train"] + samples["validation"]
     seeds = _list(range(tuning.runs))
-    took, devices = duration(trials["seconds"].to_numpy(float).sum()), _list(sorted(set(trials["device"])))
+    time, devices = duration(trials["seconds"].to_numpy(float).sum()), _list(sorted(set(trials["device"])))
     sentences = [
         f"Recipe {recipe.recipe}: {TITLES.get(recipe.model, recipe.model)} on "
         f"{TITLES.get(recipe.dataset, recipe.dataset)}, {recipe.epochs} epoch{'s' if recipe.epochs != 1 else ''}, "
@@ -83,14 +86,14 @@ def caption(plan: TuningPlan, trials: pd.DataFrame) -> str:
         f"For the test accuracy the chosen configuration is trained on all {whole:,}." if samples["test"] else "",
         f"Mean and sample standard deviation over the seeds {seeds}." if tuning.runs > 1 else f"Seed {seeds}.",
         _tried(plan),
-        f"{len(trials)} trainings took {took} ({devices}).",
+        f"{len(trials)} trainings took {time} ({devices}).",
         *(f"Left out: {abridged(left_out)}: {why}" for why, left_out in reasons(plan).items()),
     ]
     return " ".join(filter(None, sentences))
 
 
 def reasons(plan: TuningPlan) -> dict[str, list[Configuration]]:
-    """The configurations that cannot be trained, by the reason."""
+    """Return the configurations that cannot be trained, by reason."""
     by_reason: dict[str, list[Configuration]] = {}
     for configuration, reason in plan.impossible.items():
         by_reason.setdefault(reason, []).append(configuration)
@@ -98,11 +101,11 @@ def reasons(plan: TuningPlan) -> dict[str, list[Configuration]]:
 
 
 def _tried(plan: TuningPlan) -> str:
-    """The groups that were tried, of those that the norms take, and in which order."""
+    """Return the sentence about the groups that were tried."""
     tuning = plan.tuning
-    taken = {option for norm in tuning.norms for option in options_of(norm)}
-    asked = (("groups", "G_M", tuning.groups), ("channel_groups", "G_C", tuning.channel_groups))
-    tried = [f"{symbol} of {_list(values)}" for option, symbol, values in asked if option in taken]
+    used = {option for norm in tuning.norms for option in options_of(norm)}
+    options = (("groups", "G_M", tuning.groups), ("channel_groups", "G_C", tuning.channel_groups))
+    tried = [f"{symbol} of {_list(values)}" for option, symbol, values in options if option in used]
     return f"Groups tried: {'; '.join([*tried, _strategy(plan)])}." if tried else ""
 
 
@@ -121,13 +124,18 @@ def _list(values: Iterable[object]) -> str:
 
 
 def abridged(configurations: Sequence[Configuration]) -> str:
-    """The first of them, and how many more there are."""
+    """List up to three configurations, and the number of others."""
     more = f" and {len(configurations) - 3} more" if len(configurations) > 3 else ""
     return _list(configurations[:3]) + more
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: seconds, minutes, or hours."""
+    """Format seconds as seconds, minutes or hours.
+
+    Examples:
+        >>> duration(90), duration(5400)
+        ('90.0 seconds', '90.0 minutes')
+    """
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -135,7 +143,7 @@ def duration(seconds: float) -> str:
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
-    """Write a frame to a file that appears whole or not at all."""
+    """Write a frame to a Parquet file atomically."""
     content = BytesIO()
     frame.to_parquet(content, index=False)
     with whole_file(path) as file:

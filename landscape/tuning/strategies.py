@@ -1,12 +1,8 @@
-"""Which configurations of a norm are tried, and which of them is chosen: pure logic on scores.
-
-A strategy is a generator. It yields the configurations whose scores it wants next, is sent the scores of all of them,
-and returns the configuration it chooses, or None where every run diverged.
-"""
+"""Configurations of a norm, and strategies that select which of them are trained."""
 
 import math
 import statistics
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,7 +11,20 @@ from landscape.names import NORMS, options_of
 
 @dataclass(frozen=True)
 class Configuration:
-    """A norm with the groups that make a variant of it; None where the norm does not take that option."""
+    """A norm with its numbers of groups.
+
+    Attributes:
+        norm: Name of the norm, as for :func:`landscape.make_norm`.
+        channel_groups: Groups G_C of the channels; None if the norm has no such option.
+        groups: Groups G_M of the batch; None if the norm has no such option.
+
+    Examples:
+        >>> configuration = Configuration("seq", channel_groups=2, groups=8)
+        >>> print(configuration)
+        SeqNorm (G_C=2, G_M=8)
+        >>> configuration.options
+        {'channel_groups': 2, 'groups': 8}
+    """
 
     norm: str
     channel_groups: int | None = None
@@ -23,7 +32,7 @@ class Configuration:
 
     @property
     def options(self) -> dict[str, int]:
-        """The options that the norm takes, such as ``{"groups": 16}``."""
+        """Options of the norm, such as ``{"groups": 16}``."""
         return {name: getattr(self, name) for name in options_of(self.norm)}
 
     def __str__(self) -> str:
@@ -33,12 +42,29 @@ class Configuration:
 
 
 Scores = Mapping[Configuration, Sequence[float]]
-"""The validation accuracies of each configuration, one per run; NaN where a run diverged."""
-Strategy = Generator[Sequence[Configuration], Scores, Configuration | None]
+"""Validation accuracies (0 to 1) of each configuration, one per run; NaN if a run diverged."""
+Strategy = Callable[[Sequence[Configuration], Scores, float], Sequence[Configuration]]
+"""Function (configurations of a norm, scores up to now, tolerance) -> configurations to choose from.
+
+If some of the returned configurations have no scores yet, they are trained and the function is called again.
+"""
 
 
 def candidates(norm: str, channel_groups: Iterable[int], groups: Iterable[int]) -> tuple[Configuration, ...]:
-    """Every configuration of a norm, each once; values of options that it does not take are left aside."""
+    """Return every configuration of a norm, without duplicates.
+
+    Args:
+        norm: Name of the norm.
+        channel_groups: Values of G_C, unused if the norm has no such option.
+        groups: Values of G_M, unused if the norm has no such option.
+
+    Raises:
+        LandscapeError: The norm is unknown.
+
+    Examples:
+        >>> [str(each) for each in candidates("ghost", channel_groups=[1, 2], groups=[4, 8])]
+        ['GhostNorm (G=4)', 'GhostNorm (G=8)']
+    """
     values = {"channel_groups": channel_groups, "groups": groups}
     names = options_of(norm)
     combinations = product(*(tuple(dict.fromkeys(values[name])) for name in names))
@@ -46,75 +72,114 @@ def candidates(norm: str, channel_groups: Iterable[int], groups: Iterable[int]) 
 
 
 def best(scores: Scores) -> Configuration | None:
-    """The configuration with the highest mean; of equal means the one with the smaller variance, then the first.
+    """Return the configuration with the highest mean score.
 
-    The rule of Dimitriou & Arandjelovic 2020, section 3.2. A configuration with a run that diverged is never chosen.
+    Of equal means the one with the smaller variance wins, then the first (Dimitriou & Arandjelovic, arXiv:2007.08554,
+    section 3.2). A configuration with a diverged run is never chosen; None if every configuration has one.
+
+    Examples:
+        >>> g4, g8 = candidates("ghost", [], [4, 8])
+        >>> print(best({g4: [0.90, 0.94], g8: [0.91, 0.93]}))
+        GhostNorm (G=8)
     """
     finished = {configuration: runs for configuration, runs in scores.items() if _finite(runs)}
     return max(finished, key=lambda each: (_mean(finished[each]), -_variance(finished[each])), default=None)
 
 
 def most_groups(scores: Scores, tolerance: float) -> int | None:
-    """The largest G_M whose mean score is at most ``tolerance`` below the best one."""
+    """Return the largest G_M within the tolerance of the best.
+
+    Args:
+        scores: Scores of configurations that differ in ``groups``.
+        tolerance: Largest allowed difference from the best mean score, in the unit of the scores.
+
+    Returns:
+        The largest ``groups`` with mean score >= best mean score - tolerance; None if every configuration diverged.
+
+    Examples:
+        >>> g4, g8, g16 = candidates("ghost", [], [4, 8, 16])
+        >>> most_groups({g4: [0.950], g8: [0.946], g16: [0.920]}, tolerance=0.005)
+        8
+    """
     winner = best(scores)
     if winner is None:
         return None
-    least = round(_mean(scores[winner]) - tolerance, 9)  # so that a mean at just this distance is within it
+    # Rounding keeps a mean at exactly this distance within the tolerance: 0.9996 - 0.1 > 0.8996 as floats.
+    least = round(_mean(scores[winner]) - tolerance, 9)
     return max(each.groups or 1 for each, runs in scores.items() if _finite(runs) and _mean(runs) >= least)
 
 
-def grid(configurations: Sequence[Configuration], tolerance: float = 0.0) -> Strategy:
-    """Try every configuration of a norm, and choose the best: Theta(G_C * G_M) of them for SeqNorm."""
-    return best((yield configurations))
+def grid(configurations: Sequence[Configuration], scores: Scores, tolerance: float) -> Sequence[Configuration]:
+    """Select every configuration: G_C * G_M of them for SeqNorm."""
+    return configurations
 
 
-def sequential(configurations: Sequence[Configuration], tolerance: float) -> Strategy:
-    """For a norm with groups of both kinds G_M first, on GhostNorm alone, then G_C: Theta(G_C + G_M) configurations.
+def sequential(configurations: Sequence[Configuration], scores: Scores, tolerance: float) -> Sequence[Configuration]:
+    """Select G_M on GhostNorm first, then every G_C with it.
 
-    Dimitriou & Arandjelovic 2020, section 3.2: of the G_M that do about as well as the best one the largest is taken.
-    For a norm with fewer options this is :func:`grid`.
+    This takes G_M + G_C configurations instead of G_M * G_C: of the G_M whose mean accuracy on GhostNorm is within the
+    tolerance of the best, the largest is used (Dimitriou & Arandjelovic, arXiv:2007.08554, section 3.2). For a norm
+    with fewer than two options this is :func:`grid`.
 
     Args:
-        configurations: All that may be tried, of one norm.
-        tolerance: How far below the best mean validation accuracy of GhostNorm that of the G_M taken may be, 0 to 1.
+        configurations: Configurations of one norm that can be trained.
+        scores: Scores of the configurations that have been trained up to now.
+        tolerance: Largest allowed difference of mean validation accuracies on GhostNorm, 0 to 1.
+
+    Returns:
+        GhostNorm with each G_M until these have scores, then the configurations with the selected G_M, which are none
+        if GhostNorm diverged with every G_M.
     """
     if not configurations or len(configurations[0].options) < 2:
-        return (yield from grid(configurations))
+        return configurations
     ghosts = [Configuration("ghost", groups=groups) for groups in dict.fromkeys(each.groups for each in configurations)]
-    groups = most_groups((yield ghosts), tolerance)
-    return (yield from grid([each for each in configurations if each.groups == groups])) if groups else None
+    if not all(ghost in scores for ghost in ghosts):
+        return ghosts
+    groups = most_groups({ghost: scores[ghost] for ghost in ghosts}, tolerance)
+    return [each for each in configurations if each.groups == groups]
 
 
-STRATEGIES: dict[str, Callable[[Sequence[Configuration], float], Strategy]] = {"grid": grid, "sequential": sequential}
-"""The strategies by name; each is called with the configurations that may be tried and the tolerance."""
+STRATEGIES: dict[str, Strategy] = {"grid": grid, "sequential": sequential}
+"""Strategies by name."""
 
 
-def run_strategies(
-    strategies: Mapping[str, Strategy], evaluate: Callable[[Sequence[Configuration]], Scores]
+def run_strategy(
+    strategy: Strategy,
+    possible: Mapping[str, Sequence[Configuration]],
+    tolerance: float,
+    train: Callable[[Sequence[Configuration]], Scores],
 ) -> dict[str, Configuration | None]:
-    """Follow several strategies side by side to their choices.
+    """Choose a configuration of each norm by a strategy.
+
+    Norms are searched at the same time: what any of them needs next is trained together, each configuration once.
 
     Args:
-        strategies: By name.
-        evaluate: Gives the scores of the configurations it is called with: what all strategies ask for next, each once.
+        strategy: One of :data:`STRATEGIES`.
+        possible: Configurations that can be trained, by norm.
+        tolerance: Largest allowed difference of mean scores, for :func:`sequential`.
+        train: Returns the scores of the configurations that it is called with.
+
+    Returns:
+        The best of the selected configurations by norm; None if each of them has a diverged run.
+
+    Examples:
+        >>> possible = {norm: candidates(norm, [1, 4], [2, 8]) for norm in ("ghost", "seq")}
+        >>> def train(configurations):
+        ...     print(*configurations, sep=", ")
+        ...     return {each: [0.9 + 0.01 * each.groups] for each in configurations}
+        >>> chosen = run_strategy(sequential, possible, 0.005, train)
+        GhostNorm (G=2), GhostNorm (G=8)
+        SeqNorm (G_C=1, G_M=8), SeqNorm (G_C=4, G_M=8)
+        >>> print(chosen["ghost"], chosen["seq"], sep=", ")
+        GhostNorm (G=8), SeqNorm (G_C=1, G_M=8)
     """
-    asked: dict[str, Sequence[Configuration]] = {}
-    chosen: dict[str, Configuration | None] = {}
-
-    def go_on(name: str, scores: Scores | None) -> None:
-        try:
-            asked[name] = next(strategies[name]) if scores is None else strategies[name].send(scores)
-        except StopIteration as end:
-            asked.pop(name, None)
-            chosen[name] = end.value
-
-    for name in strategies:
-        go_on(name, None)
-    while asked:
-        scores = evaluate(tuple(dict.fromkeys(each for wanted in asked.values() for each in wanted)))
-        for name, wanted in list(asked.items()):
-            go_on(name, {each: scores[each] for each in wanted})
-    return {name: chosen[name] for name in strategies}
+    scores: dict[Configuration, Sequence[float]] = {}
+    while True:
+        selected = {norm: strategy(configurations, scores, tolerance) for norm, configurations in possible.items()}
+        missing = dict.fromkeys(each for wanted in selected.values() for each in wanted if each not in scores)
+        if not missing:
+            return {norm: best({each: scores[each] for each in wanted}) for norm, wanted in selected.items()}
+        scores |= train(tuple(missing))
 
 
 def _finite(runs: Sequence[float]) -> bool:
@@ -130,5 +195,5 @@ def _variance(runs: Sequence[float]) -> float:
 
 
 def _rounded(runs: Sequence[float]) -> list[float]:
-    """Equal accuracies as equal numbers: they come as float32, and where they differ it is by 1e-5 or more."""
+    # Accuracies come as float32, and differ by 1e-5 or more unless they are equal.
     return [round(run, 6) for run in runs]

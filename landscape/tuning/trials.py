@@ -1,4 +1,4 @@
-"""Trainings as trials of Optuna studies: taken by one worker each, run again after a death, kept for the next time."""
+"""Trainings as trials of Optuna studies: each is run by one worker, and run again if the worker dies."""
 
 import hashlib
 import json
@@ -11,30 +11,38 @@ from typing import TYPE_CHECKING, Any
 from landscape.training.recipe import Recipe
 from landscape.tuning.database import quiet
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # Optuna is an optional dependency.
     from optuna import Study, Trial
     from optuna.storages import RDBStorage
     from optuna.trial import FrozenTrial
 
 
 Train = Callable[[Recipe, Callable[[int, float], None]], Mapping[str, Any]]
-"""Trains a recipe, reporting (epoch, score) on the way; returns what is kept of it, of which ``score`` is its value."""
+"""Function (recipe, report) -> result. It calls ``report(epoch, score)``; its result has the key ``score``."""
 OnTrained = Callable[[Recipe, Mapping[str, Any]], None]
+"""Function (recipe, result) -> None, called after each training."""
 
-LARGEST = 2**31
-"""Of the groups and seeds of a trial; Optuna asks for a range."""
+MAX_VALUE = 2**31
+"""Upper bound of the groups and seeds of a trial; Optuna requires a range."""
 POLL = 1.0
-"""Seconds between looks at what other workers do."""
-KEPT = "result"
-"""The attribute of a trial that holds what is kept of it."""
+"""Seconds between two queries of the trials that other workers run."""
+RESULT = "result"
+"""User attribute of a trial with the result of its training."""
 ALIVE = ("WAITING", "RUNNING", "COMPLETE")
 _Key = tuple[str, tuple[tuple[str, int], ...]]
+"""Name of the study, and parameters of the trial."""
 
 
 def study_name(recipe: Recipe) -> str:
-    """The study of a training, such as ``classify-digits ghost tuning 1f0c9a3e``: all but groups and seed in common.
+    """Return the name of the study of a training.
 
-    The number at the end is that of all settings, so what was trained with other ones is never mixed in.
+    Its trainings differ only in groups and seed. The name ends in a hash of all other settings, so trainings with
+    different settings are never mixed.
+
+    Examples:
+        >>> from landscape import RECIPES
+        >>> study_name(RECIPES["classify-digits"])
+        'classify-digits batch tuning ...'
     """
     part = "tuning" if recipe.validation else "test"
     settings = json.dumps(_settings(recipe), sort_keys=True).encode()
@@ -45,21 +53,35 @@ def run_trials(
     storage: "RDBStorage",
     recipes: Sequence[Recipe],
     train: Train,
-    on_trained: OnTrained = lambda recipe, kept: None,
+    on_trained: OnTrained = lambda recipe, result: None,
 ) -> list[dict[str, Any]]:
-    """Return when every recipe is trained, having trained those that no other worker has taken.
+    """Train recipes that no other worker trains; return all results.
+
+    The call blocks until every recipe is trained, here or by another worker with the same database. A recipe that was
+    trained before is not trained again; one whose worker sends no heartbeat within the grace period is.
 
     Args:
-        storage: As :func:`landscape.tuning.database.open_storage` gives it; workers on several machines may share it.
-        recipes: What is trained, each once.
-        train: See ``Train``; a score of NaN, that of a run which diverged, is kept as the lowest there is.
-        on_trained: Called with each recipe that was trained here and what is kept of it, once it is kept.
+        storage: Database, from :func:`landscape.tuning.database.open_storage`.
+        recipes: Recipes to train, each once.
+        train: Function (recipe, report) -> result; the result must have the key ``score``, and may be stored as JSON. A
+            score of NaN, for a run that diverged, is the lowest score of the study.
+        on_trained: Called with recipe and result after each training of this worker, once the result is stored.
 
     Returns:
-        For each recipe its groups and seed, what ``train`` returned, and when it ``started`` and ``ended``.
+        For each recipe: its groups and seed, its result, and the times ``started`` and ``ended``.
+
+    Examples:
+        >>> from landscape import RECIPES
+        >>> from landscape.tuning.database import open_storage
+        >>> recipes = [replace(RECIPES["classify-digits"], seed=seed) for seed in (0, 1)]
+        >>> storage = open_storage("sqlite:///tuning.sqlite3")
+        >>> rows = run_trials(storage, recipes, lambda recipe, report: {"score": 0.5 + 0.1 * recipe.seed})
+        >>> [(row["seed"], row["score"]) for row in rows]
+        [(0, 0.5), (1, 0.6)]
+        >>> storage.engine.dispose()
     """
     with quiet():
-        return _Worker(storage, recipes, train, on_trained).finish()
+        return _Worker(storage, recipes, train, on_trained).run()
 
 
 class _Worker:
@@ -69,126 +91,141 @@ class _Worker:
         import optuna
 
         self._storage, self._train, self._on_trained = storage, train, on_trained
-        self._wanted = {_key(study_name(recipe), _point(recipe)): recipe for recipe in recipes}
+        self._keys = list(dict.fromkeys(_key(study_name(recipe), _parameters(recipe)) for recipe in recipes))
         self._recipes = {study_name(recipe): recipe for recipe in recipes}
         self._studies: dict[str, Study] = {}
-        self._greeted: set[tuple[str, int]] = set()
+        self._touched: set[tuple[str, int]] = set()
         for name, recipe in self._recipes.items():
             study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, direction="maximize")
             study.set_user_attr("settings", _settings(recipe))
             self._studies[name] = study
 
-    def finish(self) -> list[dict[str, Any]]:
+    def run(self) -> list[dict[str, Any]]:
         while True:
             trials = self._trials()
-            states = {key: trials[key].state.name if key in trials else "MISSING" for key in self._wanted}
+            states = {key: trials[key].state.name if key in trials else "MISSING" for key in self._keys}
             if (key := _first(states, "WAITING", "MISSING")) is not None:
-                self._run(key, queue=states[key] == "MISSING")
+                self._run_next(key, queue=states[key] == "MISSING")
             elif "RUNNING" in states.values():
-                self._greet({(key[0], trials[key].number) for key, state in states.items() if state == "RUNNING"})
+                self._touch_heartbeat(
+                    {(key[0], trials[key].number) for key, state in states.items() if state == "RUNNING"}
+                )
                 time.sleep(POLL)
             else:
-                return [_row(trials[key]) for key in self._wanted]
+                return [_row(trials[key]) for key in self._keys]
 
     def _trials(self) -> dict[_Key, "FrozenTrial"]:
-        """The trial of each training that counts, where it has one; trials without a sign of life are given up."""
+        """Mark stale trials as failed; return the valid ones."""
         import optuna
 
         trials = {}
         for study in self._studies.values():
             optuna.storages.fail_stale_trials(study)
-            trials |= _counted(study)
+            trials |= _valid_trials(study)
         return trials
 
-    def _greet(self, running: set[tuple[str, int]]) -> None:
-        """Give each running trial one sign of life: Optuna never gives up a trial that died before its first."""
-        for name, number in running - self._greeted:
+    def _touch_heartbeat(self, running: set[tuple[str, int]]) -> None:
+        """Record a first heartbeat of each running trial.
+
+        Optuna never marks a trial as failed whose worker died before the first heartbeat.
+        """
+        for name, number in running - self._touched:
             study_id = self._storage.get_study_id_from_name(name)
             self._storage.record_heartbeat(self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
-        self._greeted |= running
+        self._touched |= running
 
-    def _run(self, key: _Key, queue: bool) -> None:
-        """Run the first trial in the queue of a study, after putting one there if need be.
+    def _run_next(self, key: _Key, queue: bool) -> None:
+        """Run the first waiting trial of a study.
 
-        One at a time: a queue that is left behind would be run by the next command, which may ask for less.
+        If ``queue`` is true, a trial with the parameters of the key is queued first. Trials are queued one at a time,
+        because the next command would run a queue left behind, even if that command requests fewer trainings.
         """
         import optuna
 
-        study, kept, lost = self._studies[key[0]], [], []
+        study, trained, lost = self._studies[key[0]], [], []
         if queue:
-            study.add_trial(_waiting(dict(key[1])))
+            study.add_trial(_waiting_trial(dict(key[1])))
 
         def objective(trial: "Trial") -> float:
-            # Workers that look at the same moment queue the same training, and the first of these trials counts; the
-            # queue is empty where another worker was faster.
-            first = _counted(study).get(_key(study.study_name, trial.params))
-            if not trial.params or (first is not None and first.number < trial.number):
+            # Two workers may queue the same training at the same time:
+            #   worker A: reads MISSING, queues trial 7          runs trial 7
+            #   worker B: reads MISSING,         queues trial 8               prunes trial 8, since 7 is valid
+            # If another worker has emptied the queue, the trial has no parameters and is pruned too.
+            valid = _valid_trials(study).get(_key(study.study_name, trial.params))
+            if not trial.params or (valid is not None and valid.number < trial.number):
                 raise optuna.TrialPruned
             recipe = replace(self._recipes[key[0]], **trial.params)
             try:
-                kept.append((recipe, self._trained(trial, recipe)))
+                trained.append((recipe, self._run_training(trial, recipe)))
             except optuna.exceptions.UpdateFinishedTrialError:
                 lost.append(trial.number)
                 raise
-            score = kept[0][1]["score"]
+            score = trained[0][1]["score"]
             return score if math.isfinite(score) else -math.inf
 
         try:
             study.optimize(objective, n_trials=1)
-        except ValueError:  # Optuna's, at the end of a trial that another worker has given up meanwhile
-            if not kept and not lost:
+        except ValueError:  # Optuna raises it at the end of a trial that another worker has marked as failed.
+            if not trained and not lost:
                 raise
         else:
-            for recipe, result in kept:
+            for recipe, result in trained:
                 self._on_trained(recipe, result)
 
-    def _trained(self, trial: "Trial", recipe: Recipe) -> Mapping[str, Any]:
+    def _run_training(self, trial: "Trial", recipe: Recipe) -> Mapping[str, Any]:
         def report(epoch: int, score: float) -> None:
             if math.isfinite(score):
                 trial.report(score, epoch)
 
-        kept = self._train(recipe, report)
-        trial.set_user_attr(KEPT, dict(kept))  # at once: each write waits for the disk
-        return kept
+        result = self._train(recipe, report)
+        trial.set_user_attr(RESULT, dict(result))  # One attribute, since each write is synced to disk.
+        return result
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    special = ("groups", "channel_groups", "seed")
-    return {name: value for name, value in asdict(recipe.resolve()).items() if name not in special}
+    parameters = ("groups", "channel_groups", "seed")
+    return {name: value for name, value in asdict(recipe.resolve()).items() if name not in parameters}
 
 
-def _point(recipe: Recipe) -> dict[str, int]:
+def _parameters(recipe: Recipe) -> dict[str, int]:
     return recipe.norm_options | {"seed": recipe.seed}
 
 
-def _key(study: str, point: Mapping[str, int]) -> _Key:
-    return study, tuple(sorted(point.items()))
+def _key(study: str, parameters: Mapping[str, int]) -> _Key:
+    return study, tuple(sorted(parameters.items()))
 
 
 def _first(states: Mapping[_Key, str], *wanted: str) -> _Key | None:
     return next((key for key, state in states.items() if state in wanted), None)
 
 
-def _counted(study: "Study") -> dict[_Key, "FrozenTrial"]:
-    """The trial of each training that counts: the first that is alive. Numbers are unique, whoever adds a trial."""
+def _valid_trials(study: "Study") -> dict[_Key, "FrozenTrial"]:
+    """Return the valid trial of each training.
+
+    It is the first that is alive. Numbers of trials are unique, even if several workers add trials at the same time.
+    """
     last_to_first = sorted(study.get_trials(deepcopy=False), key=lambda trial: -trial.number)
     return {_key(study.study_name, trial.params): trial for trial in last_to_first if trial.state.name in ALIVE}
 
 
-def _waiting(point: Mapping[str, int]) -> "FrozenTrial":
-    """A trial for the queue; its parameters come with it, so which trial of a training is first is never in doubt."""
+def _waiting_trial(parameters: Mapping[str, int]) -> "FrozenTrial":
+    """Return a trial for the queue, with its parameters.
+
+    A trial of ``study.enqueue_trial`` gets its parameters only when it starts, so until then it would be unclear which
+    training it is for.
+    """
     import optuna
 
-    ranges = dict.fromkeys(point, optuna.distributions.IntDistribution(0, LARGEST))
+    ranges = dict.fromkeys(parameters, optuna.distributions.IntDistribution(0, MAX_VALUE))
     return optuna.trial.create_trial(
-        state=optuna.trial.TrialState.WAITING, params=dict(point), distributions=dict(ranges)
+        state=optuna.trial.TrialState.WAITING, params=dict(parameters), distributions=dict(ranges)
     )
 
 
 def _row(trial: "FrozenTrial") -> dict[str, Any]:
     return {
         **trial.params,
-        **trial.user_attrs[KEPT],
+        **trial.user_attrs[RESULT],
         "started": trial.datetime_start,
         "ended": trial.datetime_complete,
     }

@@ -16,29 +16,29 @@ RANDOM = np.random.default_rng(0)
 
 
 def records(count, labels):
-    """A file of the binary version, with its images and the label bytes of each record."""
+    """Return a binary file with its images and label bytes."""
     images = RANDOM.integers(0, 256, (count, 3, 32, 32), np.uint8)
     targets = np.stack([RANDOM.integers(0, classes, count, np.uint8) for classes in labels], 1)
     content = b"".join(label.tobytes() + image.tobytes() for label, image in zip(targets, images, strict=True))
     return content, images, targets
 
 
-def files_of(cifar, counts):
+def make_files(cifar, counts):
     names = [*cifar.train, cifar.tests[0]]
     return {name: records(count, cifar.labels) for name, count in zip(names, counts, strict=True)}
 
 
 def with_hashes(cifar, contents):
-    """The data set with the hashes of these files instead of the published ones."""
+    """Replace the published hashes by those of the given files."""
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     return replace(cifar, source=replace(cifar.source, sha256=hashes, mirrors=()))
 
 
-def archive_of(cifar, contents, inside=None):
+def make_archive(cifar, contents):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as file:
         for name, content in contents.items():
-            member = tarfile.TarInfo(f"{inside or cifar.source.inside}/{name}")
+            member = tarfile.TarInfo(f"{cifar.source.inside}/{name}")
             member.size = len(content)
             file.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
@@ -48,10 +48,10 @@ CASES = pytest.mark.parametrize(("cifar", "counts"), [(CIFAR10, (3, 1, 2, 4, 5, 
 
 
 @CASES
-@pytest.mark.parametrize("place", ["", "{0.name}", "{0.inside}", "{0.name}/{0.inside}"])
-def test_unpacked_files_are_read_where_people_put_them(tmp_path, cifar, counts, place):
-    files = files_of(cifar, counts)
-    folder = tmp_path / place.format(cifar.source)
+@pytest.mark.parametrize("subfolder", ["", "{0.name}", "{0.inside}", "{0.name}/{0.inside}"])
+def test_read_cifar_unpacked(tmp_path, cifar, counts, subfolder):
+    files = make_files(cifar, counts)
+    folder = tmp_path / subfolder.format(cifar.source)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (content, _, _) in files.items():
         (folder / name).write_bytes(content)
@@ -64,47 +64,47 @@ def test_unpacked_files_are_read_where_people_put_them(tmp_path, cifar, counts, 
 
 
 @CASES
-def test_the_archive_is_read_without_being_unpacked(tmp_path, cifar, counts):
-    files = {name: content for name, (content, _, _) in files_of(cifar, counts).items()}
-    (tmp_path / cifar.source.archive).write_bytes(archive := archive_of(cifar, files))
+def test_read_cifar_archive_stays_packed(tmp_path, cifar, counts):
+    files = {name: content for name, (content, _, _) in make_files(cifar, counts).items()}
+    (tmp_path / cifar.source.archive).write_bytes(archive := make_archive(cifar, files))
     (images, _), test = read_cifar(with_hashes(cifar, {cifar.source.archive: archive}), tmp_path)
     assert (len(images), len(test[0])) == (sum(counts[:-1]), counts[-1])
     assert [path.name for path in tmp_path.iterdir()] == [cifar.source.archive]
 
 
 @CASES
-def test_a_missing_test_file_leaves_an_empty_test_set(tmp_path, cifar, counts):
-    files = {name: content for name, (content, _, _) in files_of(cifar, counts).items()}
+def test_read_cifar_without_test_file(tmp_path, cifar, counts):
+    files = {name: content for name, (content, _, _) in make_files(cifar, counts).items()}
     for name in cifar.train:
         (tmp_path / name).write_bytes(files[name])
     train, test = read_cifar(with_hashes(cifar, files), tmp_path)
     assert (len(train[0]), test[0].shape, test[1].shape) == (sum(counts[:-1]), (0, 3, 32, 32), (0,))
 
 
-def test_the_archive_has_the_test_file_that_the_unpacked_ones_lack(tmp_path):
-    files = {name: content for name, (content, _, _) in files_of(CIFAR100, (7, 4)).items()}
+def test_read_cifar_test_file_from_archive(tmp_path):
+    files = {name: content for name, (content, _, _) in make_files(CIFAR100, (7, 4)).items()}
     (tmp_path / "train.bin").write_bytes(files["train.bin"])
-    (tmp_path / CIFAR100.source.archive).write_bytes(archive := archive_of(CIFAR100, files))
+    (tmp_path / CIFAR100.source.archive).write_bytes(archive := make_archive(CIFAR100, files))
     _, test = read_cifar(with_hashes(CIFAR100, files | {CIFAR100.source.archive: archive}), tmp_path)
     assert len(test[0]) == 4
 
 
-def test_a_damaged_archive_is_not_opened(tmp_path):
+def test_read_cifar_damaged_archive(tmp_path):
     (tmp_path / CIFAR10.source.archive).write_bytes(b"not an archive")
-    with pytest.raises(LandscapeError, match="is damaged: SHA-256 c4a38c"):
+    with pytest.raises(LandscapeError, match=r"damaged: SHA-256 .*expected c4a38c"):
         read_cifar(CIFAR10, tmp_path)
 
 
-def test_an_archive_that_cannot_be_fetched(tmp_path):
+def test_read_cifar_archive_unavailable(tmp_path):
     cifar = replace(CIFAR100, source=replace(CIFAR100.source, mirrors=("http://127.0.0.1:1/",)))
-    with pytest.raises(LandscapeError, match=r"cifar-100-binary.tar.gz is missing and cannot be fetched.* as data_dir"):
+    with pytest.raises(LandscapeError, match=r"cifar-100-binary\.tar\.gz is missing.*data_dir"):
         read_cifar(cifar, tmp_path)
 
 
 CONTENT, IMAGES, LABELS = records(3, (20, 100))
 
 
-def test_a_record_is_its_labels_and_three_planes():
+def test_parse_cifar_record():
     images, labels = parse_cifar(CONTENT, (20, 100), "file")
     np.testing.assert_array_equal(images, IMAGES)
     np.testing.assert_array_equal(labels, LABELS[:, 1])
@@ -114,20 +114,20 @@ def test_a_record_is_its_labels_and_three_planes():
 @pytest.mark.parametrize(
     ("content", "labels", "message"),
     [
-        (b"", (10,), "0 bytes, expected whole records of 3073 bytes"),
-        (CONTENT[:-1], (20, 100), "9221 bytes, expected whole records of 3074"),
-        (CONTENT, (10,), "expected whole records of 3073"),
-        (b"\x0a" + bytes(3072), (10,), r"holds the labels \[10\], allowed are less than \[10\]"),
-        (b"\x14\x63" + bytes(3072), (20, 100), r"the labels \[20, 99\], allowed are less than \[20, 100\]"),
+        (b"", (10,), "0 bytes, expected .* 3073 bytes"),
+        (CONTENT[:-1], (20, 100), "9221 bytes, expected .* 3074"),
+        (CONTENT, (10,), "expected .* 3073"),
+        (b"\x0a" + bytes(3072), (10,), r"labels \[10\], expected less than \[10\]"),
+        (b"\x14\x63" + bytes(3072), (20, 100), r"labels \[20, 99\], expected less than \[20, 100\]"),
     ],
 )
-def test_a_file_that_is_damaged(content, labels, message):
+def test_parse_cifar_damaged(content, labels, message):
     with pytest.raises(LandscapeError, match=message):
         parse_cifar(content, labels, "train.bin")
 
 
-def test_cifar100_by_name(tmp_path, monkeypatch):
-    files = {name: content for name, (content, _, _) in files_of(CIFAR100, (300, 40)).items()}
+def test_load_dataset_cifar100(tmp_path, monkeypatch):
+    files = {name: content for name, (content, _, _) in make_files(CIFAR100, (300, 40)).items()}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     cifar = with_hashes(CIFAR100, files)
@@ -139,7 +139,7 @@ def test_cifar100_by_name(tmp_path, monkeypatch):
     torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
 
 
-def test_a_gzipped_file_without_a_known_hash_is_not_taken(tmp_path):
+def test_read_cifar_ignores_file_without_hash(tmp_path):
     records = bytes([3, 42]) + bytes(3072)
     source = replace(
         CIFAR100.source,

@@ -26,7 +26,7 @@ def read_file(name, folder, source):
     return read_files([name], folder, source)[0]
 
 
-def source_of(files, *mirrors):
+def make_source(files, *mirrors):
     return Source("mnist", mirrors, {name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
 
 
@@ -36,7 +36,7 @@ LABELS = np.array([0, 9, 3, 3, 1, 7])
 CONTENT = idx(IMAGES)
 
 
-def test_digits_are_scikit_learns():
+def test_digits_match_scikit_learn():
     digits = load_dataset("digits")
     pixels = torch.cat([digits.train.inputs, digits.test.inputs]) * digits.std[0] + digits.mean[0]
     torch.testing.assert_close(pixels.flatten(1).double(), PIXELS, rtol=0, atol=1e-4)
@@ -48,14 +48,14 @@ FOLDERS = {"mnist": "mnist", "cifar10": "cifar-10-batches-bin"}
 SHAPES = {
     "digits": ((1500, 1, 8, 8), (297, 1, 8, 8)),
     "mnist": ((50_000, 1, 28, 28), (10_000, 1, 28, 28)),
-    "cifar10": ((50_000, 3, 32, 32), None),  # some have a part of the test images, or none
+    "cifar10": ((50_000, 3, 32, 32), None),  # The test images are optional.
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_tensors_are_images_normalized_and_typed(name):
+def test_load_dataset_shapes_and_moments(name):
     if name in FOLDERS and not (REAL_DATA / FOLDERS[name]).is_dir():
-        pytest.skip(f"no folder {FOLDERS[name]} in {REAL_DATA}: name its parent in LANDSCAPE_DATA_DIR")
+        pytest.skip(f"no folder {FOLDERS[name]} in {REAL_DATA}; set LANDSCAPE_DATA_DIR to its parent")
     dataset = load_dataset(name, REAL_DATA)
     std, mean = torch.std_mean(dataset.train.inputs.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-6, rtol=0)
@@ -68,13 +68,13 @@ def test_tensors_are_images_normalized_and_typed(name):
     assert set(dataset.train.targets.tolist()) == set(range(dataset.classes))
 
 
-def test_test_images_are_normalized_by_the_training_set():
+def test_test_images_normalized_by_training_set():
     train, test = PIXELS[:1500], PIXELS[1500:]
     expected = (test - train.mean()) / train.std(correction=0)
     torch.testing.assert_close(load_dataset("digits").test.inputs.flatten(1).double(), expected, rtol=0, atol=1e-6)
 
 
-def test_every_stretch_of_the_split_keeps_the_share_of_each_class():
+def test_stratified_keeps_class_shares():
     targets = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
     order = stratified(targets)
     assert order.sort().values.equal(torch.arange(1000))
@@ -86,30 +86,30 @@ def test_every_stretch_of_the_split_keeps_the_share_of_each_class():
     assert not order[:600].sort().values.equal(torch.arange(600))
 
 
-def test_a_split_divides_the_training_set():
+def test_split_is_a_partition():
     digits = load_dataset("digits")
     parts = digits.split(300, 500)
     assert (len(parts.train), len(parts.validation), len(parts.test)) == (500, 300, 297)
     images = torch.cat([parts.train.inputs, parts.validation.inputs]).flatten(1)
     assert len(images.unique(dim=0)) == len(images)
     assert parts.validation.targets.bincount().max() <= 32
-    everything = digits.split(0)
-    assert everything.train.inputs.equal(digits.train.inputs)
-    assert everything.train.targets.equal(digits.train.targets)
+    unsplit = digits.split(0)
+    assert unsplit.train.inputs.equal(digits.train.inputs)
+    assert unsplit.train.targets.equal(digits.train.targets)
 
 
 @pytest.mark.parametrize(("validation", "train"), [(1500, None), (1000, 501), (0, 1501)])
-def test_a_split_into_more_than_there_is(validation, train):
-    with pytest.raises(LandscapeError, match="held out of the 1500 of 'digits'"):
+def test_split_too_large(validation, train):
+    with pytest.raises(LandscapeError, match=f"validation={validation}, train={train}.*1500.*'digits'"):
         load_dataset("digits").split(validation, train)
 
 
-def test_unknown_name_lists_the_known():
-    with pytest.raises(LandscapeError, match="'minst'; choose one of: digits, mnist, cifar10, cifar100"):
+def test_load_dataset_unknown_name():
+    with pytest.raises(LandscapeError, match=r"'minst'.*digits, mnist, cifar10 or cifar100"):
         load_dataset("minst")
 
 
-def test_data_dir_that_is_a_file(tmp_path):
+def test_load_dataset_data_dir_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.touch()
     with pytest.raises(LandscapeError, match=f"'mnist' in {path}"):
@@ -117,7 +117,7 @@ def test_data_dir_that_is_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 4, 5), (0, 4, 5)])
-def test_idx_round_trip(shape):
+def test_parse_idx_round_trip(shape):
     array = np.random.default_rng(0).integers(0, 256, shape)
     np.testing.assert_array_equal(parse_idx(idx(array), len(shape), "file"), array)
 
@@ -125,46 +125,46 @@ def test_idx_round_trip(shape):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "starts with , not 00000803"),
-        (b"\x1f\x8b" + CONTENT, "starts with 1f8b0000, not 00000803"),
-        (idx(LABELS), "starts with 00000801, not 00000803"),
-        (CONTENT[:3], "starts with 000008, not"),
-        (CONTENT[:9], "9 bytes, 16 expected"),
-        (CONTENT[:-1], r"135 bytes, 136 expected for sizes \[6, 4, 5\]"),
-        (CONTENT + b"\0", "137 bytes, 136 expected"),
-        (CONTENT[:4] + b"\xff" * 12 + CONTENT[16:], f"136 bytes, {16 + (2**32 - 1) ** 3} expected"),
+        (b"", "starts with , expected 00000803"),
+        (b"\x1f\x8b" + CONTENT, "starts with 1f8b0000, expected 00000803"),
+        (idx(LABELS), "starts with 00000801, expected 00000803"),
+        (CONTENT[:3], "starts with 000008, expected"),
+        (CONTENT[:9], "9 bytes, expected 16"),
+        (CONTENT[:-1], r"135 bytes, expected 136 .*\[6, 4, 5\]"),
+        (CONTENT + b"\0", "137 bytes, expected 136"),
+        (CONTENT[:4] + b"\xff" * 12 + CONTENT[16:], f"136 bytes, expected {16 + (2**32 - 1) ** 3}"),
     ],
 )
-def test_idx_that_is_damaged(content, message):
+def test_parse_idx_damaged(content, message):
     with pytest.raises(LandscapeError, match=f"train is .*{message}"):
         parse_idx(content, 3, "train")
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [(LABELS[:5], "6 images, but .* 5 labels"), (LABELS + 1, "the label 10, expected 0 to 9")]
+    ("labels", "message"), [(LABELS[:5], "6 images.* 5 labels"), (LABELS + 1, "label 10, expected 0 to 9")]
 )
-def test_labels_that_do_not_fit(tmp_path, labels, message):
+def test_read_mnist_invalid_labels(tmp_path, labels, message):
     files = {"t10k-images-idx3-ubyte": CONTENT, "t10k-labels-idx1-ubyte": idx(labels)}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(LandscapeError, match=message):
-        read_mnist("t10k", tmp_path, source_of(files))
+        read_mnist("t10k", tmp_path, make_source(files))
 
 
 @pytest.mark.parametrize("folder", ["", "mnist"])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_file_is_found_raw_or_gzipped_in_the_folder_or_below(tmp_path, folder, suffix):
+def test_read_files_raw_or_gzipped(tmp_path, folder, suffix):
     content = gzip.compress(CONTENT) if suffix else CONTENT
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / folder / f"a{suffix}").write_bytes(content)
-    assert read_file("a", tmp_path, source_of({f"a{suffix}": content})) == CONTENT
+    assert read_file("a", tmp_path, make_source({f"a{suffix}": content})) == CONTENT
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_damaged_file_is_refused_unopened_and_kept(tmp_path, suffix):
+def test_read_files_damaged_file_is_kept(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"not gzip")
-    source = source_of({path.name: b"expected"})
+    source = make_source({path.name: b"expected"})
     with pytest.raises(LandscapeError) as caught:
         read_file("a", tmp_path, source)
     for part in (str(path), source.sha256[path.name], hashlib.sha256(b"not gzip").hexdigest()):
@@ -174,12 +174,12 @@ def test_damaged_file_is_refused_unopened_and_kept(tmp_path, suffix):
 
 class Mirror(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format, *args):
-        """Keep the test's output clean."""
+        """Suppress the log, so that the output stays clean."""
 
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """Address of a local mirror and the folder that it serves."""
+    """Yield the URL of a local mirror and the folder that it serves."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     folder = tmp_path / "served"
     folder.mkdir()
@@ -191,21 +191,21 @@ def mirror(tmp_path, monkeypatch):
         thread.join()
 
 
-def test_missing_file_is_fetched_from_the_mirror_that_has_it(tmp_path, mirror, capsys):
+def test_download_from_second_mirror(tmp_path, mirror, capsys):
     (address, served), zipped = mirror, gzip.compress(CONTENT)
     (served / "a.gz").write_bytes(zipped)
-    source = source_of({"a.gz": zipped}, address + "empty/", address)
+    source = make_source({"a.gz": zipped}, address + "empty/", address)
     assert read_file("a", tmp_path / "new", source) == CONTENT
     assert [path.name for path in (tmp_path / "new").rglob("*")] == ["mnist", "a.gz"]
     assert "100%" in capsys.readouterr().err
     (served / "a.gz").unlink()
-    assert read_file("a", tmp_path / "new", source) == CONTENT  # not fetched twice
+    assert read_file("a", tmp_path / "new", source) == CONTENT  # The file is not downloaded twice.
 
 
-def test_wrong_and_absent_downloads_end_in_one_error_and_leave_nothing(tmp_path, mirror):
+def test_download_failures_leave_nothing(tmp_path, mirror):
     address, served = mirror
     (served / "a.gz").write_bytes(b"wrong")
-    source = source_of({"a.gz": b"right"}, address, address + "empty/", "http://127.0.0.1:1/")
+    source = make_source({"a.gz": b"right"}, address, address + "empty/", "http://127.0.0.1:1/")
     with pytest.raises(LandscapeError) as caught:
         read_file("a", tmp_path / "new", source)
     wrong, right = (hashlib.sha256(content).hexdigest() for content in (b"wrong", b"right"))
@@ -214,21 +214,21 @@ def test_wrong_and_absent_downloads_end_in_one_error_and_leave_nothing(tmp_path,
     assert [path.name for path in (tmp_path / "new").rglob("*")] == ["mnist"]
 
 
-def test_silent_mirror_is_given_up(tmp_path, mirror, monkeypatch):
+def test_download_timeout(tmp_path, mirror, monkeypatch):
     monkeypatch.setattr(Mirror, "do_GET", lambda self: threading.Event().wait(0.5))
     monkeypatch.setattr(download, "TIMEOUT", (0.1, 0.1))
     with pytest.raises(LandscapeError, match="timed out"):
-        read_file("a", tmp_path, source_of({"a.gz": b""}, mirror[0]))
+        read_file("a", tmp_path, make_source({"a.gz": b""}, mirror[0]))
 
 
-def test_whole_mnist_from_a_mirror(tmp_path, mirror, monkeypatch):
+def test_load_dataset_mnist_from_mirror(tmp_path, mirror, monkeypatch):
     address, served = mirror
     files = {"images-idx3-ubyte.gz": gzip.compress(CONTENT), "labels-idx1-ubyte.gz": gzip.compress(idx(LABELS))}
     files = {f"{part}-{name}": content for part in ("train", "t10k") for name, content in files.items()}
     assert set(files) <= set(MNIST.sha256)
     for name, content in files.items():
         (served / name).write_bytes(content)
-    source = source_of(files, address)
+    source = make_source(files, address)
     monkeypatch.setattr("landscape.data.dataset.read_mnist", functools.partial(read_mnist, source=source))
     dataset = load_dataset("mnist", tmp_path)
     expected = (IMAGES[:, None] - IMAGES.mean()) / IMAGES.std()

@@ -1,4 +1,4 @@
-"""Nonsense in files of data sets: what is not as it was published is refused, and nothing is opened before."""
+"""Fuzz tests of data set files: damaged files raise, and nothing is parsed before it is verified."""
 
 import functools
 import gzip
@@ -15,7 +15,7 @@ from nonsense import cases, soon, tree
 
 from landscape.data.cifar import CIFAR10, parse_cifar
 from landscape.data.dataset import load_dataset
-from landscape.data.download import LARGEST, Source, read_files
+from landscape.data.download import MAX_BYTES, Source, read_files
 from landscape.data.mnist import MNIST, parse_idx
 from landscape.errors import LandscapeError
 
@@ -30,7 +30,7 @@ def _offline(monkeypatch):
 
 @st.composite
 def damaged(draw, contents):
-    """A valid file, and what a disk, a download or a prank makes of it."""
+    """Draw a valid file with up to two random damages."""
     content = bytearray(draw(contents))
     for _ in range(draw(st.integers(0, 2))):
         at = draw(st.integers(0, max(0, len(content) - 1)))
@@ -58,24 +58,24 @@ def idx_files(draw):
 
 
 def slow_idx(content, dimensions):
-    """The values by their places, read one by one; None where the file is not as its format says."""
+    """Read an idx file value by value: (shape, values by index), or None if it is invalid."""
     if len(content) < 4 + 4 * dimensions or content[:4] != bytes([0, 0, 8, dimensions]):
         return None
     shape = struct.unpack_from(f">{dimensions}I", content, 4)
     values = content[4 + 4 * dimensions :]
     if 0 in shape:
         return None if values else (shape, {})
-    places = [()]
+    indices = [()]
     for size in shape:
-        if len(places) * size > len(values):
+        if len(indices) * size > len(values):
             return None
-        places = [(*place, index) for place in places for index in range(size)]
-    return (shape, dict(zip(places, values, strict=True))) if len(values) == len(places) else None
+        indices = [(*index, last) for index in indices for last in range(size)]
+    return (shape, dict(zip(indices, values, strict=True))) if len(values) == len(indices) else None
 
 
 @cases(0.12)
 @given(content=damaged(idx_files()), dimensions=st.integers(0, 4))
-def test_idx_files_are_refused_or_read_value_by_value(content, dimensions):
+def test_parse_idx_matches_slow_reader(content, dimensions):
     expected = slow_idx(content, dimensions)
     with soon("idx files"):
         try:
@@ -84,7 +84,7 @@ def test_idx_files_are_refused_or_read_value_by_value(content, dimensions):
             assert expected is None
         else:
             assert found.shape == expected[0]
-            assert {place: found[place] for place in expected[1]} == expected[1]
+            assert {index: found[index] for index in expected[1]} == expected[1]
 
 
 @st.composite
@@ -97,11 +97,11 @@ def cifar_files(draw):
 
 @cases(0.08)
 @given(content=damaged(cifar_files()), labels=st.sampled_from([(10,), (20, 100)]))
-def test_cifar_files_are_refused_or_read_value_by_value(content, labels):
+def test_parse_cifar_matches_slow_reader(content, labels):
     size = len(labels) + 3072
     records = [content[start : start + size] for start in range(0, len(content), size)]
     valid = records and all(
-        len(record) == size and all(record[place] < classes for place, classes in enumerate(labels))
+        len(record) == size and all(label < classes for label, classes in zip(record, labels, strict=False))
         for record in records
     )
     with soon("CIFAR files"):
@@ -113,43 +113,43 @@ def test_cifar_files_are_refused_or_read_value_by_value(content, labels):
             assert valid
             assert targets.tolist() == [record[len(labels) - 1] for record in records]
             for image, record in zip(images, records, strict=True):
-                for place in range(0, 3072, 97):
-                    plane, rest = divmod(place, 1024)
-                    assert image[plane, rest // 32, rest % 32] == record[len(labels) + place]
+                for offset in range(0, 3072, 97):
+                    plane, rest = divmod(offset, 1024)
+                    assert image[plane, rest // 32, rest % 32] == record[len(labels) + offset]
 
 
-def vast(path):
+def sparse(path):
     with path.open("xb") as file:
-        file.truncate(1 << 43)  # a hole, that takes no place
+        file.truncate(1 << 43)  # A sparse file, which uses no disk space.
 
 
-def hidden(path):
+def unreadable(path):
     path.write_bytes(b"x")
     path.chmod(0)
 
 
-PLANTED = {
+INVALID_FILES = {
     "text": lambda path: path.write_text("not found"),
-    "nothing": lambda path: path.touch(),
-    "a bomb": lambda path: path.write_bytes(gzip.compress(bytes(1 << 24))),
+    "an empty file": lambda path: path.touch(),
+    "a gzip bomb": lambda path: path.write_bytes(gzip.compress(bytes(1 << 24))),
     "a folder": lambda path: path.mkdir(),
     "a pipe": os.mkfifo,
-    "a circle": lambda path: path.symlink_to(path.name),
+    "a symlink loop": lambda path: path.symlink_to(path.name),
     "a device": lambda path: path.symlink_to("/dev/zero"),
-    "larger than any memory": vast,
-    "unreadable": hidden,
+    "larger than memory": sparse,
+    "unreadable": unreadable,
 }
 
 
-@pytest.mark.parametrize("plant", PLANTED)
+@pytest.mark.parametrize("make", INVALID_FILES)
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
-def test_what_is_not_the_published_file_is_refused_and_kept(tmp_path, name, plant):
+def test_load_dataset_invalid_files_raise_and_are_kept(tmp_path, name, make):
     for file in {"mnist": MNIST, "cifar10": CIFAR10.source}.get(
         name, Source(name, (), {"cifar-100-binary.tar.gz": ""})
     ).sha256:
-        PLANTED[plant](tmp_path / file)
+        INVALID_FILES[make](tmp_path / file)
     before = set(tmp_path.iterdir())
-    with soon("planted files"), pytest.raises(LandscapeError, match=r"damaged|missing|cannot get"):
+    with soon("invalid files"), pytest.raises(LandscapeError, match=r"damaged|missing|cannot read"):
         load_dataset(name, tmp_path)
     assert before <= set(tmp_path.rglob("*"))
     assert all(path.is_dir() and not any(path.iterdir()) for path in set(tmp_path.rglob("*")) - before)
@@ -175,7 +175,7 @@ MEMBERS = {
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_archives_write_nothing_whatever_they_hold(tmp_path, monkeypatch, name):
+def test_archive_is_not_extracted_to_disk(tmp_path, monkeypatch, name):
     folder = tmp_path / "below" / "data"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -187,7 +187,7 @@ def test_archives_write_nothing_whatever_they_hold(tmp_path, monkeypatch, name):
     sha256 = {"all.tar.gz": hashlib.sha256(packed.getvalue()).hexdigest(), "a": ""}
     before = tree(tmp_path)
     if "wanted" in name:
-        with pytest.raises(LandscapeError, match="has no file inside/a"):
+        with pytest.raises(LandscapeError, match="no file inside/a"):
             read_files(["a"], folder, Source("set", (), sha256, "all.tar.gz", "inside"))
     else:
         assert read_files(["a"], folder, Source("set", (), sha256, "all.tar.gz", "inside")) == [b"data"]
@@ -195,5 +195,5 @@ def test_archives_write_nothing_whatever_they_hold(tmp_path, monkeypatch, name):
     assert not os.path.exists("/tmp/escaped-by-landscape")
 
 
-def test_no_published_file_is_larger_than_what_is_read():
-    assert LARGEST > 170_498_071  # the archive of CIFAR-10
+def test_size_limit_exceeds_published_files():
+    assert MAX_BYTES > 170_498_071  # The archive of CIFAR-10.

@@ -1,4 +1,4 @@
-"""Workers that share trainings, and what is true when one of them is killed."""
+"""Worker processes that share trainings, and a test that kills one of them."""
 
 import json
 import os
@@ -26,20 +26,20 @@ def score(recipe):
 ROWS = [[recipe.groups, recipe.seed, score(recipe)] for recipe in GHOSTS]
 
 
-def runs(recipes):
+def run_names(recipes):
     return [recipe.run_name for recipe in recipes]
 
 
-def states(storage, recipe=GHOSTS[0]):
+def trial_states(storage, recipe=GHOSTS[0]):
     trials = optuna.load_study(study_name=study_name(recipe), storage=storage).trials
     return [trial.state.name for trial in trials]
 
 
-def work(url, seconds):
-    """A worker's process: says what it begins, and at the end what every training came to."""
+def run_worker(url, seconds):
+    """Run a worker that prints each training that it starts, and all results at the end."""
 
     def train(recipe, report):
-        print("begin", recipe.run_name, flush=True)
+        print("start", recipe.run_name, flush=True)
         time.sleep(float(seconds))
         report(1, score(recipe))
         return {"score": score(recipe)}
@@ -48,28 +48,28 @@ def work(url, seconds):
     print(json.dumps([[row["groups"], row["seed"], row["score"]] for row in rows]), flush=True)
 
 
-def start(url, seconds):
+def start_worker(url, seconds):
     command = [sys.executable, "-W", "error", __file__, url, str(seconds)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def begun(output):
-    return [line.removeprefix("begin ") for line in output.splitlines() if line.startswith("begin ")]
+def started(output):
+    return [line.removeprefix("start ") for line in output.splitlines() if line.startswith("start ")]
 
 
-def check_that_one_of_two_may_be_killed(url):
-    """Two workers on a new database, of which one is killed in the middle of its second training."""
-    killed, other = start(url, 0.6), start(url, 0.6)
-    had = begun(killed.stdout.readline() + killed.stdout.readline())
+def check_killed_worker(url):
+    """Check that all trainings complete if one of two workers is killed during its second training."""
+    killed, other = start_worker(url, 0.6), start_worker(url, 0.6)
+    started_by_killed = started(killed.stdout.readline() + killed.stdout.readline())
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     output, _ = other.communicate(timeout=60)
     assert output.splitlines()[-1] == str(ROWS)
-    assert Counter(had + begun(output)) == Counter(runs(GHOSTS)) + Counter(had[-1:])
+    assert Counter(started_by_killed + started(output)) == Counter(run_names(GHOSTS) + started_by_killed[-1:])
     storage = open_storage(url)
-    assert Counter(states(storage)) - Counter("PRUNED" for _ in GHOSTS) == {"COMPLETE": 6, "FAIL": 1}
+    assert Counter(trial_states(storage)) - Counter("PRUNED" for _ in GHOSTS) == {"COMPLETE": 6, "FAIL": 1}
     storage.engine.dispose()
 
 
 if __name__ == "__main__":
-    work(*sys.argv[1:])
+    run_worker(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Workers that share trainings through a real PostgreSQL server."""
+"""Workers that share trainings through a PostgreSQL server."""
 
 import os
 import socket
@@ -7,17 +7,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from sharing import GHOSTS, ROWS, begun, check_that_one_of_two_may_be_killed, runs, start
+from sharing import GHOSTS, ROWS, check_killed_worker, run_names, start_worker, started
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
 
 
 @pytest.fixture(scope="module")
 def server():
-    """A server on a free port of this machine; makes a database of a name, and gives its address."""
+    """Start a server on a free port; yield a function that creates a database and returns its URL."""
     if not BINARIES:
         pytest.skip("no PostgreSQL server in /usr/lib/postgresql: install the package postgresql")
-    # The server does not run as root, and other users do not get into pytest's folders.
+    # The server refuses to run as root, and other users cannot read the folders of pytest.
     folder = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
     unprivileged = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     with socket.socket() as free:
@@ -44,13 +44,13 @@ def server():
         subprocess.run(["rm", "-r", folder], check=True)
 
 
-def test_of_two_workers_one_is_killed_and_the_other_finishes(server):
-    check_that_one_of_two_may_be_killed(server("killed"))
+def test_run_trials_killed_worker(server):
+    check_killed_worker(server("killed"))
 
 
-def test_three_workers_share_the_trainings(server):
+def test_run_trials_three_workers(server):
     url = server("shared")
-    workers = [start(url, 0.2) for _ in range(3)]
+    workers = [start_worker(url, 0.2) for _ in range(3)]
     outputs = [worker.communicate(timeout=60)[0] for worker in workers]
-    assert Counter(begun("".join(outputs))) == Counter(runs(GHOSTS))
+    assert Counter(started("".join(outputs))) == Counter(run_names(GHOSTS))
     assert [output.splitlines()[-1] for output in outputs] == [str(ROWS)] * 3
