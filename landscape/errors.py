@@ -1,23 +1,29 @@
-"""The exceptions that are meant for the caller: a mistake that can be mended, and the end that was asked for."""
+"""Exceptions that a caller may handle."""
 
 
 class LandscapeError(ValueError):
-    """A mistake in what was asked for; the message says what was asked, what is allowed and what to do.
+    """Invalid value; the message names value, constraint and remedy.
 
-    The command line prints the message in one line and exits with code 2. Anything else that is raised is a bug.
+    The command line prints the message in one line and exits with code 2. Any other exception is a bug.
+
+    Examples:
+        >>> from landscape import make_norm
+        >>> make_norm("ghost", groups=0)
+        Traceback (most recent call last):
+        landscape.errors.LandscapeError: groups=0: must be an integer of at least 1.
     """
 
 
 class ProbeDeferred(LandscapeError):
-    """This update cannot be probed, but later ones can."""
+    """This update cannot be probed, but later updates can."""
 
 
 class TrainingInterrupted(Exception):
-    """Training was asked to stop, between two updates."""
+    """Training was stopped between two updates, as requested."""
 
 
 class MissingExtraError(LandscapeError):
-    """An optional dependency is not installed; the message names its extra."""
+    """Missing optional dependency; the message names its extra."""
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs an optional dependency. Run: pip install 'landscape-probe[{extra}]'")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files."""
 
 import os
 from collections.abc import Iterator
@@ -8,21 +8,29 @@ from typing import BinaryIO
 
 
 def temporary_name(path: Path) -> Path:
-    """Where the contents of ``path`` are gathered: beside it, so that the move stays on one file system."""
+    """Return the path of the temporary file for ``path``."""
+    # In the same folder, because a rename is atomic only within a file system.
     return path.with_name(f".{path.name}.tmp")
 
 
 def finished_name(name: str) -> str:
-    """The name that a temporary file would have got."""
+    """Return the name whose temporary file is ``name``."""
     return name.removeprefix(".").removesuffix(".tmp")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of ``path`` when the block ends.
+    """Open a file for writing that replaces ``path`` atomically.
 
-    A reader sees the old file or the new one, never a part of it. A block that fails leaves ``path`` as it was; a
-    process that is killed leaves at most a hidden temporary file, which the next write to ``path`` replaces.
+    The file is moved to ``path`` at the end of the block, so that a reader sees the old or the new file, never a part.
+    If the block raises, ``path`` is unchanged. A process that is killed leaves at most a hidden temporary file, which
+    the next write to ``path`` replaces.
+
+    Examples:
+        >>> with whole_file(Path("table.md")) as file:
+        ...     _ = file.write(b"| norm |")
+        >>> Path("table.md").read_text()
+        '| norm |'
     """
     temporary = temporary_name(path)
     try:

@@ -1,34 +1,51 @@
-"""Norms and measures by the names they are asked for: what they are called in print, and what tells them apart."""
+"""Names of norms, measures, models and data sets, and how figures and tables write them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from landscape.errors import LandscapeError
 
 
 @dataclass(frozen=True)
 class NormInfo:
-    """How a norm is written in figures and tables, and the paper's symbol of each option that makes a variant of it."""
+    """Title of a norm, and options of its variants.
+
+    Attributes:
+        title: Name of the norm in figures and tables.
+        options: ``"groups"`` and ``"channel_groups"``, if the norm has them, in the order in which it applies them.
+
+    Examples:
+        >>> NORMS["seq"].title, NORMS["seq"].options, NORMS["seq"].symbols
+        ('SeqNorm', ('channel_groups', 'groups'), {'channel_groups': 'G_C', 'groups': 'G_M'})
+        >>> NORMS["ghost"].symbols
+        {'groups': 'G'}
+    """
 
     title: str
-    symbols: dict[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+
+    @property
+    def symbols(self) -> dict[str, str]:
+        """Return the paper's symbol of each option."""
+        groups = "G_M" if "channel_groups" in self.options else "G"
+        return {option: "G_C" if option == "channel_groups" else groups for option in self.options}
 
 
 NORMS = {
     "none": NormInfo("No normalization"),
     "batch": NormInfo("BatchNorm"),
-    "ghost": NormInfo("GhostNorm", {"groups": "G"}),
-    "seq": NormInfo("SeqNorm", {"channel_groups": "G_C", "groups": "G_M"}),
-    "group": NormInfo("GroupNorm", {"channel_groups": "G_C"}),
+    "ghost": NormInfo("GhostNorm", ("groups",)),
+    "seq": NormInfo("SeqNorm", ("channel_groups", "groups")),
+    "group": NormInfo("GroupNorm", ("channel_groups",)),
     "layer": NormInfo("LayerNorm"),
     "instance": NormInfo("InstanceNorm"),
-    "seq-reversed": NormInfo("SeqNorm reversed", {"groups": "G_M", "channel_groups": "G_C"}),
-    "ghost-ws": NormInfo("GhostNorm + WS", {"groups": "G"}),
-    "seq-ws": NormInfo("SeqNorm + WS", {"channel_groups": "G_C", "groups": "G_M"}),
-    "ghost-mean": NormInfo("GhostNorm, batch variance", {"groups": "G"}),
-    "batch-group": NormInfo("Batch/GroupNorm", {"channel_groups": "G_C", "groups": "G_M"}),
+    "seq-reversed": NormInfo("SeqNorm reversed", ("groups", "channel_groups")),
+    "ghost-ws": NormInfo("GhostNorm + WS", ("groups",)),
+    "seq-ws": NormInfo("SeqNorm + WS", ("channel_groups", "groups")),
+    "ghost-mean": NormInfo("GhostNorm, batch variance", ("groups",)),
+    "batch-group": NormInfo("Batch/GroupNorm", ("channel_groups", "groups")),
 }
-"""Every norm that ``make_norm`` knows, in the order in which figures show them."""
-
+"""Norms by the name that ``make_norm`` takes, in the order of figures."""
 
 TITLES = {
     "simplenet": "SimpleNet",
@@ -39,38 +56,45 @@ TITLES = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
 }
-"""Models and data sets as figures and tables write them."""
+"""Titles of models and data sets in figures and tables."""
 
 
 def check_norm(name: str) -> None:
-    """Raise a LandscapeError unless there is a norm of that name."""
-    if not isinstance(name, str) or name not in NORMS:
-        raise LandscapeError(f"Unknown norm {name!r}; choose one of {', '.join(NORMS)}.")
+    """Raise a LandscapeError unless the norm exists."""
+    check_choice("norm", name, NORMS)
 
 
 def options_of(norm: str) -> tuple[str, ...]:
-    """The options that make variants of a norm; a LandscapeError if there is no such norm."""
+    """Return the options that make variants of a norm.
+
+    Raises:
+        LandscapeError: The norm does not exist.
+    """
     check_norm(norm)
-    return tuple(NORMS[norm].symbols)
+    return NORMS[norm].options
 
 
 @dataclass(frozen=True)
 class MeasureInfo:
-    """How a measure of smoothness is written under and beside a figure, and what it asks of a trace."""
+    """Texts and requirements of a measure of smoothness.
+
+    Attributes:
+        title: Name of the measure at an axis.
+        along: Column of lists that it is computed from, one value per step size.
+        band: Description of its band; empty if it has none.
+        line: Description of its line; empty if it has none.
+        needs: Columns that it requires and a trace may lack.
+        at_zero: True if it is defined at step size 0.
+        has_origin: True if its 0 is meaningful. That of a loss is not, because a constant can be added to a loss.
+    """
 
     title: str
     along: str
-    """The column of lists that it is computed from, one value per step size."""
     band: str = ""
-    """What its band reaches over; empty if it has none."""
     line: str = ""
-    """What its line is; empty if it has none."""
     needs: tuple[str, ...] = ()
-    """Columns that a trace may lack."""
     at_zero: bool = True
-    """Whether step size 0 says something."""
     has_origin: bool = True
-    """Whether its 0 means something; that of a loss does not, since any constant can be added to a loss."""
 
 
 MEASURES = {
@@ -80,7 +104,7 @@ MEASURES = {
     "predictiveness": MeasureInfo(
         "gradient predictiveness",
         "gradient_distances",
-        band="smallest to largest l2 distance from the gradient before the step to the gradient there",
+        band="smallest to largest l2 distance between the gradients before and after the step",
         needs=("gradient_distances",),
     ),
     "beta": MeasureInfo(
@@ -99,15 +123,21 @@ MEASURES = {
     "curvature": MeasureInfo(
         "curvature along the ray",
         "losses",
-        band="smallest to largest mean curvature of the loss on the way there",
+        band="smallest to largest mean curvature of the loss along the step",
         needs=("slope", "direction_norm"),
         at_zero=False,
     ),
 }
-"""Every measure of smoothness that figures and tables know."""
+"""Measures of smoothness by name, in the order of help texts."""
 
 
 def check_measure(name: str) -> None:
-    """Raise a LandscapeError unless there is a measure of that name."""
-    if not isinstance(name, str) or name not in MEASURES:
-        raise LandscapeError(f"Unknown measure {name!r}; choose one of {', '.join(MEASURES)}.")
+    """Raise a LandscapeError unless the measure exists."""
+    check_choice("measure", name, MEASURES)
+
+
+def check_choice(kind: str, name: str, known: Collection[str]) -> None:
+    """Raise a LandscapeError unless the name is a known one."""
+    if not isinstance(name, str) or name not in known:
+        *others, last = known
+        raise LandscapeError(f"{kind}={name!r}: unknown {kind}. Use {', '.join(others)} or {last}.")

@@ -1,4 +1,4 @@
-"""The state of random number generators: captured, restored, saved."""
+"""State of the global random number generators: capture, restore, save."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -13,23 +13,26 @@ from torch.utils._pytree import tree_map_only
 
 @dataclass(frozen=True)
 class HostRngState:
-    """The state of Python's and numpy's random streams, which take longer to put back than a small layer takes."""
+    """RNG state of Python and numpy.
+
+    It is separate, because restoring it takes longer than a forward pass of a small layer.
+    """
 
     python: Any
     numpy: dict[str, Any]
 
     @classmethod
     def capture(cls) -> "HostRngState":
-        """The state as it is now."""
+        """Return the current state."""
         return cls(random.getstate(), np.random.get_state(legacy=False))  # noqa: NPY002
 
     def restore(self) -> None:
-        """Make it the current state."""
+        """Make this the current state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)  # noqa: NPY002
 
     def has_changed(self) -> bool:
-        """Whether anything was drawn since."""
+        """Return True if random numbers were drawn since the capture."""
         now = HostRngState.capture()
         if now.python != self.python or now.numpy["has_gauss"] != self.numpy["has_gauss"]:
             return True
@@ -39,7 +42,15 @@ class HostRngState:
 
 @dataclass(frozen=True)
 class RngState:
-    """The state of every global random stream: the host's, torch's on the CPU and on accelerators."""
+    """RNG state of Python, numpy and torch on all devices.
+
+    Examples:
+        >>> state = RngState.capture(accelerators=[])
+        >>> first = torch.rand(2)
+        >>> state.restore()
+        >>> torch.equal(torch.rand(2), first)
+        True
+    """
 
     host: HostRngState
     cpu: Tensor
@@ -47,12 +58,12 @@ class RngState:
 
     @classmethod
     def capture(cls, accelerators: Sequence[torch.device]) -> "RngState":
-        """The state as it is now, on the host and on the ``accelerators``."""
+        """Return the current state of host, CPU and ``accelerators``."""
         on_device = {device: torch.get_device_module(device).get_rng_state(device) for device in accelerators}
         return cls(HostRngState.capture(), torch.get_rng_state(), on_device)
 
     def restore(self, host: bool = True) -> None:
-        """Make it the current state; ``host=False`` leaves out the streams of Python and numpy."""
+        """Make this the current state; ``host=False`` skips Python and numpy."""
         if host:
             self.host.restore()
         torch.set_rng_state(self.cpu)
@@ -61,14 +72,18 @@ class RngState:
 
 
 def rng_state_dict(device: torch.device) -> dict[str, Any]:
-    """The global random streams (Python's, numpy's, torch's on the CPU and the device), in a form that can be saved."""
+    """Return the current RNG state as tensors and plain values.
+
+    Those are what a checkpoint can hold without pickled code: the states of Python, numpy, and torch on the CPU and,
+    if it is a CUDA device, on ``device``.
+    """
     now = RngState.capture([device] if device.type == "cuda" else [])
     numpy = tree_map_only(np.ndarray, torch.from_numpy, now.host.numpy)
     return {"python": now.host.python, "numpy": numpy, "cpu": now.cpu, "device": now.accelerators.get(device)}
 
 
 def load_rng_state_dict(state: Mapping[str, Any], device: torch.device) -> None:
-    """Make what ``streams`` gave the current state again."""
+    """Restore the RNG state from `rng_state_dict`."""
     numpy = tree_map_only(Tensor, Tensor.numpy, state["numpy"])
     on_device = {} if state["device"] is None else {device: state["device"]}
     RngState(HostRngState(state["python"], numpy), state["cpu"], on_device).restore()

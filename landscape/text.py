@@ -1,16 +1,21 @@
-"""Text that others wrote, as it can be shown: in one line, without what no terminal, font or file takes."""
+"""Make any text safe to print in a terminal, a figure or a file."""
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters and halves of a character written out, such as ``\x1b`` and ``\ud800``."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    r"""Return the text with control characters and lone surrogates escaped.
+
+    Examples:
+        >>> printable("\x1b[31mred")
+        '\\x1b[31mred'
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def short(text: str, most: int = 60) -> str:
-    """The text, or its beginning where it is longer than ``most`` characters."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def short(text: str, limit: int = 60) -> str:
+    """Return the text, cut to ``limit`` characters with an ellipsis."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def one_line(text: str) -> str:
-    """The text in one printable line."""
+    """Return the text in one printable line."""
     return printable(" ".join(text.split()))

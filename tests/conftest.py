@@ -2,15 +2,48 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: each worker of pytest-xdist has a core of its own
 
+from pathlib import Path
+
 import pytest
 from nonsense import TRIED
 
 from landscape.ray import ray
 from landscape.ray.engines import products
 
+SLOW = (
+    "distributed",
+    "fuzz",
+    "paper/test_figures4_5.py",
+    "storage/test_object_store.py",
+    "test_benchmarks.py",
+    "training/test_checkpoint.py",
+    "training/test_resume.py",
+    "tuning/test_postgres.py",
+    "tuning/test_tune.py",
+)
+"""Folders and files whose tests start processes or train for seconds; single tests have the mark themselves."""
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here)
+        if any(place.is_relative_to(slow) for slow in SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = dict(TRIED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    TRIED.update(getattr(node, "workeroutput", {}).get("tried", {}))
+
 
 def pytest_terminal_summary(terminalreporter):
-    """Report how much nonsense was tried, where it ran in this process."""
+    """Report how much nonsense was tried."""
     if TRIED:
         each = ", ".join(f"{count:,} {name}" for name, count in TRIED.items())
         terminalreporter.write_line(f"Cases of nonsense: {sum(TRIED.values()):,} ({each})")

@@ -1,28 +1,70 @@
-"""The README's notebook cell is run as it stands."""
+"""The code of the README and the documentation runs, and the names in it exist."""
 
+import functools
+import importlib
 import re
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 from landscape_cli.main import COMMANDS, main
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)]
+WITH_CODE = [path for path in PAGES if re.search(r"^```(python|\{code-cell\})", path.read_text(), re.MULTILINE)]
 
 
-def test_the_notebook_cell(tmp_path, monkeypatch):
+def of_root(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path == README else pytest.mark.slow, id=of_root(path)) for path in WITH_CODE],
+)
+def test_python_blocks_run_in_order(path, tmp_path, monkeypatch):
+    """A page is pasted into one notebook, block by block, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    cell = re.search(r"```python\n(import torch.*?)```", README, re.DOTALL)
-    names: dict = {}
-    exec(cell[1] + "\nfigure = plot_landscape(probe.frame())", names)
-    assert len(names["probe"].frame()) == 80
-    names["figure"].savefig("landscape.png")
+    blocks = re.findall(r"^```(?:python|\{code-cell\}.*)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    names: dict = {"__name__": "__main__"}
+    for number, block in enumerate(blocks, start=1):
+        exec(compile(block, f"{of_root(path)}, block {number}", "exec"), names)
 
 
-def test_every_option_that_is_named_is_there():
-    helps = "".join(CliRunner().invoke(main, [name, "--help"]).output for name in COMMANDS)
-    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"pip install.*", "", README))) - {
-        "--help",
-        "--index-url",
-    }
-    assert options
-    assert not {option for option in options if option not in helps}
+def test_readme_has_two_install_commands():
+    """.ci/run runs these two lines, word for word."""
+    assert len(re.findall(r"^pip install -c constraints.txt .*&&", README.read_text(), re.MULTILINE)) == 2
+
+
+@functools.cache
+def helps():
+    return "".join(CliRunner().invoke(main, [name, "--help"]).output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=of_root)
+def test_named_options_exist(path):
+    text = re.sub(r"(pip install|python -m|pytest|sphinx-build).*", "", path.read_text())
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert not {option for option in options - {"--help", "--index-url", "--opt-in"} if option not in helps()}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=of_root)
+def test_named_files_exist(path):
+    named = re.findall(r"`((?:tests|landscape|benchmarks|figures)/[\w/.]*|[a-z]+/[\w/]*(?:\.py|/))`", path.read_text())
+    assert not [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "landscape"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=of_root)
+def test_named_objects_exist(path):
+    for name in set(re.findall(r"`~?(landscape(?:\.[A-Za-z]\w*)+)`", path.read_text())) - {"landscape.png"}:
+        parts = name.split(".")
+        found = importlib.import_module(parts[0])
+        for part in parts[1:]:
+            found = getattr(found, part, None) or importlib.import_module(f"{found.__name__}.{part}")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=of_root)
+def test_relative_links_lead_to_files(path):
+    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", path.read_text())
+    assert not [link for link in links if not (path.parent / link).exists()]

@@ -1,4 +1,8 @@
-"""Ghost and sequential normalization as pure functions of a batch."""
+"""Ghost normalization and its relatives as pure functions of a batch.
+
+In all of them M is the number of samples, C of channels, F of positions (the remaining dimensions), and each slice of
+values is normalized by its own mean and biased variance.
+"""
 
 import functools
 import warnings
@@ -11,11 +15,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from landscape.errors import LandscapeError
-from landscape.norms.standardize import slices, standardize
+from landscape.norms.standardize import NormOutput, at_least_float32, slices_of, standardize
 
 Layout = Literal["contiguous", "interleaved"]
-NormOutput = tuple[Tensor, Tensor, Tensor]
-"""The output, like the input; means and unbiased variances of the slices, each (G, C)."""
 
 
 def ghost_norm(
@@ -27,25 +29,38 @@ def ghost_norm(
     layout: Layout = "contiguous",
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalize every channel within each of ``groups`` parts of the batch.
+    """Normalize each channel within each group of samples.
 
-    Dimitriou & Arandjelovic (arXiv:2007.08554), equations 1-3 on C x G slices of (M / G, F) values, with the biased
-    variance. One group is batch normalization. Where G does not divide M, sizes of groups differ by at most one.
+    For a value of channel c in group g of M / G samples::
+
+        y = (x - mu[g, c]) / sqrt(sigma2[g, c] + eps) * weight[c] + bias[c]
+
+    where mu and sigma2 are the mean and biased variance of the (M / G) * F values of that channel in that group.
+    1 group is batch normalization. If G does not divide M, the sizes of groups differ by 1.
+
+    Source: Hoffer et al. 2017 (arXiv:1705.08741); Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 2,
+    equations 1-3.
 
     Args:
-        x: (M, C) or (M, C, ...): M samples, C channels, F positions in the remaining dimensions.
+        x: (M, C) or (M, C, ...), floating-point. Half precision is computed in float32.
         groups: G, from 1 to M.
-        weight: (C,), scale per channel; 1 if None.
-        bias: (C,), shift per channel; 0 if None.
-        layout: ``contiguous``: a group is a run of consecutive samples, the larger groups first;
-            ``interleaved``: sample i is in group i mod G.
-        eps: added to the variance.
+        weight: (C,), scale gamma of each channel; None for 1.
+        bias: (C,), shift beta of each channel; None for 0.
+        layout: ``"contiguous"``: a group is a run of consecutive samples, larger groups first. ``"interleaved"``:
+            sample i is in group i mod G.
+        eps: Added to the variance.
 
     Returns:
-        Shape and dtype of ``x``. Half precision is computed in float32.
+        Shape and dtype of ``x``.
 
     Raises:
-        LandscapeError: ``groups`` is not in 1..M, or leaves a group with a single value per channel.
+        LandscapeError: ``groups`` is not in 1, ..., M, or a group has a single value per channel; or the dtype or shape
+            of ``x`` or the layout is not one of the above.
+
+    Examples:
+        >>> x = torch.tensor([35.0, 39, 30, 4, 38, 26, 27, 19]).view(8, 1)
+        >>> ghost_norm(x, groups=2).flatten()
+        tensor([ 0.5858,  0.8787,  0.2197, -1.6842,  1.5440, -0.2206, -0.0735, -1.2499])
     """
     return ghost_norm_with_statistics(x, groups, weight, bias, layout, eps)[0]
 
@@ -60,12 +75,31 @@ def seq_norm(
     layout: Layout = "contiguous",
     eps: float = 1e-5,
 ) -> Tensor:
-    """Group normalization over ``channel_groups``, then `ghost_norm` over ``groups``, then one scale and shift.
+    """Apply group normalization, then ghost normalization.
 
-    SeqNorm of Dimitriou & Arandjelovic (arXiv:2007.08554). Arguments as in `ghost_norm` and `group_norm`.
+    ``y = ghost_norm(group_norm(x, channel_groups), groups, weight, bias)``: one scale and shift after both steps.
+
+    Source: SeqNorm of Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 2.
+
+    Args:
+        x: (M, C) or (M, C, ...), floating-point. Half precision is computed in float32.
+        groups: G_M, number of groups of samples, from 1 to M.
+        channel_groups: G_C, number of groups of channels; divides C.
+        weight: (C,), scale gamma of each channel; None for 1.
+        bias: (C,), shift beta of each channel; None for 0.
+        layout: Groups of samples: ``"contiguous"`` or ``"interleaved"``, as for `ghost_norm`.
+        eps: Added to the variances of both steps.
+
+    Returns:
+        Shape and dtype of ``x``.
 
     Raises:
-        LandscapeError: As `ghost_norm` and `group_norm`.
+        LandscapeError: A constraint of `ghost_norm` or `group_norm` is violated.
+
+    Examples:
+        >>> y = seq_norm(torch.randn(8, 6, 5), groups=2, channel_groups=3)
+        >>> torch.allclose(y[:4].mean((0, 2)), torch.zeros(6), atol=1e-6)  # each channel of the first group
+        True
     """
     return ghost_norm(group_norm(x, channel_groups, eps=eps), groups, weight, bias, layout=layout, eps=eps)
 
@@ -73,101 +107,39 @@ def seq_norm(
 def group_norm(
     x: Tensor, channel_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
 ) -> Tensor:
-    """`torch.nn.functional.group_norm`, which refuses slices of a single value.
+    """Normalize each group of channels of each sample.
+
+    `torch.nn.functional.group_norm`, except that slices of a single value raise. For a value of sample m and channel c
+    in group k of C / G_C channels::
+
+        y = (x - mu[m, k]) / sqrt(sigma2[m, k] + eps) * weight[c] + bias[c]
+
+    Source: Wu & He 2018 (arXiv:1803.08494), section 3; Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 2.
+
+    Args:
+        x: (M, C) or (M, C, ...), floating-point.
+        channel_groups: G_C, number of groups of channels; divides C. 1 is layer, C is instance normalization.
+        weight: (C,), scale gamma of each channel; None for 1.
+        bias: (C,), shift beta of each channel; None for 0.
+        eps: Added to the variance.
+
+    Returns:
+        Shape and dtype of ``x``.
 
     Raises:
-        LandscapeError: ``channel_groups`` does not divide C, or each slice holds one value.
+        LandscapeError: ``channel_groups`` does not divide C, or each slice has a single value.
+
+    Examples:
+        >>> group_norm(torch.tensor([[1.0, 3.0, 10.0, 30.0]]), channel_groups=2)
+        tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
     check_channel_groups(x.shape[1], channel_groups)
     if x.shape[1:].numel() == channel_groups:
         raise LandscapeError(
-            f"{channel_groups} channel groups on an input of shape {tuple(x.shape)} leave a single value to normalize, "
-            "so its variance is undefined (instance norm on a fully-connected layer is). Use fewer channel groups or "
-            "another norm."
+            f"channel_groups={channel_groups} on an input of shape {tuple(x.shape)}: the variance of a single value is "
+            "undefined (as of instance norm on a fully-connected layer). Use fewer channel groups or another norm."
         )
     return F.group_norm(x, channel_groups, weight, bias, eps)
-
-
-def check_channel_groups(channels: int, channel_groups: int | None) -> int:
-    """``channel_groups``; LandscapeError unless it divides ``channels``."""
-    if not channel_groups or channel_groups < 1 or channels % channel_groups:
-        raise LandscapeError(
-            f"channel_groups={channel_groups} on {channels} channels: it has to divide the number of channels. "
-            f"Choose a divisor of {channels}."
-        )
-    return channel_groups
-
-
-def ghost_norm_with_statistics(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, layout: Layout, eps: float
-) -> NormOutput:
-    """`ghost_norm`, together with the statistics that it computed on the way."""
-    if has_torch_function((x, weight, bias)):
-        # One call for who looks on, as torch's own functions are; some thirty calls would take longer than the norm.
-        arguments = (x, groups, weight, bias, layout, eps)
-        return handle_torch_function(ghost_norm_with_statistics, (x, weight, bias), *arguments)
-    if check_batch(x, groups, layout) == 2:
-        _warn_of_signs(len(x), groups)
-
-    def of_even_groups(x: Tensor, groups: int, interleaved: bool) -> NormOutput:
-        y, mean, var = standardize(x, weight, bias, slices(x, groups, interleaved), eps)
-        return y, mean.view(groups, -1), var.view(groups, -1)
-
-    y, mean, var = split_uneven_groups(of_even_groups, x, groups, layout)
-    return y, mean, var
-
-
-def split_uneven_groups(
-    function: Callable[[Tensor, int, bool], tuple[Tensor, ...]], x: Tensor, groups: int, layout: Layout
-) -> tuple[Tensor, ...]:
-    """What ``function(x, groups, interleaved)``, which takes groups of one size, gives for any number of groups.
-
-    Its first output has a row for each sample, the others have one for each group.
-    """
-    if len(x) % groups == 0:
-        return function(x, groups, layout == "interleaved")
-    if layout == "interleaved":
-        order = torch.arange(len(x), device=x.device).remainder(groups).argsort(stable=True)
-        y, *statistics = split_uneven_groups(function, x[order], groups, "contiguous")
-        return y[order.argsort()], *statistics
-    # The larger groups, which come first, and the smaller ones: two batches that are even.
-    size, larger = divmod(len(x), groups)
-    head, tail = x.split([larger * (size + 1), (groups - larger) * size])
-    parts = function(head, larger, False), function(tail, groups - larger, False)
-    return tuple(torch.cat(pair) for pair in zip(*parts, strict=True))
-
-
-def check_batch(x: Tensor, groups: int, layout: Layout) -> int:
-    """The least number of values of a channel in a group; LandscapeError where there is nothing to normalize."""
-    if x.dim() < 2 or not x.is_floating_point():
-        raise LandscapeError(
-            f"Got {x.dtype} of shape {tuple(x.shape)}: the input is (M, C) or (M, C, ...), floating-point."
-        )
-    if layout not in get_args(Layout):
-        raise LandscapeError(f"Unknown layout {layout!r}: choose one of {', '.join(get_args(Layout))}.")
-    samples, positions = len(x), x.shape[2:].numel()
-    if not 1 <= groups <= samples:
-        raise LandscapeError(
-            f"groups={groups} on a batch of {samples} samples: allowed are 1 to {samples}. "
-            "Use fewer groups or a larger batch."
-        )
-    values = samples // groups * positions
-    if values < 2:
-        raise LandscapeError(
-            f"{samples} samples in {groups} groups leave a group with a single value per channel, so its variance is "
-            "undefined. Use fewer groups or a larger batch, so that each group has two samples or more."
-        )
-    return values
-
-
-@functools.cache
-def _warn_of_signs(samples: int, groups: int) -> None:
-    warnings.warn(
-        f"{samples} samples in {groups} groups leave two values in a slice, which normalization turns into +1 and -1 "
-        "whatever they were. Use fewer groups or a larger batch.",
-        UserWarning,
-        stacklevel=2,
-    )
 
 
 def ghost_mean_norm(
@@ -179,31 +151,41 @@ def ghost_mean_norm(
     layout: Layout = "contiguous",
     eps: float = 1e-5,
 ) -> NormOutput:
-    """Subtract the mean of each group, but divide by the standard deviation of the whole batch.
+    """Normalize by the means of groups and the batch's variance.
 
-    A negative result of Dimitriou & Arandjelovic (arXiv:2007.08554, section 3.3): GhostNorm of which only the means are
-    those of groups. One group is batch normalization.
+    For a value of channel c in group g of M / G samples::
+
+        y = (x - mu[g, c]) / sqrt(sigma2[c] + eps) * weight[c] + bias[c]
+
+    where mu is the mean of that channel in the group, sigma2 its biased variance in the whole batch. 1 group is batch
+    normalization.
+
+    Source: a negative result of Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 3.3.
 
     Args:
-        x: As in `landscape.ghost_norm`, and so are the others.
-        groups: Likewise.
-        weight: Likewise.
-        bias: Likewise.
-        layout: Likewise.
-        eps: Likewise.
+        x: (M, C) or (M, C, ...), floating-point. Half precision is computed in float32.
+        groups: G, from 1 to M.
+        weight: (C,), scale gamma of each channel; None for 1.
+        bias: (C,), shift beta of each channel; None for 0.
+        layout: Groups of samples: ``"contiguous"`` or ``"interleaved"``, as for `ghost_norm`.
+        eps: Added to the variance.
 
     Returns:
-        Shape and dtype of ``x``; mean and unbiased variance of the whole batch, each (1, C). Half precision is computed
-        in float32.
+        Output, with shape and dtype of ``x``; mean and unbiased variance of the whole batch, each (1, C).
 
     Raises:
-        LandscapeError: As `landscape.ghost_norm`.
+        LandscapeError: A constraint of `ghost_norm` is violated.
+
+    Examples:
+        >>> y, mean, var = ghost_mean_norm(torch.tensor([[1.0], [3.0], [10.0], [30.0]]), groups=2)
+        >>> y.flatten(), mean, var
+        (tensor([-0.0872,  0.0872, -0.8720,  0.8720]), tensor([[11.]]), tensor([[175.3333]]))
     """
-    check_batch(x, groups, layout)
-    normal, mean, var = ghost_norm_with_statistics(_full(x), 1, None, None, "contiguous", eps)
-    # Groups are centered last: the mean of the batch, which is subtracted first, cancels.
-    (centered,) = split_uneven_groups(_centered, normal, groups, layout)
-    return _scaled(centered, weight, bias).to(x.dtype), mean, var
+    _smallest_slice(x, groups, layout)
+    y, mean, var = ghost_norm_with_statistics(at_least_float32(x), 1, None, None, "contiguous", eps)
+    # The means of groups may be subtracted last, because the mean of the batch, subtracted first, cancels.
+    (y,) = split_uneven_groups(_center, y, groups, layout)
+    return _scale_channels(y, weight, bias).to(x.dtype), mean, var
 
 
 def batch_group_norm(
@@ -216,47 +198,143 @@ def batch_group_norm(
     layout: Layout = "contiguous",
     eps: float = 1e-5,
 ) -> NormOutput:
-    """Normalize each group of channels within each group of samples, in one step.
+    """Normalize each group of channels within each group of samples.
 
-    Summers & Dinneen (arXiv:1906.03548), who generalize batch and group normalization for small batches: a slice is
-    C / G_C channels of M / G_M samples. With one channel in a group it is `landscape.ghost_norm`, with one sample
-    in a group `group_norm`.
+    For a value of channel c, in group k of C / G_C channels and group g of M / G_M samples::
+
+        y = (x - mu[g, k]) / sqrt(sigma2[g, k] + eps) * weight[c] + bias[c]
+
+    With G_C = C this is `ghost_norm`, with G_M = M it is `group_norm`.
+
+    Source: Summers & Dinneen 2020 (arXiv:1906.03548), which generalizes batch and group normalization to small batches.
 
     Args:
-        x: (M, C) or (M, C, ...), as in `landscape.ghost_norm`, and so are the others.
-        groups: G_M, from 1 to M.
-        channel_groups: G_C, a divisor of C.
-        weight: (C,), scale per channel; 1 if None.
-        bias: (C,), shift per channel; 0 if None.
-        layout: Of the groups of samples.
+        x: (M, C) or (M, C, ...), floating-point. Half precision is computed in float32.
+        groups: G_M, number of groups of samples, from 1 to M.
+        channel_groups: G_C, number of groups of channels; divides C.
+        weight: (C,), scale gamma of each channel; None for 1.
+        bias: (C,), shift beta of each channel; None for 0.
+        layout: Groups of samples: ``"contiguous"`` or ``"interleaved"``, as for `ghost_norm`.
         eps: Added to the variance.
 
     Returns:
-        Shape and dtype of ``x``; means and unbiased variances of the slices, each (G_M, C): those of a group of
-        channels stand at each of its channels. Half precision is computed in float32.
+        Output, with shape and dtype of ``x``; means and unbiased variances of the slices, each (G_M, C), where the
+        statistic of a group of channels is repeated for each of its channels.
 
     Raises:
-        LandscapeError: As `landscape.ghost_norm`, or ``channel_groups`` does not divide C.
+        LandscapeError: A constraint of `ghost_norm` is violated, or ``channel_groups`` does not divide C.
+
+    Examples:
+        >>> y, mean, var = batch_group_norm(torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]), 2, channel_groups=1)
+        >>> y.round(decimals=2), mean
+        (tensor([[-1.2200,  0.0000,  1.2200],
+                 [-1.2200,  0.0000,  1.2200]]), tensor([[ 2.,  2.,  2.],
+                [20., 20., 20.]]))
     """
     check_channel_groups(x.shape[1], channel_groups)
-    parts = _full(x).unflatten(1, (channel_groups, -1))
-    normal, *statistics = ghost_norm_with_statistics(parts, groups, None, None, layout, eps)
+    parts = at_least_float32(x).unflatten(1, (channel_groups, -1))
+    y, *statistics = ghost_norm_with_statistics(parts, groups, None, None, layout, eps)
     mean, var = (statistic.repeat_interleave(parts.shape[2], 1) for statistic in statistics)
-    return _scaled(normal.flatten(1, 2), weight, bias).to(x.dtype), mean, var
+    return _scale_channels(y.flatten(1, 2), weight, bias).to(x.dtype), mean, var
 
 
-def _centered(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor]:
-    view = slices(x, groups, interleaved)
-    part = view.view(x)
-    return (view.unview(part - view.mean(part), x),)
+def check_channel_groups(channels: int, channel_groups: int | None) -> int:
+    """Return ``channel_groups``; raise a LandscapeError unless it divides ``channels``."""
+    if not channel_groups or channel_groups < 1 or channels % channel_groups:
+        raise LandscapeError(
+            f"channel_groups={channel_groups} on {channels} channels: must divide the number of channels. "
+            f"Use a divisor of {channels}."
+        )
+    return channel_groups
 
 
-def _full(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.half, torch.bfloat16) else x
+def ghost_norm_with_statistics(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, layout: Layout, eps: float
+) -> NormOutput:
+    """Return `ghost_norm`, and means and unbiased variances, each (G, C)."""
+    if has_torch_function((x, weight, bias)):
+        # A TorchFunctionMode sees one call, as of torch's functions: 30 calls would take longer than the norm.
+        arguments = (x, groups, weight, bias, layout, eps)
+        return handle_torch_function(ghost_norm_with_statistics, (x, weight, bias), *arguments)
+    if _smallest_slice(x, groups, layout) == 2:
+        _warn_of_signs(len(x), groups)
+
+    def standardize_groups(x: Tensor, groups: int, interleaved: bool) -> NormOutput:
+        y, mean, var = standardize(x, weight, bias, slices_of(x, groups, interleaved), eps)
+        return y, mean.view(groups, -1), var.view(groups, -1)
+
+    y, mean, var = split_uneven_groups(standardize_groups, x, groups, layout)
+    return y, mean, var
 
 
-def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """With the scale and the shift of each channel, where there are some."""
+def split_uneven_groups(
+    function: Callable[[Tensor, int, bool], tuple[Tensor, ...]], x: Tensor, groups: int, layout: Layout
+) -> tuple[Tensor, ...]:
+    """Apply a function of equal groups to any groups.
+
+    Args:
+        function: Function of (batch, groups, interleaved), called only if ``groups`` divides the size of the batch.
+            Its first output has a row per sample, the others have a row per group.
+        x: (M, ...).
+        groups: G, from 1 to M.
+        layout: ``"contiguous"`` or ``"interleaved"``.
+
+    Returns:
+        Outputs of the function, for the whole batch.
+    """
+    if len(x) % groups == 0:
+        return function(x, groups, layout == "interleaved")
+    if layout == "interleaved":
+        order = torch.arange(len(x), device=x.device).remainder(groups).argsort(stable=True)
+        y, *statistics = split_uneven_groups(function, x[order], groups, "contiguous")
+        return y[order.argsort()], *statistics
+    # 8 samples in 3 groups of 3, 3 and 2: the first 6 samples in 2 groups, and the last 2 in 1 group.
+    size, larger = divmod(len(x), groups)
+    head, tail = x.split([larger * (size + 1), (groups - larger) * size])
+    parts = function(head, larger, False), function(tail, groups - larger, False)
+    return tuple(torch.cat(pair) for pair in zip(*parts, strict=True))
+
+
+def _smallest_slice(x: Tensor, groups: int, layout: str) -> int:
+    """Return the smallest size of a slice, at least 2."""
+    if x.dim() < 2 or not x.is_floating_point():
+        raise LandscapeError(
+            f"x of dtype {x.dtype} and shape {tuple(x.shape)}: must be floating-point, (M, C) or (M, C, ...)."
+        )
+    if layout not in get_args(Layout):
+        raise LandscapeError(f"layout={layout!r}: must be one of {', '.join(get_args(Layout))}.")
+    samples, positions = len(x), x.shape[2:].numel()
+    if not 1 <= groups <= samples:
+        raise LandscapeError(
+            f"groups={groups} on a batch of {samples} samples: must be 1 to {samples}. "
+            "Use fewer groups or a larger batch."
+        )
+    values = samples // groups * positions
+    if values < 2:
+        raise LandscapeError(
+            f"groups={groups} on a batch of {samples} samples: a group has a single value per channel, whose variance "
+            "is undefined. Use fewer groups or a larger batch, so that each group has at least 2 samples."
+        )
+    return values
+
+
+@functools.cache
+def _warn_of_signs(samples: int, groups: int) -> None:
+    warnings.warn(
+        f"groups={groups} on a batch of {samples} samples: slices of 2 values are normalized to +1 and -1, whatever "
+        "the values are. Use fewer groups or a larger batch.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _center(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor]:
+    slices = slices_of(x, groups, interleaved)
+    view = slices.view(x)
+    return (slices.unview(view - slices.mean(view), x),)
+
+
+def _scale_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     shape = (-1, *[1] * (x.dim() - 2))
     x = x if weight is None else x * weight.view(shape)
     return x if bias is None else x + bias.view(shape)

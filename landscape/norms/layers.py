@@ -9,45 +9,89 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from landscape.errors import LandscapeError
 from landscape.norms.functional import (
     Layout,
-    NormOutput,
     batch_group_norm,
     check_channel_groups,
     ghost_mean_norm,
     ghost_norm_with_statistics,
     group_norm,
 )
+from landscape.norms.standardize import NormOutput
 
 
 class BatchNorm(_BatchNorm):
-    """`torch.nn.BatchNorm1d`, `2d` and `3d` in one: input (M, C) or (M, C, ...)."""
+    """Batch normalization of inputs (M, C) and (M, C, ...).
+
+    `torch.nn.BatchNorm1d`, `2d` and `3d` in one class, for any number of dimensions. For a value of channel c::
+
+        y = (x - mu[c]) / sqrt(sigma2[c] + eps) * weight[c] + bias[c]
+
+    In training mu and sigma2 are the mean and biased variance of the channel in the batch; in evaluation they are the
+    running statistics.
+
+    Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; Dimitriou & Arandjelovic 2020 (arXiv:2007.08554),
+    section 2.
+
+    Args:
+        num_features: C, number of channels.
+        eps: Added to the variance.
+        momentum: Weight of the batch's statistics in the running statistics; None for their cumulative average.
+        affine: If True, learn a scale ``weight`` and a shift ``bias`` per channel, each (C,).
+        track_running_stats: If False, evaluation too uses the statistics of the batch.
+
+    Raises:
+        LandscapeError: On a forward pass: the input is not (M, C) or (M, C, ...).
+
+    Examples:
+        >>> import torch
+        >>> BatchNorm(1)(torch.tensor([[1.0], [3.0]])).detach()
+        tensor([[-1.0000],
+                [ 1.0000]])
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise LandscapeError(
-                f"{type(self).__name__}({self.num_features}) got an input of shape {tuple(input.shape)}; it takes "
-                f"(M, {self.num_features}) or (M, {self.num_features}, ...). Give it the layer's number of channels."
+                f"input of shape {tuple(input.shape)}: {type(self).__name__}({self.num_features}) takes (M, "
+                f" {self.num_features}) or (M, {self.num_features}, ...). Set num_features to its number of channels."
             )
 
 
 class GhostNorm(BatchNorm):
-    """`ghost_norm` with learned scale and shift, and BatchNorm's running statistics for evaluation.
+    """Ghost normalization with learned scale, shift and running statistics.
 
-    A training step moves the running statistics once, by the mean over the groups of their means and of their unbiased
-    variances. The ``state_dict`` is that of BatchNorm and loads both ways.
+    In training `ghost_norm`: for a value of channel c in group g of M / G samples::
+
+        y = (x - mu[g, c]) / sqrt(sigma2[g, c] + eps) * weight[c] + bias[c]
+
+    In evaluation batch normalization by the running statistics. A training step updates them once, with the mean over
+    the groups of mu and of the unbiased variances. The ``state_dict`` has the keys and shapes of BatchNorm's, so
+    either loads the other's.
+
+    Source: Hoffer et al. 2017 (arXiv:1705.08741); Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 2.
 
     Args:
-        num_features: C.
-        groups: G, the number of groups of a batch.
-        group_size: instead of ``groups``: M samples make max(1, M // group_size) groups, so that a last, smaller batch
-            has fewer groups instead of smaller ones.
-        eps: added to the variance.
-        momentum: weight of the new statistics in the running ones; None for their cumulative average.
-        affine: learn scale and shift.
-        track_running_stats: if False, evaluation too normalizes by the groups of its batch.
-        layout: as in `ghost_norm`.
+        num_features: C, number of channels.
+        groups: G, number of groups of samples in a batch.
+        group_size: Alternative to ``groups``: M samples make max(1, M // group_size) groups, so that a smaller last
+            batch has fewer groups instead of smaller ones.
+        eps: Added to the variance.
+        momentum: Weight of the batch's statistics in the running statistics; None for their cumulative average.
+        affine: If True, learn a scale ``weight`` and a shift ``bias`` per channel, each (C,).
+        track_running_stats: If False, evaluation too normalizes by the groups of the batch.
+        layout: ``"contiguous"``: a group is a run of consecutive samples. ``"interleaved"``: sample i is in group
+            i mod G.
 
     Raises:
-        LandscapeError: Not exactly one of ``groups`` and ``group_size`` is given, or it is below 1. In use as `ghost_norm`.
+        LandscapeError: Not exactly one of ``groups`` and ``group_size`` is given, or it is below 1. On a forward pass:
+            the input is not (M, C) or (M, C, ...), or in training a constraint of `ghost_norm` is violated.
+
+    Examples:
+        >>> import torch
+        >>> norm = GhostNorm(64, groups=4)
+        >>> norm(torch.randn(32, 64, 8, 8)).shape
+        torch.Size([32, 64, 8, 8])
+        >>> norm.running_mean.shape, norm.eval()(torch.randn(1, 64)).shape
+        (torch.Size([64]), torch.Size([1, 64]))
     """
 
     def __init__(
@@ -66,14 +110,14 @@ class GhostNorm(BatchNorm):
         given = [number for number in (groups, group_size) if number is not None]
         if len(given) != 1 or given[0] < 1:
             raise LandscapeError(
-                f"{type(self).__name__} got groups={groups} and group_size={group_size}: it takes exactly one of the "
-                "two, at least 1. Give groups for a fixed number of groups, group_size for a fixed size."
+                f"groups={groups}, group_size={group_size}: {type(self).__name__} takes exactly one of the two, at "
+                "least 1. Set groups for a fixed number of groups, or group_size for a fixed size."
             )
         self.groups, self.group_size = groups, group_size
         self.layout: Layout = layout
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (M, C) or (M, C, ...) by the groups of the batch; in evaluation by the running statistics."""
+        """Return the normalized input, with its shape and dtype."""
         return self._normalize(input, self.weight, self.bias)
 
     def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -81,116 +125,133 @@ class GhostNorm(BatchNorm):
         if not self.training and self.running_mean is not None:
             return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, eps=self.eps)
         groups = self.groups or max(1, len(input) // (self.group_size or 1))
-        y, mean, var = self._by_groups(input, groups, weight, bias)
+        y, mean, var = self._normalize_batch(input, groups, weight, bias)
         if self.training and self.track_running_stats:
-            self._track(mean, var)
+            self._update_running_stats(mean, var)
         return y
 
-    def _by_groups(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> NormOutput:
+    def _normalize_batch(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> NormOutput:
         return ghost_norm_with_statistics(input, groups, weight, bias, self.layout, self.eps)
 
-    def _track(self, mean: Tensor, var: Tensor) -> None:
+    def _update_running_stats(self, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics towards the mean over the groups."""
         count, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
         if count is None or running_mean is None or running_var is None:
             return
         count.add_(1)
-        share = 1 / float(count) if self.momentum is None else self.momentum
-        running_mean.mul_(1 - share).add_(mean.sum(0), alpha=share / len(mean))
-        running_var.mul_(1 - share).add_(var.sum(0), alpha=share / len(var))
+        momentum = 1 / float(count) if self.momentum is None else self.momentum
+        for running, groups in ((running_mean, mean), (running_var, var)):
+            running.mul_(1 - momentum).add_(groups.sum(0), alpha=momentum / len(groups))
 
     def extra_repr(self) -> str:
-        """BatchNorm's settings and the groups."""
+        """Return BatchNorm's options and the groups."""
         groups = f"groups={self.groups}" if self.groups else f"group_size={self.group_size}"
         return f"{super().extra_repr()}, {groups}, layout={self.layout}"
 
 
 class _WithChannelGroups(GhostNorm):
-    """A `GhostNorm` that has groups of channels too."""
+    """A `GhostNorm` with groups of channels."""
 
     def __init__(self, num_features: int, groups: int | None = None, channel_groups: int = 1, **options: Any) -> None:
         super().__init__(num_features, groups, **options)
         self.channel_groups = check_channel_groups(num_features, channel_groups)
 
     def extra_repr(self) -> str:
-        """GhostNorm's settings and the groups of the channels."""
+        """Return GhostNorm's options and the groups of channels."""
         return f"{super().extra_repr()}, channel_groups={self.channel_groups}"
 
 
 class SeqNorm(_WithChannelGroups):
-    """`seq_norm` with learned scale and shift, and running statistics of what GroupNorm leaves, as in `GhostNorm`.
+    """Sequential normalization with learned scale, shift and running statistics.
+
+    In training `seq_norm`: y = ghost_norm(group_norm(x, G_C), G_M, weight, bias). In evaluation group normalization,
+    then batch normalization by the running statistics, which are those of group normalization's output.
+
+    Source: Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 2.
 
     Args:
-        num_features: C.
-        groups: G, the number of groups of a batch.
-        channel_groups: number of groups of the channels; divides C.
-        **options: the keywords of `GhostNorm`.
+        num_features: C, number of channels.
+        groups: G_M, number of groups of samples in a batch.
+        channel_groups: G_C, number of groups of channels; divides C.
+        **options: ``group_size``, ``eps``, ``momentum``, ``affine``, ``track_running_stats`` and ``layout`` of
+            `GhostNorm`; eps is added to the variances of both steps.
 
     Raises:
-        LandscapeError: As `GhostNorm`, or ``channel_groups`` does not divide C. In use as `seq_norm`.
+        LandscapeError: Not exactly one of ``groups`` and ``group_size`` is given, or it is below 1, or
+            ``channel_groups`` does not divide C. On a forward pass: the input is not (M, C) or (M, C, ...), or a
+            constraint of `seq_norm` is violated.
+
+    Examples:
+        >>> import torch
+        >>> SeqNorm(64, groups=4, channel_groups=8)(torch.randn(32, 64, 8, 8)).shape
+        torch.Size([32, 64, 8, 8])
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (M, C) or (M, C, ...) by channel groups, then as `GhostNorm`."""
+        """Return the normalized input, with its shape and dtype."""
         self._check_input_dim(input)
         return super().forward(group_norm(input, self.channel_groups, eps=self.eps))
 
 
 class ReversedSeqNorm(_WithChannelGroups):
-    """`SeqNorm` in reverse order: as `GhostNorm`, without scale and shift, then by channel groups, with them.
+    """Ghost normalization, then group normalization: `SeqNorm` reversed.
 
-    A negative result of Dimitriou & Arandjelovic (arXiv:2007.08554, section 3.3). The running statistics are those of
-    the input, which evaluation normalizes by them before the channel groups. Arguments and errors as in `SeqNorm`.
+    y = group_norm(ghost_norm(x, G_M), G_C, weight, bias). The running statistics are those of the input; evaluation
+    normalizes by them before group normalization. Arguments and errors as for `SeqNorm`.
+
+    Source: a negative result of Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 3.3.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (M, C) or (M, C, ...)."""
+        """Return the normalized input, with its shape and dtype."""
         return group_norm(self._normalize(input, None, None), self.channel_groups, self.weight, self.bias, eps=self.eps)
 
 
 class GhostMeanNorm(GhostNorm):
-    """`ghost_mean_norm` as a layer: the means of groups with the variance of the whole batch.
+    """`ghost_mean_norm` as a layer.
 
-    The running statistics and the evaluation are BatchNorm's. Arguments and errors as in `GhostNorm`.
+    Means are of groups, variances of the batch. Running statistics and evaluation are BatchNorm's. Arguments and errors
+    as for `GhostNorm`.
     """
 
-    def _by_groups(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> NormOutput:
+    def _normalize_batch(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> NormOutput:
         return ghost_mean_norm(input, groups, weight, bias, layout=self.layout, eps=self.eps)
 
 
 class BatchGroupNorm(_WithChannelGroups):
-    """`batch_group_norm` as a layer: groups of channels within groups of samples.
+    """`batch_group_norm` as a layer.
 
-    A running statistic of a group of channels stands at each of its channels, so that evaluation is BatchNorm's.
-    Arguments and errors as in `SeqNorm`.
+    Running statistics of a group of channels are repeated for each of its channels, so that evaluation is BatchNorm's.
+    Arguments and errors as for `SeqNorm`.
     """
 
-    def _by_groups(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> NormOutput:
+    def _normalize_batch(self, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> NormOutput:
         return batch_group_norm(input, groups, self.channel_groups, weight, bias, layout=self.layout, eps=self.eps)
 
 
 class GhostNormWS(GhostNorm):
-    """`GhostNorm` that asks for weight standardization of the layers before it (`standardize_weights`)."""
+    """`GhostNorm` that requests weight standardization of the preceding layers."""
 
     standardizes_weights = True
 
 
 class SeqNormWS(SeqNorm):
-    """`SeqNorm` that asks for weight standardization of the layers before it (`standardize_weights`)."""
+    """`SeqNorm` that requests weight standardization of the preceding layers."""
 
     standardizes_weights = True
 
 
 class GroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm`, with `group_norm`'s errors.
+    """`torch.nn.GroupNorm` with the checks of `group_norm`.
 
     Raises:
-        LandscapeError: ``num_groups`` does not divide ``num_channels``. In use as `group_norm`.
+        LandscapeError: ``num_groups`` does not divide ``num_channels``. On a forward pass: each slice has a single
+            value.
     """
 
     def __init__(self, num_groups: int | None, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__(check_channel_groups(num_channels, num_groups), num_channels, eps, affine)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (M, C) or (M, C, ...)."""
+        """Return the normalized input, with its shape and dtype."""
         return group_norm(input, self.num_groups, self.weight, self.bias, eps=self.eps)

@@ -1,4 +1,4 @@
-"""Norms by name, and in the place of a model's BatchNorms."""
+"""Norms by name, and conversion of a model's BatchNorms to them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from landscape.errors import LandscapeError
 from landscape.names import check_norm
-from landscape.norms.functional import Layout, ghost_norm, seq_norm
+from landscape.norms.functional import Layout
 from landscape.norms.layers import (
     BatchGroupNorm,
     BatchNorm,
@@ -24,17 +24,6 @@ from landscape.norms.layers import (
 )
 from landscape.norms.weight_standardization import standardize_weights
 
-__all__ = [
-    "BatchNorm",
-    "GhostNorm",
-    "GroupNorm",
-    "SeqNorm",
-    "convert_norms",
-    "ghost_norm",
-    "make_norm",
-    "seq_norm",
-]
-
 
 def _none(num_features: int) -> nn.Identity:
     return nn.Identity()
@@ -46,34 +35,6 @@ def _group(num_features: int, channel_groups: int | None = None, **options: Any)
 
 def _instance(num_features: int, **options: Any) -> GroupNorm:
     return GroupNorm(num_features, num_features, **options)
-
-
-_WHOLE = "a whole number from 1 on"
-_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "groups": (_WHOLE, lambda value: _is_whole(value)),
-    "group_size": (_WHOLE, lambda value: _is_whole(value)),
-    "channel_groups": (_WHOLE, lambda value: _is_whole(value)),
-    "eps": ("a number from 0 to 1", lambda value: _is_share(value)),
-    "momentum": ("a number from 0 to 1", lambda value: _is_share(value)),
-    "affine": ("True or False", lambda value: isinstance(value, bool)),
-    "track_running_stats": ("True or False", lambda value: isinstance(value, bool)),
-    "layout": (" or ".join(get_args(Layout)), lambda value: value in get_args(Layout)),
-}
-"""What each option may be."""
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _made(make: Callable[..., nn.Module], options: dict[str, Any], num_features: int) -> nn.Module:
-    if not _is_whole(num_features):
-        raise LandscapeError(f"num_features={num_features!r:.100}: give the number of channels, {_WHOLE}.")
-    return make(num_features, **options)
 
 
 _PLAIN = ("eps", "affine")
@@ -94,87 +55,151 @@ REGISTRY: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "ghost-mean": (GhostMeanNorm, _GHOST),
     "batch-group": (BatchGroupNorm, _SEQ),
 }
-"""The norms by name: what makes one from the number of features, and the options it takes."""
+"""Norms by name: function of num_features and options that makes a module, names of those options."""
 
 
 def make_norm(name: str, **options: Any) -> Callable[[int], nn.Module]:
-    """Choose a norm by name; ``make_norm("ghost", groups=16)(64)`` is ``GhostNorm(64, groups=16)``.
+    """Return a factory of norms, by name.
 
-    All but ``none`` take (M, C) and (M, C, ...) and learn a scale and a shift per channel: ``layer`` normalizes each
-    sample, ``instance`` each channel of each sample, ``group`` each of ``channel_groups`` parts of a sample's channels.
-    The names with ``-ws`` stand for the same norm behind layers with standardized weights, which is up to the model:
-    those of this package and `convert_norms` see to it, another calls `landscape.norms.standardize_weights`.
+    ``make_norm("ghost", groups=16)(64)`` is ``GhostNorm(64, groups=16)``. Every norm normalizes slices by
+    y = (x - mu) / sqrt(sigma2 + eps) * weight + bias and takes inputs (M, C) and (M, C, ...); a slice is
+
+    ================ ===================================================================================
+    ``none``         absent: y = x
+    ``batch``        a channel, over the batch (`BatchNorm`)
+    ``layer``        a sample
+    ``instance``     a channel of a sample
+    ``group``        C / channel_groups channels of a sample (`group_norm`)
+    ``ghost``        a channel, over a group of samples (`GhostNorm`)
+    ``seq``          that of ``group``, then that of ``ghost`` (`SeqNorm`)
+    ``seq-reversed`` that of ``ghost``, then that of ``group``
+    ``ghost-mean``   that of ``ghost`` for mu, that of ``batch`` for sigma2 (`ghost_mean_norm`)
+    ``batch-group``  C / channel_groups channels, over a group of samples (`batch_group_norm`)
+    ``ghost-ws``     that of ``ghost``; the weights of preceding layers are standardized
+    ``seq-ws``       that of ``seq``; the weights of preceding layers are standardized
+    ================ ===================================================================================
+
+    Weights are standardized by `standardize_weights`, which `convert_norms` and the models of this package call.
 
     Args:
-        name: one of `landscape.names.NORMS`.
-        **options: keywords of that norm; None leaves the default (also of momentum), so that a command line can hand on
-            what it has.
+        name: Name of the norm.
+        **options: Keywords of that norm, such as ``groups``, ``channel_groups``, ``eps``, ``momentum``; None stands for
+            the default (of momentum too).
 
     Returns:
-        A factory: number of features to module. It raises LandscapeError where the number of features or a missing option
-        forbids the norm.
+        Function (num_features) -> module. It raises a LandscapeError if num_features is not an integer of at least 1,
+        or if an option is missing or incompatible with it.
 
     Raises:
-        LandscapeError: The name is unknown, or the norm does not take an option that is not None, or not this value of it.
+        LandscapeError: The name is unknown, the norm has no such option, or the value of an option is not allowed.
+
+    Examples:
+        >>> make_norm("ghost", groups=16)(64)
+        GhostNorm(64, eps=1e-05, ..., groups=16, layout=contiguous)
+        >>> make_norm("layer", groups=16)
+        Traceback (most recent call last):
+        landscape.errors.LandscapeError: groups=16: the norm 'layer' takes eps, affine. Omit the others.
     """
     check_norm(name)
     make, allowed = REGISTRY[name]
     given = {option: value for option, value in options.items() if value is not None}
-    if unknown := sorted(given.keys() - set(allowed)):
+    if unknown := ", ".join(f"{option}={given[option]!r:.100}" for option in sorted(given.keys() - set(allowed))):
         raise LandscapeError(
-            f"The norm {name!r} does not take {', '.join(unknown)}: it takes {', '.join(allowed) or 'no options'}. "
-            "Leave out the others."
+            f"{unknown}: the norm {name!r} takes {', '.join(allowed) or 'no options'}. Omit the others."
         )
     for option, value in given.items():
-        words, fits = _OPTIONS[option]
-        if not fits(value):
-            raise LandscapeError(f"{option}={value!r:.100}: give {words}.")
-    return partial(_made, make, given)
+        constraint, is_valid = _OPTIONS[option]
+        if not is_valid(value):
+            raise LandscapeError(f"{option}={value!r:.100}: must be {constraint}.")
+    return partial(_make, make, given)
 
 
-_SETTINGS = ("eps", "momentum", "affine", "track_running_stats")
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+def _make(make: Callable[..., nn.Module], options: dict[str, Any], num_features: int) -> nn.Module:
+    if not _is_count(num_features):
+        raise LandscapeError(f"num_features={num_features!r:.100}: must be {_COUNT[0]}. Pass the number of channels.")
+    return make(num_features, **options)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_COUNT = ("an integer of at least 1", _is_count)
+_FRACTION = ("a number from 0 to 1", _is_fraction)
+_BOOL = ("True or False", _is_bool)
+_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("groups", "group_size", "channel_groups"), _COUNT),
+    **dict.fromkeys(("eps", "momentum"), _FRACTION),
+    **dict.fromkeys(("affine", "track_running_stats"), _BOOL),
+    "layout": (" or ".join(get_args(Layout)), lambda value: value in get_args(Layout)),
+}
+"""Constraint of each option, in words and as a function."""
 
 
 def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
-    """Replace every BatchNorm of a model, ``nn.BatchNorm*`` or ours, in place, by ``make(num_features)``.
+    """Replace every BatchNorm of a model, in place.
 
-    The new module takes over device, dtype and training flag, and of eps, momentum, parameters and buffers those that
-    it has. They are the same objects, so an optimizer and tied weights stay valid. Where the new norms ask for weight
-    standardization, it is done as by `landscape.norms.standardize_weights`, which renames parameters.
+    Each ``torch.nn.BatchNorm*`` and ``landscape.norms.BatchNorm`` becomes ``make(num_features)``. The new module gets
+    the device, dtype and training flag of the old one, and, of eps, momentum, affine, track_running_stats, parameters
+    and buffers, those that it has too. Parameters and buffers are the same objects, so that optimizers and tied weights
+    stay valid. If the new norms request weight standardization, `standardize_weights` is called, which renames
+    parameters.
 
     Args:
-        model: any module; modules used in several places stay shared.
-        make: factory, as from `make_norm`.
+        model: Any module. A BatchNorm that is used in several places stays shared.
+        make: Function (num_features) -> module, as from `make_norm`.
 
     Returns:
-        ``model``, or the new module where the model itself is a BatchNorm.
+        ``model``, or the new module if the model itself is a BatchNorm.
 
     Raises:
-        LandscapeError: A lazy BatchNorm does not yet know its number of features, or a lazy layer that is to be
-            standardized its weights.
+        LandscapeError: A lazy BatchNorm, or a lazy layer whose weights are to be standardized, has not been
+            initialized by a forward pass.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=0.2), nn.ReLU())
+        >>> convert_norms(model, make_norm("ghost", groups=4))
+        Sequential(
+          (0): Linear(in_features=6, out_features=8, bias=True)
+          (1): GhostNorm(8, eps=1e-05, momentum=0.2, ..., groups=4, layout=contiguous)
+          (2): ReLU()
+        )
     """
-    places = {path: old for path, old in model.named_modules(remove_duplicate=False) if _is_batch_norm(old)}
-    twins = {old: _twin(old, make) for old in places.values()}
-    for path, old in places.items():
+    old_norms = {path: module for path, module in model.named_modules(remove_duplicate=False) if _is_batch_norm(module)}
+    new_norms = {old: _converted(old, make) for old in old_norms.values()}
+    for path, old in old_norms.items():
         parent, _, name = path.rpartition(".")
         if path:
-            setattr(model.get_submodule(parent), name, twins[old])
-    return standardize_weights(twins.get(model, model))
+            setattr(model.get_submodule(parent), name, new_norms[old])
+    return standardize_weights(new_norms.get(model, model))
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and not isinstance(module, GhostNorm)
 
 
-def _twin(old: Any, make: Callable[[int], nn.Module]) -> nn.Module:
+_ATTRIBUTES = (*_RUNNING, "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def _converted(old: Any, make: Callable[[int], nn.Module]) -> nn.Module:
     if isinstance(old, LazyModuleMixin):
-        raise LandscapeError(f"{old} has not seen its input yet. Run one batch through the model before converting it.")
+        raise LandscapeError(
+            f"{old}: has no number of features yet. Run one batch through the model before converting it."
+        )
     new = make(old.num_features)
     if (tensor := old.weight if old.affine else old.running_mean) is not None:
         new.to(tensor)
-    for name in _SETTINGS + _TENSORS:
-        own = getattr(new, name, None)
-        if own is not None and own is not False:
+    for name in _ATTRIBUTES:
+        # None and False are left as they are: such a norm has no parameters or no running statistics.
+        current = getattr(new, name, None)
+        if current is not None and current is not False:
             setattr(new, name, getattr(old, name))
     return new.train(old.training)

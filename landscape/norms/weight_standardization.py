@@ -1,4 +1,4 @@
-"""Weight standardization of the layers before a norm, for the norms that ask for it."""
+"""Weight standardization of the layers before a norm, for the norms that request it."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,48 +8,64 @@ from torch.nn.utils import parametrize
 from landscape.errors import LandscapeError
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""The layers with an output channel for each row of the weight."""
+"""Layers in which each row of the weight computes one output channel."""
 
 
 class WeightStandardization(nn.Module):
-    """A parametrization: (w - mean) / sqrt(var + eps), with mean and biased variance of each output channel's weights.
+    """Parametrization that standardizes the weights of each output channel.
 
-    Qiao et al. 2019 (arXiv:1903.10520), section 3, on weights (C, ...) of C output channels. Half precision is computed
-    in float32.
+    (w - mu) / sqrt(sigma2 + eps), with the mean and biased variance of that channel's weights. Half precision is
+    computed in float32.
+
+    Source: Qiao et al. 2019 (arXiv:1903.10520), section 3.
     """
 
     eps = 1e-5
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Shape and dtype of ``weight``."""
+        """Return the standardized weight, with its shape and dtype."""
         return F.layer_norm(weight, weight.shape[1:], eps=self.eps)
 
 
 def standardize_weights(model: nn.Module) -> nn.Module:
-    """Standardize the weights that feed the norms which ask for it, such as ``make_norm("ghost-ws", groups=4)(64)``.
+    """Standardize the weights of layers before norms that request it.
 
-    A norm asks by an attribute ``standardizes_weights``. What feeds it is taken to be the convolutions and linear
-    layers that are registered before the last such norm: in most networks all but the output layer. A model without
-    such norms stays as it is. `landscape.convert_norms` and the models of this package call this function; a model of
-    your own does so at the end of its ``__init__``.
+    For the weights w of each output channel::
 
-    The parameters are the same objects, so an optimizer stays valid, but ``torch.nn.utils.parametrize`` renames them:
-    ``conv.weight`` becomes ``conv.parametrizations.weight.original``, in the ``state_dict`` too. Such a model is saved
-    by its ``state_dict``: torch does not pickle it whole.
+        w_standardized = (w - mean(w)) / sqrt(var(w) + 1e-5)
+
+    A norm requests it by an attribute ``standardizes_weights = True``, as ``make_norm("ghost-ws", groups=4)(64)`` has.
+    The convolutions and linear layers registered before the last such norm are standardized: in most networks all but
+    the output layer. A model without such norms is unchanged. `convert_norms` and the models of this package call this
+    function; call it at the end of ``__init__`` of a model of your own.
+
+    Parameters stay the same objects, so that an optimizer stays valid, but ``torch.nn.utils.parametrize`` renames them:
+    ``conv.weight`` becomes ``conv.parametrizations.weight.original``, also in the ``state_dict``. Save such a model by
+    its ``state_dict``, because torch cannot pickle it whole.
+
+    Source: Qiao et al. 2019 (arXiv:1903.10520), section 3.
 
     Args:
-        model: Any module; it is changed in place. Layers that are standardized stay so, once. Transposed convolutions,
-            and layers with a single weight for each output channel, which would become 0, are left alone.
+        model: Any module; changed in place. Layers that are standardized already, transposed convolutions and layers
+            with a single weight per output channel, which would become 0, are left unchanged.
 
     Returns:
         ``model``.
 
     Raises:
-        LandscapeError: A lazy layer does not yet have its weights.
+        LandscapeError: A lazy layer has no weights yet.
+
+    Examples:
+        >>> from landscape import make_norm
+        >>> model = nn.Sequential(nn.Linear(6, 8), make_norm("ghost-ws", groups=4)(8), nn.Linear(8, 3))
+        >>> [name for name, _ in standardize_weights(model)[0].named_parameters()]
+        ['bias', 'parametrizations.weight.original']
+        >>> bool(model[0].weight.mean(1).abs().max() < 1e-6)
+        True
     """
     modules = list(model.modules())
-    asking = [place for place, module in enumerate(modules) if getattr(module, "standardizes_weights", False)]
-    for layer in modules[: asking[-1]] if asking else ():
+    norms = [index for index, module in enumerate(modules) if getattr(module, "standardizes_weights", False)]
+    for layer in modules[: norms[-1]] if norms else ():
         if isinstance(layer, LAYERS) and not any(isinstance(part, WeightStandardization) for part in layer.modules()):
             _standardize(layer)
     return model
@@ -57,6 +73,6 @@ def standardize_weights(model: nn.Module) -> nn.Module:
 
 def _standardize(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     if isinstance(layer, LazyModuleMixin):
-        raise LandscapeError(f"{layer} has no weights yet to standardize. Run one batch through the model before.")
+        raise LandscapeError(f"{layer}: has no weights to standardize yet. Run one batch through the model before.")
     if layer.weight[0].numel() > 1:
         parametrize.register_parametrization(layer, "weight", WeightStandardization())

@@ -164,7 +164,7 @@ def test_what_a_trace_lacks_is_named(measure, lacking, message):
 
 
 def test_an_unknown_measure_is_named():
-    with pytest.raises(LandscapeError, match="Unknown measure 'sharpness'; choose one of loss, predictiveness, beta"):
+    with pytest.raises(LandscapeError, match="measure='sharpness': .*loss, predictiveness, beta"):
         measured(frame(steps=2), "sharpness")
 
 

@@ -211,7 +211,7 @@ def test_an_update_that_lacks_what_others_of_its_run_have_is_a_gap(known):
 def test_what_no_run_has_is_told(measure):
     with pytest.raises(LandscapeError, match="gap needs slope"):
         measure(without(frame(steps=2), "slope"), measure="gap")
-    with pytest.raises(LandscapeError, match="Unknown measure 'width'"):
+    with pytest.raises(LandscapeError, match="measure='width'"):
         measure(frame(steps=2), measure="width")
 
 

@@ -111,7 +111,7 @@ def test_help_names_the_measures():
         (["traces", "--out", "figure.jpg"], "ends in .png, .svg, .pdf"),
         (["traces", "--out", "traces/none-0/run.json/figure.png"], "cannot be written"),
         (["traces", "--x", "time"], "x is 'time'; it can be step, epoch"),
-        (["traces", "--measure", "width"], "Unknown measure 'width'; choose one of loss, predictiveness, beta"),
+        (["traces", "--measure", "width"], "measure='width': unknown measure"),
         (["traces", "--measure", "loss", "--measure", "gap", "--layout", "multiples"], "draws one measure"),
         ([FIRST_FORMAT, "--measure", "gap"], "needs slope, which all rows lack (missing or NaN); traces have it from"),
         ([FIRST_FORMAT, "--measure", "loss", "--measure", "beta"], "record with `landscape probe --gradients`"),

@@ -103,7 +103,7 @@ def test_a_signal_waits_for_the_update_and_a_second_one_does_not():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--norm bath", "Unknown norm 'bath'; choose one of none, batch"),
+        ("--norm bath", "norm='bath': unknown norm"),
         ("--recipe cifar", "Unknown recipe 'cifar'; choose one of mnist, digits"),
         ("--norm ghost --groups 300", "groups=300 on a batch of 128 samples"),
         ("--norm group --channel-groups 0", "channel_groups=0"),

@@ -20,7 +20,7 @@ def test_a_table_is_printed_and_written(tmp_path, monkeypatch):
     result = run(*SHORT, cwd=tmp_path, monkeypatch=monkeypatch)
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert lines[0].startswith("Left out: SeqNorm (G_C=4, G_M=128): 128 samples in 128 groups")
+    assert lines[0].startswith("Left out: SeqNorm (G_C=4, G_M=128): groups=128 on a batch of 128")
     assert lines[1] == "6 trainings to choose by, then 4 on the whole training set for the test accuracy."
     assert [line.split(":")[0] for line in lines[2:12]] == [
         f"{name}, seed {seed}"
@@ -68,14 +68,14 @@ def test_ctrl_c_keeps_what_is_trained_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--norm bath", "Unknown norm 'bath'; choose one of none, batch"),
+        ("--norm bath", "norm='bath': unknown norm"),
         ("--recipe digits", "'digits' is not one of"),
         ("--norm ghost --groups 300", "groups=300 on a batch of 128 samples"),
-        ("--runs 0", "runs=0 is out of range"),
+        ("--runs 0", "runs=0: must be"),
         ("--epochs 0", "epochs=0 is out of range"),
-        ("--tolerance 2", "tolerance=2.0 is out of range"),
-        ("--norm batch --jobs 0", "jobs=0 is out of range"),
-        ("--norm batch --storage here.db", "'here.db' is no address of a database"),
+        ("--tolerance 2", "tolerance=2.0: must be"),
+        ("--norm batch --jobs 0", "jobs=0: must be"),
+        ("--norm batch --storage here.db", "storage='here.db': must be"),
         ("--device abacus", "device 'abacus' cannot be used"),
         ("--norm batch --out file.txt/here", "file.txt"),
     ],

@@ -1,4 +1,4 @@
-"""Small models of many kinds, each with a loss, to measure every engine on."""
+"""Small models of many kinds, each with a loss, on which every engine is tested."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Closure = Callable[[nn.Module], Tensor]
 
 
 class Tied(nn.Module):
-    """A small transformer with attention, LayerNorm and an embedding that is also the output layer."""
+    """Transformer with attention, LayerNorm and an embedding tied to the output layer."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Tied(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM, which keeps its weights in a list of its own."""
+    """LSTM, which keeps its weights in a separate list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Recurrent(nn.Module):
 
 
 class Branching(nn.Module):
-    """Python control flow that depends on the data, a layer used twice, and a dict as output."""
+    """Model with data-dependent control flow, a layer used twice, and a dict as output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Branching(nn.Module):
 
 
 class Writes(nn.Module):
-    """Feeds a linear layer from memory that it overwrites in place with what depends on the parameters."""
+    """Model with a linear layer whose input is overwritten in place by an output of the first layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Writes(nn.Module):
 
 
 class Clamped(nn.Module):
-    """Changes a weight in place before it is used."""
+    """Model that changes a weight in place before its use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Clamped(nn.Module):
 
 
 class ComputedBias(nn.Module):
-    """A linear layer whose bias is computed from a parameter."""
+    """Linear layer with a bias computed from a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class ComputedBias(nn.Module):
 
 
 class LateUse(nn.Module):
-    """Uses the weight of its first layer by itself, but only far from the origin."""
+    """Model that uses a weight outside its layer, but only far from step size 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class LateUse(nn.Module):
 
 
 class UnseenUse(nn.Module):
-    """Uses the weight of its first layer in code that no TorchFunctionMode sees."""
+    """Model that uses a weight in code hidden from TorchFunctionModes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,13 +123,13 @@ class UnseenUse(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A model in float64 and in training mode, with a closure that gives its loss on a fixed batch."""
+    """Model in float64 and training mode, with a closure that returns its loss on a fixed batch."""
 
     model: nn.Module
     closure: Closure
 
     def direction(self) -> dict[str, Tensor]:
-        """A direction in which every parameter moves."""
+        """Return a random direction that moves every parameter."""
         generator = torch.Generator().manual_seed(2)
         return {
             name: 0.1
@@ -234,4 +234,4 @@ CASES: dict[str, Callable[[], Case]] = {
 REFUSED = {
     "stacked": {"recurrent", "branching", "late use", "writes", "spectral norm", "transformer"},
 }
-"""By engine: the cases that it leaves to the loop."""
+"""Cases that an engine rejects, so that the loop evaluates them."""

@@ -28,14 +28,14 @@ def _seed():
 
 
 def randomized(norm):
-    """The module in float64, with scale and shift that are not 1 and 0."""
+    """Return the module in float64, with random scale and shift."""
     for parameter in norm.double().parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
     return norm
 
 
 def stepped(norm, shape):
-    """Outputs and gradients of training steps, and the output of evaluation, each on its own batch."""
+    """Return outputs and gradients of 3 training steps, and the output of evaluation."""
     results = []
     for x in torch.randn(3, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64):
         x.mul_(2).add_(1).requires_grad_()
@@ -46,7 +46,7 @@ def stepped(norm, shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_one_group_equals_batch_norm(shape, settings):
+def test_ghost_norm_one_group(shape, settings):
     native = randomized(NATIVE[len(shape)](4, **settings))
     ghost = GhostNorm(4, 1, **settings).double()
     ghost.load_state_dict(native.state_dict())
@@ -57,7 +57,7 @@ def test_one_group_equals_batch_norm(shape, settings):
 
 @pytest.mark.parametrize("groups", [3, 5])
 @pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
-def test_running_statistics_are_one_update_by_the_mean_over_the_groups(groups, layout):
+def test_ghost_norm_running_statistics(groups, layout):
     norm, x = GhostNorm(4, groups, layout=layout, momentum=0.25).double(), torch.randn(12, 4, 3, dtype=torch.float64)
     norm(x)
     members = [x[g::groups] for g in range(groups)] if layout == "interleaved" else x.tensor_split(groups)
@@ -69,7 +69,7 @@ def test_running_statistics_are_one_update_by_the_mean_over_the_groups(groups, l
 
 
 @pytest.mark.parametrize("name", ["ghost", "seq"])
-def test_evaluation_takes_one_sample_and_moves_nothing(name):
+def test_evaluation_one_sample(name):
     norm = make_norm(name, groups=3)(4)
     norm(torch.randn(12, 4))
     before = copy.deepcopy(norm.eval().state_dict())
@@ -77,7 +77,7 @@ def test_evaluation_takes_one_sample_and_moves_nothing(name):
     torch.testing.assert_close(norm.state_dict(), before)
 
 
-def test_frozen_statistics_stay():
+def test_ghost_norm_frozen_statistics():
     norm = GhostNorm(4, 3)
     norm.track_running_stats = False
     norm(torch.randn(12, 4))
@@ -85,30 +85,30 @@ def test_frozen_statistics_stay():
 
 
 @pytest.mark.parametrize(("samples", "groups"), [(16, 4), (19, 4), (5, 1), (2, 1)])
-def test_group_size(samples, groups):
+def test_ghost_norm_group_size(samples, groups):
     x = torch.randn(samples, 4, 3)
     torch.testing.assert_close(GhostNorm(4, group_size=4)(x), ghost_norm(x, groups))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
-def test_seq_norm(layout):
+def test_seq_norm_layer(layout):
     norm, x = randomized(SeqNorm(4, 3, 2, layout=layout, eps=1e-3)), torch.randn(12, 4, 5, dtype=torch.float64)
     expected = seq_norm(x, 3, 2, norm.weight, norm.bias, layout=layout, eps=1e-3)
     torch.testing.assert_close(norm(x), expected)
     assert norm.state_dict().keys() == nn.BatchNorm1d(4).state_dict().keys()
 
 
-def test_every_norm_has_a_name_in_print_and_takes_the_options_that_tell_it_apart():
+def test_registry_names_and_options():
     assert set(REGISTRY) == set(NORMS)
     assert all(set(options_of(name)) <= set(options) for name, (_, options) in REGISTRY.items())
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_norm_takes_every_rank(name, shape):
+def test_make_norm_input_shapes(name, shape):
     norm, x = make_norm(name, **OPTIONS.get(name, {}))(4), torch.randn(shape)
     if name == "instance" and len(shape) == 2:
-        with pytest.raises(LandscapeError, match="instance norm on a fully-connected layer"):
+        with pytest.raises(LandscapeError, match=r"=4 .*single value.*instance norm"):
             norm(x)
         return
     assert norm(x).shape == x.shape
@@ -132,7 +132,7 @@ def test_every_norm_takes_every_rank(name, shape):
         ("batch-group", {"groups": 3, "channel_groups": 2}, lambda x: batch_group_norm(x, 3, 2)[0]),
     ],
 )
-def test_make_norm(name, options, expected):
+def test_make_norm_functions(name, options, expected):
     x = torch.randn(12, 4, 3, 2)
     factory = pickle.loads(pickle.dumps(make_norm(name, groups=options.pop("groups", None), **options)))
     torch.testing.assert_close(factory(4)(x), expected(x))
@@ -141,26 +141,26 @@ def test_make_norm(name, options, expected):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_norm("gost"), "'gost'; choose one of none, batch, ghost, seq, group, layer, instance"),
-        (lambda: make_norm("batch", groups=4), "'batch' does not take groups: it takes eps, affine, momentum"),
-        (lambda: make_norm("none", eps=1), "no options"),
-        (lambda: make_norm("ghost")(4), "groups=None and group_size=None"),
-        (lambda: GhostNorm(4, 2, group_size=2), "exactly one of the two"),
-        (lambda: GhostNorm(4, 0), "at least 1"),
-        (lambda: make_norm("group", channel_groups=3)(4), "channel_groups=3 on 4 channels"),
-        (lambda: make_norm("group")(4), "channel_groups=None on 4 channels"),
-        (lambda: SeqNorm(4, 2, 3), "channel_groups=3 on 4 channels"),
-        (lambda: GhostNorm(4, 2)(torch.randn(8, 5)), r"GhostNorm\(4\) got an input of shape \(8, 5\)"),
-        (lambda: BatchNorm(4)(torch.randn(4)), r"BatchNorm\(4\) got an input of shape \(4,\)"),
-        (lambda: convert_norms(nn.LazyBatchNorm1d(), BatchNorm), "Run one batch"),
+        (lambda: make_norm("gost"), "'gost'.*none, batch, ghost, seq, group, layer, instance"),
+        (lambda: make_norm("batch", groups=4), "groups=4: .*'batch' takes eps, affine, momentum"),
+        (lambda: make_norm("none", eps=1), "eps=1: .*'none' takes no options"),
+        (lambda: make_norm("ghost")(4), "groups=None, group_size=None"),
+        (lambda: GhostNorm(4, 2, group_size=2), "groups=2, group_size=2: .*exactly one"),
+        (lambda: GhostNorm(4, 0), "groups=0.*at least 1"),
+        (lambda: make_norm("group", channel_groups=3)(4), "channel_groups=3 .*4 channels"),
+        (lambda: make_norm("group")(4), "channel_groups=None .*4 channels"),
+        (lambda: SeqNorm(4, 2, 3), "channel_groups=3 .*4 channels"),
+        (lambda: GhostNorm(4, 2)(torch.randn(8, 5)), r"shape \(8, 5\): GhostNorm\(4\)"),
+        (lambda: BatchNorm(4)(torch.randn(4)), r"shape \(4,\): BatchNorm\(4\)"),
+        (lambda: convert_norms(nn.LazyBatchNorm1d(), BatchNorm), "LazyBatchNorm1d.*[Rr]un one batch"),
     ],
 )
-def test_mistakes(make, message):
+def test_norm_mistakes(make, message):
     with pytest.raises(LandscapeError, match=message):
         make()
 
 
-def test_modules_say_what_they_are():
+def test_norm_repr():
     assert "groups=16, layout=contiguous" in repr(GhostNorm(4, 16))
     assert "group_size=8, layout=interleaved, channel_groups=2" in repr(
         SeqNorm(4, None, 2, group_size=8, layout="interleaved")
@@ -169,7 +169,7 @@ def test_modules_say_what_they_are():
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_converted_model_computes_the_same(settings):
+def test_convert_norms_same_outputs(settings):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, **settings), nn.ReLU()).double()
     model(torch.randn(12, 3, 2, 2, dtype=torch.float64))
     twin = convert_norms(copy.deepcopy(model), make_norm("ghost", groups=1))
@@ -178,7 +178,7 @@ def test_converted_model_computes_the_same(settings):
     torch.testing.assert_close(twin.state_dict(), model.state_dict())
 
 
-def test_convert_norms_carries_over():
+def test_convert_norms_attributes():
     old = nn.BatchNorm1d(4, eps=1e-3, momentum=0.2).half().eval()
     old.weight.requires_grad_(False)
     new = convert_norms(old, make_norm("ghost", groups=2))
@@ -196,7 +196,7 @@ def test_convert_norms_carries_over():
 
 
 @pytest.mark.parametrize("old", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
-def test_convert_norms_keeps_sharing_and_leaves_the_rest(old):
+def test_convert_norms_sharing(old):
     shared = old(4)
     model = nn.ModuleDict({"a": nn.Sequential(shared, nn.Identity()), "b": shared, "c": nn.GroupNorm(2, 4)})
     assert convert_norms(model, make_norm("ghost", groups=2)) is model
@@ -208,14 +208,14 @@ def test_convert_norms_keeps_sharing_and_leaves_the_rest(old):
     assert list(model.modules()) == ghosts
 
 
-def test_average_of_weights_updates_the_running_statistics():
+def test_ghost_norm_update_bn():
     norm, x = GhostNorm(4, 2), torch.randn(8, 4)
     torch.optim.swa_utils.update_bn([x, x], norm)
     torch.testing.assert_close(norm.running_mean, x.mean(0))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
-def test_compiles_to_one_graph():
+def test_ghost_norm_compile():
     norm, x = GhostNorm(4, 2), torch.randn(8, 4, 3, requires_grad=True)
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
     y, expected = compiled(x), ghost_norm(x, 2)

@@ -26,34 +26,34 @@ def _seed():
     torch.manual_seed(0)
 
 
-def standardized(model):
-    """The names of the layers whose weights are standardized."""
+def standardized_layers(model):
+    """Return the names of the layers with standardized weights."""
     return [name for name, layer in model.named_modules() if parametrize.is_parametrized(layer, "weight")]
 
 
 def slow(weight, eps=1e-5):
-    """One output channel after the other."""
+    """Standardize one output channel after the other."""
     return torch.stack([(row - row.mean()) / (row.var(correction=0) + eps).sqrt() for row in weight])
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 3), (4, 3, 3, 2), (2, 3, 1, 2, 2)])
-def test_the_formula(shape):
+def test_weight_standardization_formula(shape):
     weight = torch.rand(shape, dtype=torch.float64, requires_grad=True)
     standardize = WeightStandardization()
     torch.testing.assert_close(standardize(weight), slow(weight))
-    torch.testing.assert_close(standardize(weight / 1000), slow(weight / 1000))  # where eps is seen
+    torch.testing.assert_close(standardize(weight / 1000), slow(weight / 1000))  # Here eps is not negligible.
     assert torch.autograd.gradcheck(standardize, weight)
     assert torch.autograd.gradgradcheck(standardize, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype):
+def test_weight_standardization_half_precision(dtype):
     weight = (torch.rand(8, 100) + 10).to(dtype)
     torch.testing.assert_close(WeightStandardization()(weight), slow(weight.double()).to(dtype))
 
 
 @pytest.mark.parametrize("norm", [GHOST, SEQ])
-def test_a_layer_computes_with_standardized_weights(norm):
+def test_standardize_weights_outputs(norm):
     model = standardize_weights(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU())).double()
     x, (conv, normalize, _) = torch.randn(6, 3, 5, 5, dtype=torch.float64), model
     original = model.get_parameter("0.parametrizations.weight.original")
@@ -66,15 +66,15 @@ def test_a_layer_computes_with_standardized_weights(norm):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("norm", [GHOST, SEQ])
-def test_models_standardize_all_but_the_output_layer(model, norm):
+def test_models_standardized_layers(model, norm):
     built = MODELS[model](norm)
     *hidden, _ = [name for name, layer in built.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    assert standardized(built) == hidden
-    assert not standardized(MODELS[model](make_norm("ghost", groups=2)))
+    assert standardized_layers(built) == hidden
+    assert not standardized_layers(MODELS[model](make_norm("ghost", groups=2)))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_built_and_converted_are_the_same(model):
+def test_convert_norms_equals_built(model):
     torch.manual_seed(1)
     built = MODELS[model](GHOST)
     torch.manual_seed(1)
@@ -84,7 +84,7 @@ def test_built_and_converted_are_the_same(model):
     built.load_state_dict(converted.state_dict())
 
 
-def test_an_optimizer_stays_valid_and_names_change():
+def test_convert_norms_optimizer():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.1)
@@ -98,29 +98,29 @@ def test_an_optimizer_stays_valid_and_names_change():
     assert not torch.equal(weight, before)
 
 
-def test_layers_after_the_last_norm_and_others_are_left_alone():
+def test_standardize_weights_selection():
     model = nn.Sequential(
         *(nn.Linear(6, 6), nn.ConvTranspose1d(1, 1, 1), nn.Linear(1, 6), nn.GroupNorm(2, 6), nn.Linear(6, 6)),
         *(nn.Sequential(nn.Linear(6, 6, bias=False), GHOST(6)), nn.Linear(6, 3), nn.BatchNorm1d(3)),
     )
-    assert standardized(standardize_weights(model)) == ["0", "4", "5.0"]
+    assert standardized_layers(standardize_weights(model)) == ["0", "4", "5.0"]
 
 
-def test_once_is_enough():
+def test_standardize_weights_idempotent():
     model = nn.Sequential(nn.Linear(6, 6), GHOST(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
     standardize_weights(model)
     convert_norms(model, GHOST)
     assert [len(model[i].parametrizations["weight"]) for i in (0, 2)] == [1, 1]
 
 
-def test_it_adds_to_other_parametrizations():
+def test_standardize_weights_parametrized():
     linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
     expected = slow(linear.weight)
     standardize_weights(nn.Sequential(linear, GHOST(4)))
     torch.testing.assert_close(linear.weight, expected)
 
 
-def test_copies_are_independent():
+def test_standardized_model_deepcopy():
     model = SimpleNet(6, 3, GHOST)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -132,8 +132,8 @@ def test_copies_are_independent():
     assert torch.equal(model(x), twin(x))
 
 
-def test_lazy_layers_are_refused():
-    with pytest.raises(LandscapeError, match="Run one batch"):
+def test_standardize_weights_lazy():
+    with pytest.raises(LandscapeError, match=r"LazyLinear.*Run one batch"):
         standardize_weights(nn.Sequential(nn.LazyLinear(6), GHOST(6)))
 
 
@@ -145,7 +145,7 @@ def case_of(model):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("model", MODELS)
-def test_engines_give_the_losses_of_moved_copies(model, engine):
+def test_standardized_model_ray_losses(model, engine):
     case = case_of(model)
     expected = moved_losses(case, case.direction(), STEP_SIZES)
     losses = ray_losses(case.model, case.closure, case.direction(), STEP_SIZES, engine=engine)
@@ -154,7 +154,7 @@ def test_engines_give_the_losses_of_moved_copies(model, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("model", MODELS)
-def test_the_probe_gives_the_losses_of_moved_copies_and_changes_no_bit(model, engine):
+def test_standardized_model_probe(model, engine):
     case, criterion = case_of(model), nn.CrossEntropyLoss()
     model, unprobed, expected = case.model, copy.deepcopy(case.model), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -170,7 +170,7 @@ def test_the_probe_gives_the_losses_of_moved_copies_and_changes_no_bit(model, en
 
 
 def updates(model, optimizer, criterion):
-    """Three updates by the user's own loop; yields the model as it was before each, on its batch, and the gradient."""
+    """Run 3 updates of a training loop; yield a copy of the model before each, with its batch, and the gradient."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         inputs, targets = torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(6) % 3

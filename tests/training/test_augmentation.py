@@ -6,7 +6,7 @@ from landscape.errors import LandscapeError
 from landscape.training.augmentation import augmentation
 from landscape.training.recipe import AUGMENTATIONS
 
-pytest.importorskip("kornia", reason="the extra landscape[augment]")
+pytest.importorskip("kornia", reason="the extra landscape-probe[augment]")
 IMAGES = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -63,5 +63,5 @@ def test_nothing_asked_is_nothing_done():
 
 def test_without_kornia_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "kornia.augmentation", None)
-    with pytest.raises(LandscapeError, match=r"pip install 'landscape\[augment\]'"):
+    with pytest.raises(LandscapeError, match=r"pip install 'landscape-probe\[augment\]'"):
         augmentation(["flip"], 32)

@@ -111,7 +111,7 @@ def test_evaluation_by_hand():
 
 
 def test_augmentation_follows_the_seed():
-    pytest.importorskip("kornia", reason="the extra landscape[augment]")
+    pytest.importorskip("kornia", reason="the extra landscape-probe[augment]")
     recipe = replace(RECIPES["digits"], augment=("crop", "flip", "cutout"))
     first, second = losses(recipe)[0], losses(recipe)[0]
     assert torch.equal(first, second)
@@ -122,7 +122,7 @@ def test_augmentation_follows_the_seed():
     ("changes", "message"),
     [
         ({"train_samples": 100}, "batch_size=128 is more than the 100 training samples"),
-        ({"train_samples": 1400, "validation": 101}, "101 held out of the 1500"),
+        ({"train_samples": 1400, "validation": 101}, "validation=101.* 1500"),
         ({"norm": "ghost", "groups": 100, "ghost_by": "accumulation"}, "does not take batches of 128"),
         ({"ghost_by": "accumulation"}, "ghost_by='accumulation' is a way to get GhostNorm; the norm is 'batch'"),
         ({"model": "resnet"}, "Unknown model 'resnet'"),

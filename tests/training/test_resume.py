@@ -76,7 +76,7 @@ def stopped(recipe, out, *steps):
 def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, changes):
     """Stopped after the first update, in the middle of an epoch, at its very end, right behind it, and at the end."""
     if "augment" in changes:
-        pytest.importorskip("kornia", reason="the extra landscape[augment]")
+        pytest.importorskip("kornia", reason="the extra landscape-probe[augment]")
     recipe = replace(SHORT, **changes)
     whole = train(recipe, tmp_path / "whole", device="cpu")
     parts = stopped(recipe, tmp_path / "parts", 1, 3, UPDATES // 2, UPDATES // 2 + 1, UPDATES)

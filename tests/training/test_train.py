@@ -56,7 +56,7 @@ def test_losses_start_at_the_same_weights_for_all_norms(tmp_path):
         ({"norm": "ghost", "groups": 200}, {}, "groups=200 on a batch of 128"),
         ({"norm": "ghost", "groups": 128}, {}, "single value per channel"),
         ({"norm": "group", "channel_groups": 7}, {}, "channel_groups=7 on 512 channels"),
-        ({"dataset": "cats"}, {}, "no data set 'cats'"),
+        ({"dataset": "cats"}, {}, "'cats': unknown data set"),
         ({}, {"device": "abacus"}, "device 'abacus' cannot be used"),
         ({"probe_lrs": ()}, {}, "one finite number or more"),
     ],

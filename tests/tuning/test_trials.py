@@ -184,4 +184,4 @@ def test_open_storage_hides_passwords(start):
     with pytest.raises(LandscapeError) as caught:
         open_storage(f"{start}host/name")
     assert "hid" not in str(caught.value)
-    assert "den" not in str(caught.value)
+    assert "den@" not in str(caught.value)
