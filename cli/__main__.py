@@ -1,4 +1,4 @@
-"""``python -m landscape_cli``: the command as a module, which is how torchrun starts it."""
+"""``python -m landscape_cli``: the command as a module, for torchrun."""
 
 import json
 import os
@@ -13,28 +13,31 @@ from .main import main
 
 
 def run() -> None:
-    """The command; under torchrun as one of several processes that do the same."""
-    told = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not told:
+    """Run the command, alone or as a process of torchrun."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
         main(prog_name="landscape")
-    code = _one_of_many(Path(str(told)))
+    code = _run_rank(Path(str(error_file)))
     sys.stdout.flush()
     sys.stderr.flush()
-    # At once: torch (2.13) may abort an interpreter that ends while something still holds a process group.
+    # Exit without cleanup: torch 2.13 may abort an interpreter in which an object still holds a process group.
     os._exit(code)
 
 
-def _one_of_many(told: Path) -> int:
-    """The exit code; a mistake goes into the file that torchrun reads, because every process makes the same."""
+def _run_rank(error_file: Path) -> int:
+    """Run the command; return its exit code.
+
+    A usage error is the same in every process, so it is written to a file, from which torchrun reads it once.
+    """
     try:
         main(prog_name="landscape", standalone_mode=False)
-    except click.ClickException as mistake:
-        told.write_text(json.dumps({"message": mistake.format_message(), "timestamp": int(time.time())}))
-        return mistake.exit_code
+    except click.ClickException as error:
+        error_file.write_text(json.dumps({"message": error.format_message(), "timestamp": int(time.time())}))
+        return error.exit_code
     except click.Abort:
         return 1
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
+    except SystemExit as error:
+        return int(error.code or 0)
     except Exception:
         traceback.print_exc()
         return 1

@@ -1,4 +1,4 @@
-"""``landscape figure``: the figures of the paper, each by its name."""
+"""``landscape figure``: the figures of arXiv:2007.08554, by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from landscape.errors import LandscapeError
-from landscape.training.presets import RECIPES, recipe_named
+from landscape.training.presets import RECIPES
 from landscape.training.recipe import Recipe
+from landscape.training.target import TraceTarget
 
-from .runner import Places, prepare, record
+from .params import Command, data_dir_option, device_option, options_under, out_option
+from .runner import prepare, train_run
 
-if TYPE_CHECKING:  # --help does not wait for pandas and matplotlib
+if TYPE_CHECKING:  # pandas and matplotlib are slow to import, and --help does not need them.
     import pandas as pd
     from matplotlib.figure import Figure
 
@@ -23,7 +25,7 @@ SCALES = ("small", "paper")
 
 @dataclass(frozen=True)
 class FigureRequest:
-    """What was asked for on the command line."""
+    """Options of the command."""
 
     out: Path
     scale: str
@@ -37,28 +39,30 @@ def _figure1(request: FigureRequest) -> "tuple[Figure, pd.DataFrame | None]":
     from landscape.paper.figure1 import figure1_blocks, plot_blocks
 
     if request.recipes:
-        raise LandscapeError("Figure 1 shows the norms themselves and trains nothing; leave --recipe out.")
+        raise LandscapeError("--recipe: figure 1 shows the norms themselves, without training. Omit --recipe.")
     return plot_blocks({title: steps.numpy() for title, steps in figure1_blocks().items()}), None
 
 
 def _comparison(number: str, request: FigureRequest) -> "tuple[Figure, pd.DataFrame | None]":
-    """Figure 4 or 5: what is not recorded yet is trained first."""
-    from landscape.paper.figures4_5 import COMPARISONS, pending, roughness
+    """Train the missing runs; return figure 4 or 5."""
+    from landscape.paper.figures4_5 import COMPARISONS, roughness
     from landscape.plotting.landscape import plot_landscape
     from landscape.traces.reader import read_traces
+    from landscape.training.completed import pending
 
     if request.recipes:
-        raise LandscapeError(f"Figure {number} has recipes of its own, at two scales; leave --recipe out.")
+        raise LandscapeError(f"--recipe: figure {number} has its own recipes. Omit --recipe, or use --scale.")
     runs = COMPARISONS[number, request.scale]
-    folder = request.traces or request.out / "traces" / runs[0].recipe
-    if left := pending(runs, folder):
-        click.echo(f"{len(left)} of {len(runs)} runs are to be trained, into {folder}.", err=True)
-        places = Places(folder, request.data_dir, request.device, resume=True)
-        for run in prepare(left, places):
-            record(run, places, {})
-    recorded = [folder / run.run_name for run in runs]
-    frame = read_traces(recorded)
-    return plot_landscape(frame, x="epoch", layout="multiples"), roughness(frame, read_traces(recorded, table="epochs"))
+    folder = request.traces or request.out / "traces" / runs[0].name
+    if missing := pending(runs, folder):
+        click.echo(f"Training {len(missing)} of {len(runs)} runs into {folder} ...", err=True)
+        target = TraceTarget(folder, request.data_dir, request.device, resume=True)
+        for run in prepare(missing, target):
+            train_run(run, target, {})
+    locations = [folder / run.run_name for run in runs]
+    frame = read_traces(locations)
+    figure = plot_landscape(frame, x="epoch", layout="multiples")
+    return figure, roughness(frame, read_traces(locations, table="epochs"))
 
 
 def _ranking(request: FigureRequest) -> "tuple[Figure, pd.DataFrame | None]":
@@ -68,7 +72,7 @@ def _ranking(request: FigureRequest) -> "tuple[Figure, pd.DataFrame | None]":
     from landscape.training.train import dry_run
 
     recipes = _ranking_recipes(request)
-    for recipe in recipes:  # before the first is trained, find out whether a later one cannot be
+    for recipe in recipes:  # Every recipe is checked before the first is trained.
         dry_run(recipe, request.data_dir, request.device)
     frames = []
     for recipe in recipes:
@@ -81,8 +85,11 @@ def _ranking(request: FigureRequest) -> "tuple[Figure, pd.DataFrame | None]":
 
 
 def _ranking_recipes(request: FigureRequest) -> list[Recipe]:
-    """What was asked for; else SimpleNet on MNIST and, if not small, a ResNet in minutes of one CPU core."""
-    recipes = [recipe_named(name) for name in dict.fromkeys(request.recipes or ["mnist"])]
+    """Return the requested recipes.
+
+    The default is SimpleNet on MNIST, and at the paper's scale a ResNet, which takes minutes on one CPU core.
+    """
+    recipes = [RECIPES[name] for name in dict.fromkeys(request.recipes or ["mnist"])]
     if request.scale == "small":
         return [replace(recipe, epochs=1) for recipe in recipes]
     cifar = replace(RECIPES["cifar10-small"], model="resnet20", schedule="constant", lr=0.1, augment=(), epochs=4)
@@ -91,7 +98,13 @@ def _ranking_recipes(request: FigureRequest) -> list[Recipe]:
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """A figure: its files' names by scale, what it shows, and what draws it, with a table where it has numbers."""
+    """Specification of a figure.
+
+    Attributes:
+        stems: File names without suffix, by scale.
+        help: Content, for the help.
+        draw: Function (request) -> (figure, table); the table is None without numbers.
+    """
 
     stems: Mapping[str, str]
     help: str
@@ -102,55 +115,55 @@ FIGURES = {
     "1": FigureSpec(dict.fromkeys(SCALES, "figure1"), "which values each norm normalizes together", _figure1),
     "ranking": FigureSpec(
         {"paper": "ranking", "small": "ranking-small"},
-        "how many pairs of activations GhostNorm puts in another order (section 2.2)",
+        "share of activation pairs whose order GhostNorm changes (section 2.2)",
         _ranking,
     ),
     "4": FigureSpec(
         {"paper": "figure4-mnist", "small": "figure4-digits"},
-        "the loss landscape of SimpleNet on MNIST; small: on digits",
+        "loss landscape of SimpleNet on MNIST; small: on digits",
         partial(_comparison, "4"),
     ),
     "5": FigureSpec(
         dict.fromkeys(SCALES, "figure5-cifar10"),
-        "the loss landscape of ResNet-56 on CIFAR-10; small: on a part of it",
+        "loss landscape of ResNet-56 on CIFAR-10; small: on a subset",
         partial(_comparison, "5"),
     ),
 }
-"""The figures by the names they are asked for."""
+"""Figures by name."""
 
-_HELP = """Draw a figure of the paper, as PNG and SVG: NAME.png and NAME.svg in the folder --out.
+_HELP = """Draw a figure of the paper. Writes NAME.png and NAME.svg.
 
 \b
-""" + "\n".join(f"{name:<9}{entry.help}" for name, entry in FIGURES.items())
+""" + "\n".join(f"{name:<9}{spec.help}" for name, spec in FIGURES.items())
+
+figure_option = options_under("Figure")
 
 
-@click.command("figure", help=_HELP)
-@click.argument("name", metavar="NAME")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("figures"), show_default=True, help="Folder of pictures."
-)
-@click.option(
+@click.command("figure", help=_HELP, cls=Command)
+@click.argument("name", metavar="NAME", type=click.Choice([*FIGURES]))
+@figure_option(
     "--scale",
+    type=click.Choice(SCALES),
     default="paper",
     show_default=True,
-    metavar="[small|paper]",
-    help="How much is trained for it; paper asks for a GPU in figure 5.",
+    help="Size of the trainings; figure 5 at the paper's scale needs a GPU.",
 )
-@click.option(
-    "--traces",
-    type=click.Path(path_type=Path),
-    help="Folder with the runs of figure 4 or 5; those it lacks are trained into it.  [default: in OUT]",
-)
-@click.option(
+@figure_option(
     "--recipe",
     "recipes",
+    type=click.Choice([*RECIPES]),
+    metavar="NAME",
     multiple=True,
-    help=f"What is trained for it: {', '.join(RECIPES)}. Repeatable.  [default: its own]",
+    help=f"Recipe of the figure ranking: {', '.join(RECIPES)}. Repeatable.  [default: those of the paper]",
 )
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="Where data files are, or are put.  [default: the user's cache]"
+@figure_option(
+    "--traces",
+    type=click.Path(path_type=Path),
+    help="Folder with the runs of figure 4 or 5; missing runs are trained into it.  [default: in OUT]",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU where there is one]")
+@device_option
+@data_dir_option
+@out_option("figures", "Folder of figures.")
 def command(
     name: str,
     out: Path,
@@ -160,19 +173,15 @@ def command(
     data_dir: Path | None,
     device: str | None,
 ) -> None:
-    """Draw one figure, write it twice, and print its numbers."""
-    if name not in FIGURES:
-        raise LandscapeError(f"There is no figure {name!r}; choose one of {', '.join(FIGURES)}.")
-    if scale not in SCALES:
-        raise LandscapeError(f"scale is {scale!r}; it can be {', '.join(SCALES)}.")
+    """Draw a figure, write it, and print its numbers."""
     if out.exists() and not out.is_dir():
-        raise LandscapeError(f"{out} is a file; give a folder as --out.")
+        raise LandscapeError(f"--out {out}: is a file. Use a folder.")
     if traces and name not in ("4", "5"):
-        raise LandscapeError(f"Figure {name} is not drawn from traces; leave --traces out.")
+        raise LandscapeError(f"--traces: figure {name} is not drawn from traces. Omit --traces.")
     figure, table = FIGURES[name].draw(FigureRequest(out, scale, traces, recipes, data_dir, device))
     from landscape.plotting.figure import save_figure
 
-    # What was asked for otherwise does not take the place of the paper's figure.
+    # A figure with given recipes gets another file name, so that it never replaces the paper's figure.
     stem = "-".join([FIGURES[name].stems[scale], *dict.fromkeys(recipes)])
     if table is not None:
         click.echo(table.to_string(float_format="{:.4g}".format) + "\n")

@@ -1,16 +1,16 @@
-"""``landscape list``: which runs are recorded somewhere."""
+"""``landscape list``: the runs recorded in folders."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .params import PlaceType
+from .params import Command, LocationType
 
-if TYPE_CHECKING:  # --help does not wait for pandas
+if TYPE_CHECKING:  # pandas is slow to import, and --help does not need it.
     import pandas as pd
 
-SHOWN = (
+COLUMNS = (
     "run",
     "updates",
     "recipe",
@@ -25,13 +25,13 @@ SHOWN = (
 )
 
 
-@click.command("list")
-@click.argument("paths", nargs=-1, required=True, type=PlaceType())
+@click.command("list", cls=Command)
+@click.argument("paths", nargs=-1, required=True, type=LocationType())
 def command(paths: tuple[str | Path, ...]) -> None:
-    """Say which runs are recorded in PATHS, and how many updates of each.
+    """List recorded runs with their numbers of updates.
 
-    PATHS are run folders, or folders that hold runs at any depth, or URLs such as s3://bucket/traces. A run without a
-    time in the column `ended` goes on, or was killed or stopped: `landscape probe --resume` continues it.
+    PATHS are folders of runs, folders that hold runs at any depth, or URLs such as s3://bucket/traces. A run without a
+    time in the column `ended` is running, or was killed or stopped: `landscape probe --resume` continues it.
     """
     from landscape.traces.reader import list_runs
 
@@ -39,7 +39,7 @@ def command(paths: tuple[str | Path, ...]) -> None:
 
 
 def _table(runs: "pd.DataFrame") -> "pd.DataFrame":
-    """What there is to be shown: no column that says nothing."""
-    shown = runs.reindex(columns=list(SHOWN)).dropna(axis="columns", how="all")
-    shown["ended"] = runs["ended"]
-    return shown.astype(object).where(shown.notna(), "-")
+    """Return the columns that have values, and the column ``ended``."""
+    table = runs.reindex(columns=list(COLUMNS)).dropna(axis="columns", how="all")
+    table["ended"] = runs["ended"]
+    return table.astype(object).where(table.notna(), "-")

@@ -12,62 +12,58 @@ from landscape import __version__
 from landscape.errors import LandscapeError
 from landscape.text import one_line
 
-COMMANDS = {
-    "figure": "landscape_cli.figure",
-    "list": "landscape_cli.list",
-    "plot": "landscape_cli.plot",
-    "probe": "landscape_cli.probe",
-    "table": "landscape_cli.table",
-    "tune": "landscape_cli.tune",
-}
+from .params import RENAMED
 
-
-class UsageMistake(click.ClickException):
-    """A mistake of the user's: one line, exit code 2."""
-
-    exit_code = 2
+COMMANDS = {name: f"landscape_cli.{name}" for name in ("probe", "list", "plot", "figure", "tune", "table")}
+"""Modules of the commands, in the order of the help."""
 
 
 class Commands(click.Group):
-    """Commands that are imported when they are asked for, and mistakes that are told in one line."""
+    """Commands that are imported on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order in which they are used."""
-        return ["probe", "list", "plot", "figure", "tune", "table"]
+        """Return the names of the commands."""
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command in the module of its name, or None."""
+        """Import and return a command, or return None."""
         return importlib.import_module(COMMANDS[cmd_name]).command if cmd_name in COMMANDS else None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run; warnings are lines on stderr, and a mistake of the user's is one, with exit code 2."""
+        """Run a command; write warnings and errors in one line."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("default", UserWarning)
-                warnings.showwarning = _say
+                warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except click.UsageError as error:
             raise click.UsageError(one_line(error.format_message()), error.ctx) from error
         except LandscapeError as error:
-            raise UsageMistake(one_line(str(error))) from error
+            raise click.UsageError(one_line(str(error))) from error
         except OSError as error:
-            raise UsageMistake(one_line(f"{error.filename or 'The system'}: {error.strerror or error}")) from error
+            raise click.UsageError(one_line(f"{error.filename or 'System'}: {error.strerror or error}.")) from error
 
 
-def _say(message: Warning | str, *details: Any, **options: Any) -> None:
-    """A warning without the line of code that it comes from."""
+def _show_warning(message: Warning | str, *details: Any, **options: Any) -> None:
+    """Write a warning without its line of code."""
     click.echo(f"Warning: {one_line(str(message))}", err=True)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: RENAMED.get(name, name),
+    },
+)
 @click.version_option(__version__, package_name="landscape-probe")
 def main() -> None:
-    """Measure how smooth the loss landscape of a PyTorch training run is.
+    """Measure the smoothness of a PyTorch training run's loss landscape.
 
     \b
-    landscape probe           train on handwritten digits with three norms, probing every update
-    landscape list traces/    say what is recorded there
-    landscape plot traces/    draw it
-    """  # noqa: D301 (click looks for the character \\b)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # the names of files may hold what its encoding does not
+    landscape probe           train on digits with 3 norms, probe every update
+    landscape list traces/    list the recorded runs
+    landscape plot traces/    draw their loss landscapes
+    """  # noqa: D301 (click reads the character \\b)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # File names may hold characters that its encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""``landscape plot``: the shaded figure of recorded traces."""
+"""``landscape plot``: the figure of recorded traces, and its numbers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,53 +8,58 @@ import click
 
 from landscape.names import MEASURES
 
-from .params import PlaceType
+from .params import Command, LocationType, options_under
 
-if TYPE_CHECKING:  # --help does not wait for pandas
+if TYPE_CHECKING:  # pandas is slow to import, and --help does not need it.
     import pandas as pd
 
+figure_option = options_under("Figure")
 
-@click.command()
-@click.argument("paths", nargs=-1, required=True, type=PlaceType())
-@click.option("--out", default="landscape.png", show_default=True, help="Picture to write: .png, .svg or .pdf.")
-@click.option(
+
+@click.command("plot", cls=Command)
+@click.argument("paths", nargs=-1, required=True, type=LocationType())
+@figure_option(
     "--measure",
     "measures",
+    type=click.Choice([*MEASURES]),
     multiple=True,
     default=("loss",),
-    help=f"What is drawn: {', '.join(MEASURES)}. Repeatable; each is a panel.  [default: loss]",
+    show_default=True,
+    metavar="NAME",
+    help=f"Measure to draw: {', '.join(MEASURES)}. Repeatable; each is a panel.",
 )
-@click.option("--x", default="step", show_default=True, metavar="[step|epoch]", help="What it is drawn over.")
-@click.option(
+@figure_option("--x", type=click.Choice(["step", "epoch"]), default="step", show_default=True, help="Horizontal axis.")
+@figure_option(
     "--scale",
+    type=click.Choice(["auto", "log", "symlog", "linear"]),
     default="auto",
     show_default=True,
-    metavar="[auto|log|symlog|linear]",
-    help="Scale of the measures' axes.",
+    help="Scale of the vertical axes.",
 )
-@click.option(
+@figure_option(
     "--layout",
+    type=click.Choice(["auto", "overlay", "multiples"]),
     default="auto",
     show_default=True,
-    metavar="[auto|overlay|multiples]",
-    help="All bands in one panel, or one panel each; auto: one panel unless a band would be hidden.",
+    help="overlay: all bands in one panel; multiples: one panel each; auto: multiples if a band would be hidden.",
 )
+@options_under("Output")("--out", default="landscape.png", show_default=True, help="Figure: .png, .svg or .pdf.")
 def command(
     paths: tuple[str | Path, ...], out: str, measures: tuple[str, ...], x: str, scale: str, layout: str
 ) -> None:
-    """Draw the losses around each update, one band per norm, from the traces in PATHS.
+    """Draw a band of losses per norm; print its size.
 
-    PATHS are run folders, or folders that hold runs at any depth, or URLs such as s3://bucket/traces. What can be drawn
-    of the points around an update:
+    PATHS are folders of runs, folders that hold runs at any depth, or URLs such as s3://bucket/traces. The measures of
+    the points around an update:
 
     \b
-    loss            the losses there, and the loss before the step
-    predictiveness  distances of the gradients there from that before the step
+    loss            their losses, and the loss before the step
+    predictiveness  distances of their gradients from that before the step
     beta            the largest such distance per distance moved
-    gap             differences of the losses from their linear prediction
-    curvature       mean curvature of the loss on the way there
-    """  # noqa: D301 (click looks for the character \b)
-    # Imported here, so that --help does not wait for pandas and matplotlib.
+    gap             differences of their losses from the linear prediction
+    curvature       mean curvature of the loss from the parameters to the point
+    """  # noqa: D301 (click reads the character \b)
+    # pandas and matplotlib are slow to import, and --help does not need them.
     from landscape.plotting.figure import save_figure
     from landscape.plotting.landscape import plot_landscape
     from landscape.traces.reader import read_traces
@@ -68,7 +73,11 @@ def command(
 
 
 def _tables(frame: "pd.DataFrame", measure: str, per_epoch: bool) -> Iterator["pd.DataFrame"]:
-    """How rough the landscape was, for each band, and also for each epoch; and where it was not finite."""
+    """Yield tables of the sizes of the bands.
+
+    With ``per_epoch``, tables with a row for each epoch follow. Columns on non-finite values appear if there are
+    any.
+    """
     from landscape.analysis.summary import size_name, summarize
 
     whole = summarize(frame, by="band", measure=measure).set_index("band").rename_axis(None)

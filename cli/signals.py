@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while a run is trained: the update that is under way is finished, and a checkpoint is written."""
+"""SIGINT and SIGTERM during training: finish the update, write a checkpoint, stop."""
 
 import signal
 from typing import Any
@@ -9,22 +9,28 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SignalGuard:
-    """From the first update on, a signal waits until an update is done. A second one does what it always does."""
+    """Defers the first signal to the end of the update.
+
+    The handlers are installed after the first update. A second signal has its usual effect at once::
+
+        update 7 | SIGTERM, recorded | end of update 7: TrainingInterrupted
+        update 7 | SIGTERM, recorded | SIGTERM: previous handler
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        """The one that came."""
+        """The signal received."""
         self.step = 0
-        """Updates so far."""
-        self._before: dict[signal.Signals, Any] = {}
+        """Number of updates so far."""
+        self._previous: dict[signal.Signals, Any] = {}
 
     def between_updates(self, step: int) -> None:
-        """Raise what ends the training, if a signal has come."""
+        """Raise TrainingInterrupted if a signal was received."""
         self.step = step
-        if not self._before and not self.signal:
-            # What is ignored, as by a shell for its background jobs, stays ignored.
-            listened = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._note) for number in listened}
+        if not self._previous and not self.signal:
+            # A signal that is ignored, such as SIGINT in a background job of a shell, stays ignored.
+            handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._receive) for number in handled}
         if self.signal:
             raise TrainingInterrupted(self.signal.name)
 
@@ -32,16 +38,16 @@ class SignalGuard:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._put_back()
+        self._restore()
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: Any) -> None:
         if self.signal:
-            self._put_back()
+            self._restore()
             signal.raise_signal(number)
             return
         self.signal = signal.Signals(number)
 
-    def _put_back(self) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-        self._before = {}
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,53 +1,34 @@
-"""``landscape table``: tables 1 and 2 of the paper, at its scale or at one that a laptop can train."""
+"""``landscape table``: tables 1 and 2 of arXiv:2007.08554, at two scales."""
 
 from pathlib import Path
 
 import click
 
-from landscape.training.presets import RECIPES
+from landscape.paper.tables1_2 import TABLES
 from landscape.tuning.plan import TuningConfig
 
-from .tune import WorkerOptions, run, workshop_options
-
-_SMALL = {"groups": (2, 4, 8, 16), "channel_groups": (2, 4, 8)}
-TABLES = {
-    ("1", "paper"): (
-        TuningConfig(RECIPES["classify-cifar100"]),
-        "Table 1: classification of CIFAR-100, WideResNet-28-10.",
-    ),
-    ("2", "paper"): (
-        TuningConfig(RECIPES["classify-cifar10"]),
-        "Table 2: classification of CIFAR-10, WideResNet-28-10.",
-    ),
-    ("1", "small"): (
-        TuningConfig(RECIPES["classify-mnist"], **_SMALL),
-        "In the place of table 1 (CIFAR-100, WideResNet-28-10), small enough for a CPU: SimpleNet on MNIST.",
-    ),
-    ("2", "small"): (
-        TuningConfig(RECIPES["classify-cifar10-small"], **_SMALL),
-        "In the place of table 2 (CIFAR-10, WideResNet-28-10), small enough for a CPU: ResNet-20, part of the images.",
-    ),
-}
+from .params import Command, options_under, out_option
+from .tune import WorkerOptions, run, worker_options
 
 
-@click.command("table")
+@click.command("table", cls=Command)
 @click.argument("number", type=click.Choice(["1", "2"]))
-@click.option(
+@options_under("Table")(
     "--scale",
     type=click.Choice(["small", "paper"]),
     default="paper",
     show_default=True,
-    help="paper: WideResNet-28-10, days on a GPU; small: another model on less data, an hour or two on a CPU.",
+    help="paper: WideResNet-28-10, days on a GPU; small: another model on less data, 1 or 2 hours on a CPU.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("figures"), show_default=True, help="Parent of the folder."
-)
-@workshop_options
-def command(number: str, scale: str, out: Path, workshop: WorkerOptions) -> None:
-    """Train what table NUMBER of the paper compares: 1 for CIFAR-100, 2 for CIFAR-10.
+@worker_options
+@out_option("figures", "Parent folder of the results.")
+def command(number: str, scale: str, out: Path, worker: WorkerOptions) -> None:
+    """Train the networks of a table of the paper.
 
-    The same as `landscape tune` with the recipe of the table, the paper's groups and two seeds; the results are in the
-    subfolder table1-small (and so on) of OUT. `--plan` says how long it takes.
+    Table 1 is on CIFAR-100, table 2 on CIFAR-10. The command is `landscape tune` with the recipe of the table, the
+    paper's numbers of groups and two seeds; results are in a subfolder of OUT, such as table1-small. `--plan` estimates
+    the time.
     """
-    tuning, title = TABLES[number, scale]
-    run(tuning, out / f"table{number}-{scale}", workshop, title)
+    table = TABLES[number, scale]
+    tuning = TuningConfig(table.recipe, groups=table.groups, channel_groups=table.channel_groups)
+    run(tuning, out / f"table{number}-{scale}", worker, table.title)

@@ -1,6 +1,6 @@
-"""``landscape tune``: the best groups of each norm, by trainings that several machines may share."""
+"""``landscape tune``: search for the groups of each norm, shared by several machines."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -14,7 +14,9 @@ from landscape.training.recipe import Recipe
 from landscape.tuning.plan import TuningConfig
 from landscape.tuning.strategies import STRATEGIES, Configuration
 
-if TYPE_CHECKING:  # --help waits for neither torch nor pandas
+from .params import Command, Decorated, data_dir_option, device_option, options_under, out_option
+
+if TYPE_CHECKING:  # torch and pandas are slow to import, and --help does not need them.
     from landscape.tuning.plan import TuningPlan
     from landscape.tuning.tune import Outcome
 
@@ -23,7 +25,7 @@ TUNABLE = [name for name, recipe in RECIPES.items() if recipe.validation]
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """Where the trainings run, and where they are kept."""
+    """Options of the machine that trains."""
 
     storage: str | None
     jobs: int
@@ -32,114 +34,121 @@ class WorkerOptions:
     only_plan: bool
 
 
-def workshop_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that make a :class:`Workshop`, which the command gets as ``workshop``."""
+def worker_options(command: Decorated) -> Decorated:
+    """Add the options of `WorkerOptions`, passed as ``worker``."""
 
     @wraps(command)
-    def with_workshop(**given: Any) -> None:
+    def with_worker(**given: Any) -> None:
         names = [field.name for field in fields(WorkerOptions)]
-        command(workshop=WorkerOptions(**{name: given.pop(name) for name in names}), **given)
+        command(worker=WorkerOptions(**{name: given.pop(name) for name in names}), **given)
 
+    worker_option = options_under("Workers")
     options = [
-        click.option("--storage", help="Database that workers share, postgresql:// or sqlite:///.  [default: in OUT]"),
-        click.option("--jobs", type=int, default=1, show_default=True, help="Processes that train on this machine."),
-        click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU where there is one]"),
-        click.option(
-            "--data-dir",
-            type=click.Path(path_type=Path),
-            help="Where data files are, or are put.  [default: the user's cache]",
-        ),
-        click.option("--plan", "only_plan", is_flag=True, help="Say what would be trained and for how long; no more."),
+        worker_option("--storage", help="Database of all workers, postgresql:// or sqlite:///.  [default: in OUT]"),
+        worker_option("--jobs", type=int, default=1, show_default=True, help="Training processes on this machine."),
+        worker_option("--plan", "only_plan", is_flag=True, help="Print the trainings and estimate their time, only."),
+        device_option,
+        data_dir_option,
     ]
+    decorated: Decorated = with_worker
     for option in reversed(options):
-        with_workshop = option(with_workshop)
-    return with_workshop
+        decorated = option(decorated)
+    return decorated
 
 
-@click.command("tune")
-@click.option(
+search_option = options_under("Search")
+
+
+@click.command("tune", cls=Command)
+@search_option(
     "--recipe",
     type=click.Choice(TUNABLE),
     default="classify-digits",
     show_default=True,
     metavar="NAME",
-    help=f"What is trained: {', '.join(TUNABLE)}.",
+    help=f"Recipe to train: {', '.join(TUNABLE)}.",
 )
-@click.option(
+@search_option(
     "--norm",
     "norms",
+    type=click.Choice([*NORMS]),
     multiple=True,
     default=TuningConfig.norms,
-    help=f"Normalization: {', '.join(NORMS)}. Repeatable.  [default: {', '.join(TuningConfig.norms)}]",
+    show_default=True,
+    metavar="NAME",
+    help=f"Normalization: {', '.join(NORMS)}. Repeatable.",
 )
-@click.option(
+@search_option(
     "--groups",
     multiple=True,
     type=int,
     default=TuningConfig.groups,
-    help=f"Groups G_M of the batch to try. Repeatable.  [default: {', '.join(map(str, TuningConfig.groups))}]",
+    show_default=True,
+    help="Groups G_M of the batch to try. Repeatable.",
 )
-@click.option(
+@search_option(
     "--channel-groups",
     multiple=True,
     type=int,
     default=TuningConfig.channel_groups,
-    help=f"Groups G_C of the channels to try. Repeatable.  [default: {', '.join(map(str, TuningConfig.channel_groups))}]",
+    show_default=True,
+    help="Groups G_C of the channels to try. Repeatable.",
 )
-@click.option(
+@search_option(
     "--strategy",
     type=click.Choice(list(STRATEGIES)),
     default=TuningConfig.strategy,
     show_default=True,
     help="sequential: G_M on GhostNorm alone, then G_C; grid: every combination.",
 )
-@click.option(
+@search_option(
     "--tolerance",
     type=float,
     default=TuningConfig.tolerance,
     show_default=True,
-    help="sequential takes the largest G_M whose accuracy is this close to the best.",
+    help="sequential selects the largest G_M whose accuracy is this close to the best.",
 )
-@click.option("--runs", type=int, default=TuningConfig.runs, show_default=True, help="Seeds for each configuration.")
-@click.option("--epochs", type=int, help="Passes over the training set.  [default: the recipe's]")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("tuning"), show_default=True, help="Folder of results."
-)
-@workshop_options
+@search_option("--runs", type=int, default=TuningConfig.runs, show_default=True, help="Seeds for each configuration.")
+@search_option("--epochs", type=int, help="Passes over the training set.  [default: the recipe's]")
+@worker_options
+@out_option("tuning", "Folder of results.")
 def command(
     recipe: str,
     epochs: int | None,
     out: Path,
-    workshop: WorkerOptions,
+    worker: WorkerOptions,
     **search: Any,
 ) -> None:
-    """Choose the groups of each norm by validation accuracy, then train with them for the test accuracy.
+    """Select the groups of each norm by accuracy.
 
-    Trainings are trials of Optuna studies: the same command goes on where it was stopped, and several machines that
-    are given the same --storage share them. Writes table.md, table.parquet and trials.parquet into OUT.
+    Groups are selected by validation accuracy; then networks with these groups are trained on the whole training set
+    for the test accuracy. Trainings are trials of Optuna studies: the same command continues an interrupted search, and
+    machines with the same --storage share it. Writes table.md, table.parquet and trials.parquet into OUT.
     """
     base = RECIPES[recipe] if epochs is None else replace(RECIPES[recipe], epochs=epochs)
-    run(TuningConfig(base, **search), out, workshop)
+    run(TuningConfig(base, **search), out, worker)
 
 
-def run(tuning: TuningConfig, out: Path, workshop: WorkerOptions, title: str = "") -> None:
-    """Tune, write the table and print it; or only say what that would take."""
+def run(tuning: TuningConfig, out: Path, worker: WorkerOptions, title: str = "") -> None:
+    """Tune and write the table, or print the plan."""
     from landscape.tuning.feasibility import check_feasible
     from landscape.tuning.report import abridged, reasons
 
-    plan = check_feasible(tuning, workshop.data_dir, workshop.device)
+    plan = check_feasible(tuning, worker.data_dir, worker.device)
     for why, left_out in reasons(plan).items():
         click.echo(f"Left out: {abridged(left_out)}: {why}")
     choosing, testing = plan.counts()
-    click.echo(f"{choosing} trainings to choose by, then {testing} on the whole training set for the test accuracy.")
-    if workshop.only_plan:
-        _tell(plan, workshop)
+    click.echo(
+        f"{choosing} trainings to select groups, then {testing} on the whole training set for the test accuracy."
+    )
+    if worker.only_plan:
+        _print_plan(plan, worker)
     else:
-        _write(plan, _tune(plan, out, workshop), out, title)
+        _write(plan, _tune(plan, out, worker), out, title)
 
 
-def _tell(plan: "TuningPlan", workshop: WorkerOptions) -> None:
-    """Which trainings there are, and how long they take on this device."""
+def _print_plan(plan: "TuningPlan", worker: WorkerOptions) -> None:
+    """Print the trainings and estimate their time."""
     from landscape.tuning.feasibility import seconds_per_training
     from landscape.tuning.report import duration
 
@@ -147,32 +156,32 @@ def _tell(plan: "TuningPlan", workshop: WorkerOptions) -> None:
         click.echo(f"  {configuration}, {plan.tuning.runs} seeds")
     if any(len(configurations[0].options) > 1 for configurations in plan.possible.values()):
         click.echo(
-            "  (by the strategy sequential the G_M beside a G_C is the one chosen; here, if all do equally well)"
+            "  (the strategy sequential combines each G_C with the selected G_M; here, that of equal accuracies)"
         )
-    seconds = seconds_per_training(plan, workshop.data_dir, workshop.device)
+    seconds = seconds_per_training(plan, worker.data_dir, worker.device)
     choosing, testing = plan.counts()
     whole = 1 + plan.samples["validation"] / plan.samples["train"]
     click.echo(
-        f"Told from a few updates on this device, a training takes {duration(seconds)}; "
-        f"one after the other they take {duration(seconds * (choosing + whole * testing))}."
+        f"Estimated time on this device: {duration(seconds)} per training, "
+        f"{duration(seconds * (choosing + whole * testing))} in sequence."
     )
 
 
-def _tune(plan: "TuningPlan", out: Path, workshop: WorkerOptions) -> "Outcome":
+def _tune(plan: "TuningPlan", out: Path, worker: WorkerOptions) -> "Outcome":
     from landscape.tuning.tune import TuningBackend, tune
 
     out.mkdir(parents=True, exist_ok=True)
-    storage = workshop.storage or f"sqlite:///{out / 'tuning.sqlite3'}"
+    storage = worker.storage or f"sqlite:///{out / 'tuning.sqlite3'}"
     try:
-        place = TuningBackend(storage, workshop.data_dir, workshop.device)
-        return tune(plan, place, jobs=workshop.jobs, on_trained=_say)
+        place = TuningBackend(storage, worker.data_dir, worker.device)
+        return tune(plan, place, jobs=worker.jobs, on_trained=_print_training)
     except KeyboardInterrupt:
-        click.echo("Interrupted. What has been trained is kept; the same command goes on from there.", err=True)
+        click.echo("Interrupted. Finished trainings are kept; run the same command to continue.", err=True)
         raise
 
 
-def _say(recipe: Recipe, row: Mapping[str, Any]) -> None:
-    """One line for a training that has ended."""
+def _print_training(recipe: Recipe, row: Mapping[str, Any]) -> None:
+    """Print a line for a finished training."""
     name = Configuration(recipe.norm, **recipe.norm_options)
     part = "validation" if recipe.validation else "test"
     diverged = ", diverged" if row["score"] != row["score"] else ""

@@ -15,7 +15,7 @@ FILES = [
     for path in (*ROOT.glob("landscape/**/*.py"), *ROOT.glob("cli/*.py"), *ROOT.glob("benchmarks/*.py"))
     if TO_BE_REPLACED not in path.parents
 ]
-OPENINGS = "what whether who where how all those which".split()
+OPENINGS = ["what", "whether", "who", "where", "how", "all", "those", "which"]
 WORDS = 10
 
 

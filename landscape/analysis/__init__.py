@@ -1,4 +1,4 @@
-"""A frame of updates in, a smaller frame out."""
+"""Measures of smoothness, summaries and band labels of recorded updates."""
 
 import lazy_loader
 

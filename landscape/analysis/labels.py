@@ -1,4 +1,4 @@
-"""Labels that tell the bands of a figure apart."""
+"""Labels of bands: which rows a figure or table joins, and under which name."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,19 +11,34 @@ from landscape.names import NORMS, NormInfo
 from landscape.text import short
 
 SETTINGS = ("dataset", "model", "batch_size", "base_lr", "direction")
-"""Facts that join a band's label when runs differ in them."""
+"""Metadata that is added to the labels if runs differ in it."""
 
 
 def band_labels(frame: pd.DataFrame) -> pd.Series:
-    """The band that each row belongs to, by a label such as ``GhostNorm (G=16)``; the categories are in drawing order.
+    """Return the label of the band of each row.
 
-    Rows of one norm with the same groups share a band, whatever their seed; implementations of GhostNorm do not.
-    Without a column ``norm`` every run is a band of its own, and without ``run`` all rows are one band without a label.
+    Runs with the same norm, groups, implementation of GhostNorm and ``SETTINGS`` share a band, whatever their seed.
+    Without a column ``norm`` every run is a band, and without ``run`` as well there is one band with an empty label.
+
+    Args:
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
+
+    Returns:
+        Categorical, (rows,); its categories are in the order of drawing, as in the paper.
+
+    Examples:
+        >>> frame = pd.DataFrame({"run": ["a", "b", "c"], "norm": ["ghost", "ghost", "none"], "groups": [16, 16, None]})
+        >>> list(band_labels(frame))
+        ['GhostNorm (G=16)', 'GhostNorm (G=16)', 'No normalization']
+        >>> list(band_labels(frame).cat.categories)
+        ['No normalization', 'GhostNorm (G=16)']
+        >>> list(band_labels(frame.assign(batch_size=[128, 512, 512])).cat.categories)[1:]
+        ['GhostNorm (G=16), batch size 128', 'GhostNorm (G=16), batch size 512']
     """
     if "norm" not in frame:
         return pd.Series(frame.get("run", ""), frame.index, dtype="category")
     names = [name for name in ("norm", "groups", "channel_groups", "ghost_by", *SETTINGS) if name in frame]
-    # A run of which no norm is known is a band by itself.
+    # A run without a norm in its metadata is a separate band.
     runs = frame["run"].astype(object) if "run" in frame else pd.Series("", frame.index)
     keys = frame[names].assign(run=runs.where(frame["norm"].isna()))
     differing = [
@@ -33,7 +48,7 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
     facts = keys.loc[~number.duplicated()].astype(object)
     facts = facts.where(facts.notna(), None).to_dict("records")
     labels = [_label(band, differing) for band in facts]
-    # Names of any length may differ where they are cut.
+    # Long labels are numbered, because they may differ only in the part that is cut off.
     labels = [label if label == short(label) else f"[{index}] {short(label)}" for index, label in enumerate(labels)]
     order = [labels[index] for index in sorted(range(len(facts)), key=lambda index: _position(facts[index]))]
     categories = list(dict.fromkeys(order))
@@ -61,19 +76,29 @@ def _position(facts: Mapping[str, Any]) -> tuple[Any, ...]:
     norms = list(NORMS)
     norm = norms.index(facts["norm"]) if facts["norm"] in norms else len(norms)
     groups = [facts.get(name) or 0 for name in ("channel_groups", "groups")]
-    # Facts may be of any type, and text comes after numbers.
+    # Metadata may have any type; text is sorted after numbers.
     variant = [(isinstance(number, str), number) for number in groups]
     return norm, str(facts["norm"]), *variant, facts.get("ghost_by") != "layer"
 
 
 def group_keys(frame: pd.DataFrame, by: str | Sequence[str], *others: str) -> pd.DataFrame:
-    """The columns that make the groups; a frame without ``run`` is one run without a name, and bands are worked out."""
+    """Return the columns to group rows by.
+
+    Args:
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``. A missing column ``run`` is filled with an empty
+            name, a missing column ``band`` with :func:`band_labels`.
+        by: Names of the columns to return.
+        *others: Names of more columns that the frame must have.
+
+    Raises:
+        LandscapeError: A column is missing.
+    """
     names = [by] if isinstance(by, str) else list(by)
     frame = frame if "run" in frame else frame.assign(run="")
     if "band" in names and "band" not in frame:
         frame = frame.assign(band=band_labels(frame))
     if missing := [name for name in (*names, *others) if name not in frame]:
         raise LandscapeError(
-            f"The frame has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}."
+            f"columns={', '.join(missing)}: not in the frame. Use its columns: {', '.join(map(str, frame.columns))}."
         )
     return pd.DataFrame(frame[names])

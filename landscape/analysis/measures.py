@@ -1,4 +1,4 @@
-"""What each update says of the landscape around it: the measures of smoothness, row by row."""
+"""Measures of smoothness of the loss landscape, update by update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,51 +12,71 @@ from landscape.errors import LandscapeError
 from landscape.names import MEASURES, check_measure
 
 REMEDIES = {
-    "gradient_distances": "record with `landscape probe --gradients` or LandscapeProbe(..., gradients=True)",
-    "slope": "traces have it from format version 2 on, so record the run anew",
+    "gradient_distances": "Record with `landscape probe --gradients` or LandscapeProbe(..., gradients=True)",
+    "slope": "Record the run again, because traces have it from format version 2 on",
 }
-"""What to do where a column that a measure needs is missing; by the first of these columns."""
+"""Remedy by the first missing column that a measure requires."""
 
 
 def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """The frame with a measure of every update, taken over the points ``theta - eta_k d`` of the update's ray.
+    """Return the frame with a measure of every update.
 
-    With the loss ``L``, the gradient ``g`` at ``theta`` and the direction ``d``, at the K step sizes ``eta_k``:
+    A measure is computed along the ray ``theta - eta_k d`` of the update, at the K step sizes ``eta_k``. With the loss
+    ``L``, its gradient ``g`` at ``theta`` and the direction ``d``, the K values are:
 
     - ``loss``: ``L(theta - eta_k d)``.
     - ``predictiveness``: ``|grad L(theta - eta_k d) - g|``, the gradient predictiveness.
-    - ``beta``: ``max_k |grad L(theta - eta_k d) - g| / (|eta_k| |d|)``, the effective beta-smoothness.
-    - ``gap``: ``gap_k = L(theta - eta_k d) - (L(theta) - eta_k <g, d>)``, from the linear prediction to the loss.
-    - ``curvature``: ``2 gap_k / (eta_k |d|)^2``, the mean of the second derivative by distance between ``theta`` and
-      the point, weighted towards ``theta``. Where the loss is quadratic with Hessian ``H`` it is ``d'Hd / |d|^2``.
+    - ``beta``: ``max_k |grad L(theta - eta_k d) - g| / (|eta_k| |d|)``, the effective beta-smoothness (1 value).
+    - ``gap``: ``gap_k = L(theta - eta_k d) - (L(theta) - eta_k <g, d>)``, the error of the linear prediction.
+    - ``curvature``: ``2 gap_k / (eta_k |d|)^2``. This is a weighted mean of the second derivative of ``L`` by distance
+      between ``theta`` and the point, with more weight near ``theta``. If ``L`` is quadratic with Hessian ``H``, it is
+      ``d'Hd / |d|^2``.
 
-    The first three are those of Santurkar et al. 2018, section 3.1; the last two need no gradients along the ray. Step
-    size 0 moves nothing, so ``beta`` and ``curvature`` leave it out. Losses of single precision are exact to some 1e-7
-    of their size: where a step is short, this is seen in ``gap``, and in ``curvature`` divided by the squared distance.
+    Units: ``loss`` and ``gap`` are in units of the loss, ``predictiveness`` is loss / parameter, ``beta`` and
+    ``curvature`` are loss / parameter^2. The norms are l2 norms over all parameters.
+
+    The first 3 are defined in Santurkar et al. 2018 (arXiv:1805.11604), section 3.1. The last 2 require no gradients
+    along the ray. ``beta`` and ``curvature`` omit step size 0, where they are undefined. Losses in single precision
+    have relative errors of about 1e-7. On short steps this error is visible in ``gap``, and in ``curvature`` it is
+    divided by the squared distance.
 
     Args:
-        frame: Rows of ``read_traces`` or ``TraceWriter.frame``.
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
         measure: ``"loss"``, ``"predictiveness"``, ``"beta"``, ``"gap"`` or ``"curvature"``.
 
     Returns:
-        The frame with ``<measure>_min`` and ``<measure>_max`` of the K values: NaN if one of them is, or if there are
-        none. With ``beta``, which is a maximum already, both are the column ``beta``. What is there is kept.
+        The frame with two more columns, ``<measure>_min`` and ``<measure>_max``: minimum and maximum of the K values,
+        or NaN if a value is NaN or there is none. For ``beta``, both equal a third column ``beta``. A frame that has
+        the two columns is returned unchanged.
 
     Raises:
-        LandscapeError: There is no such measure, no row holds what it needs, or a row has not one value per step size.
+        LandscapeError: The measure does not exist, no row has the columns that it requires, or a row has not exactly
+            one value per step size.
+
+    Examples:
+        The ray of ``L(theta) = theta^2`` at ``theta = 1``, with ``g = d = 2`` and second derivative 2:
+
+        >>> frame = pd.DataFrame({"loss": [1.0], "slope": [4.0], "direction_norm": [2.0], "step_sizes": [[0.25, 0.5]],
+        ...                       "losses": [[0.25, 0.0]], "gradient_distances": [[1.0, 2.0]]})
+        >>> measured(frame, "gap")[["gap_min", "gap_max"]].values.tolist()
+        [[0.25, 1.0]]
+        >>> measured(frame, "curvature")[["curvature_min", "curvature_max"]].values.tolist()
+        [[2.0, 2.0]]
+        >>> float(measured(frame, "beta")["beta"][0])
+        2.0
     """
     check_measure(measure)
     needs = MEASURES[measure].needs
     if needs and not has_inputs(frame, measure).any():
         raise LandscapeError(
-            f"The measure {measure} needs {' and '.join(needs)}, which all rows lack (missing or NaN); "
-            f"{REMEDIES[needs[0]]}, or choose another measure, such as loss."
+            f"measure={measure!r}: requires {' and '.join(needs)}, missing or NaN in all rows. "
+            f"{REMEDIES[needs[0]]}, or use another measure, such as loss."
         )
     low, high = f"{measure}_min", f"{measure}_max"
     if low in frame and high in frame:
         return frame
     rays = _Rays.of(frame, MEASURES[measure].along, MEASURES[measure].at_zero)
-    with np.errstate(all="ignore"):  # inf - inf and 0 / 0 are NaN, and that is what is to be known of them
+    with np.errstate(all="ignore"):  # inf - inf and 0 / 0 are NaN on purpose.
         smallest, largest = rays.extremes(_FORMULAS[measure](rays))
     if measure == "beta":
         return frame.assign(beta=largest, beta_min=largest, beta_max=largest)
@@ -64,7 +84,15 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 
 def flatten_lists(frame: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists as all values, one after the other, and their number in each row; a missing list has none."""
+    """Return the concatenated values of lists, and their counts.
+
+    Args:
+        frame: Frame with the column.
+        name: Name of the column; its values are lists, arrays or missing.
+
+    Returns:
+        The values, (P,), and the number of values in each row, (rows,), which is 0 for a missing list.
+    """
     lists = (
         pa.Table.from_pandas(frame[[name]], preserve_index=False)
         .column(0)
@@ -76,7 +104,15 @@ def flatten_lists(frame: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarra
 
 
 def has_inputs(frame: pd.DataFrame, measure: str) -> np.ndarray:
-    """Whether each row holds what the measure needs; bool (rows,)."""
+    """Return True for each row with the required columns.
+
+    Args:
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
+        measure: A measure of :func:`measured`.
+
+    Returns:
+        bool, (rows,).
+    """
     held = np.ones(len(frame), bool)
     for name in MEASURES[measure].needs:
         held &= frame[name].notna().to_numpy() if name in frame else False
@@ -85,34 +121,43 @@ def has_inputs(frame: pd.DataFrame, measure: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Rays:
-    """The points of all rays, one after the other, as arrays (P,)."""
+    """Points of all rays, concatenated into arrays (P,)."""
 
     frame: pd.DataFrame
     row: np.ndarray
-    """Position of the row that a point belongs to, ascending."""
+    """Position of the row of each point, ascending."""
     eta: np.ndarray
     value: np.ndarray
-    """Loss or distance of gradients at the point."""
+    """Loss, or distance of gradients, at each point."""
 
     @classmethod
     def of(cls, frame: pd.DataFrame, along: str, at_zero: bool) -> Self:
-        """The points of the rows that have values, without those at step size 0 unless ``at_zero``."""
+        """Return the points of the rows that have values.
+
+        Args:
+            frame: Rows with ``step_sizes`` and the column ``along``.
+            along: Column of lists with one value per step size.
+            at_zero: Keep the points at step size 0.
+        """
         (value, counts), (eta, expected) = flatten_lists(frame, along), flatten_lists(frame, "step_sizes")
         if (wrong := np.flatnonzero((counts > 0) & (counts != expected))).size:
             raise LandscapeError(
-                f"Row {wrong[0]} has {counts[wrong[0]]} {along} at {expected[wrong[0]]} step sizes; "
-                "give rows of read_traces or LandscapeProbe.frame."
+                f"Row {wrong[0]} has {counts[wrong[0]]} {along} at {expected[wrong[0]]} step sizes: must have one "
+                "value per step size. Use rows of read_traces or LandscapeProbe.frame."
             )
         row, eta = np.repeat(np.arange(len(frame)), counts), eta[np.repeat(counts > 0, expected)]
         kept = slice(None) if at_zero else eta != 0
         return cls(frame, row[kept], eta[kept], value[kept])
 
     def each(self, name: str) -> np.ndarray:
-        """A column's value for every point."""
+        """Return the value of a column for every point."""
         return self.frame[name].to_numpy(float, na_value=np.nan)[self.row]
 
     def extremes(self, values: np.ndarray) -> np.ndarray:
-        """Smallest and largest of the values of each row, (2, rows); NaN if one of them is, or if there are none."""
+        """Return minimum and maximum of each row, (2, rows).
+
+        Both are NaN for a row with a NaN or without values.
+        """
         extremes = np.full((2, len(self.frame)), np.nan)
         if len(values):
             first = np.flatnonzero(np.diff(self.row, prepend=-1))
@@ -121,7 +166,7 @@ class _Rays:
         return extremes
 
 
-def _as_recorded(rays: _Rays) -> np.ndarray:
+def _recorded(rays: _Rays) -> np.ndarray:
     return rays.value
 
 
@@ -138,8 +183,8 @@ def _curvature(rays: _Rays) -> np.ndarray:
 
 
 _FORMULAS: dict[str, Callable[[_Rays], np.ndarray]] = {
-    "loss": _as_recorded,
-    "predictiveness": _as_recorded,
+    "loss": _recorded,
+    "predictiveness": _recorded,
     "beta": _beta,
     "gap": _gap,
     "curvature": _curvature,

@@ -1,4 +1,4 @@
-"""Measures joined over updates and runs: a frame in, a smaller frame out."""
+"""Aggregates of a measure over updates and runs: bands over training, and one row per group."""
 
 from collections.abc import Sequence
 
@@ -14,41 +14,52 @@ from landscape.names import MEASURES
 def envelope(
     frame: pd.DataFrame, x: str = "step", by: str | Sequence[str] = "run", bins: int = 1000, measure: str = "loss"
 ) -> pd.DataFrame:
-    """The band of every group over ``x``, in at most ``bins`` points and without losing an extreme.
+    """Return the band of every group over the training run.
 
-    Neighbouring values of ``x`` share a bin, the same one in all groups; up to ``bins`` distinct values each have their
-    own. All runs of a group are joined: the band spans the smallest to the largest of them. Updates with a value that
-    is NaN or infinite are counted and left out of the band, and runs that did not record what the measure needs
-    (:func:`recorded`) of everything.
+    The distinct values of ``x``, sorted and the same for all groups, are divided into at most ``bins`` bins, and the
+    rows of a group in a bin become one point. Over those of its updates ``u`` whose values ``m_k(u)`` are all finite::
+
+        <measure>_min = min_u min_k m_k(u),    <measure>_max = max_u max_k m_k(u)
+
+    so no extreme is lost, and the runs of a group are joined in one band.
 
     Args:
-        frame: Rows of ``read_traces`` or ``TraceWriter.frame``.
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
         x: ``"step"`` or ``"epoch"``.
-        by: Columns whose values make the groups; ``"band"`` stands for ``band_labels(frame)``.
-        bins: Most points per group.
-        measure: What the band is of: a measure of :func:`landscape.analysis.measures.measured`.
+        by: Columns whose values define the groups; ``"band"`` stands for :func:`band_labels`.
+        bins: Maximum number of points per group.
+        measure: A measure of :func:`measured`.
 
     Returns:
-        One row per group and bin: ``x`` (the bin's first), ``<measure>_min`` and ``<measure>_max`` (smallest and
-        largest value of the updates that are :func:`finite`, NaN without one), ``updates`` (rows joined) and
-        ``not_finite`` (those of them that are not). The measures ``loss`` and ``beta`` have a line, too: in a column of
-        that name, the mean over what is finite.
+        One row per group and bin, with the columns ``by`` and: ``x`` (smallest in the bin), ``<measure>_min`` and
+        ``<measure>_max`` (NaN if no update is finite), ``updates`` (number of rows) and ``not_finite`` (number of rows
+        with a NaN or infinite value). ``loss`` and ``beta`` have one more column, ``<measure>``: the mean of its finite
+        values. Runs that did not record what the measure requires have no rows.
 
     Raises:
-        LandscapeError: A column is missing, ``x`` was not recorded, or there is no such measure or nothing that it needs.
+        LandscapeError: A column is missing, ``x`` is NaN in a row, the measure does not exist, or no run recorded what
+            it requires.
+
+    Examples:
+        >>> frame = pd.DataFrame({"step": [0, 1, 2], "loss": [3.0, 2.0, 1.0], "loss_min": [2.0, 1.0, 0.5],
+        ...                       "loss_max": [4.0, 5.0, np.inf]})
+        >>> envelope(frame, bins=2)[["step", "loss", "loss_min", "loss_max", "updates", "not_finite"]]
+           step  loss  loss_min  loss_max  updates  not_finite
+        0     0   2.5       1.0       5.0        2           0
+        1     2   1.0       NaN       NaN        1           1
     """
     keys = group_keys(frame, by, x)
     if pd.isna(frame[x].to_numpy()).any():
-        raise LandscapeError(f"The trace does not know the {x} of every update; choose another x, such as step.")
+        raise LandscapeError(f"x={x!r}: missing or NaN in some rows. Use another x, such as step.")
     frame = measured(frame, measure)
-    names, whole = [measure, f"{measure}_min", f"{measure}_max"], is_finite(frame, measure)
+    names, finite = [measure, f"{measure}_min", f"{measure}_max"], is_finite(frame, measure)
     rows = keys.assign(
         x=frame[x],
         bin=_bins(frame[x].to_numpy(), bins),
         line=frame[measure].where(np.isfinite) if MEASURES[measure].line else np.nan,
-        low=frame[names[1]].where(whole),
-        high=frame[names[2]].where(whole),
-        not_finite=~whole,
+        low=frame[names[1]].where(finite),
+        high=frame[names[2]].where(finite),
+        not_finite=~finite,
     )
     groups = pd.DataFrame(rows[has_measure(frame, measure)]).groupby(
         [*keys.columns, "bin"], observed=True, dropna=False
@@ -72,38 +83,47 @@ def _bins(x: np.ndarray, bins: int) -> np.ndarray:
 
 
 def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str = "loss") -> pd.DataFrame:
-    """How rough the landscape was: for each update one number, averaged over the updates of a group.
+    """Return the mean and median roughness of every group.
 
-    For ``loss`` that number is the range of the probed losses, ``loss_max - loss_min``; for every other measure it is
-    the value of the largest magnitude among those at the K step sizes, without its sign.
+    The roughness of an update is the range of its losses, ``max_k L_k - min_k L_k``, for ``loss``, and the largest
+    magnitude of its values, ``max_k |m_k|``, for every other measure. Mean and median are over the updates of a group
+    whose values are all finite.
 
     Args:
-        frame: Rows of ``read_traces`` or ``TraceWriter.frame``.
-        by: Columns whose values make the groups, such as ``("band", "epoch")``: ``band`` stands for
-            ``band_labels(frame)``, and ``epoch`` counts the passes completed, so that the first one is 0.
-        measure: A measure of :func:`landscape.analysis.measures.measured`.
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
+        by: Columns whose values define the groups, such as ``("band", "epoch")``. ``"band"`` stands for
+            :func:`band_labels`, and ``"epoch"`` is the number of completed epochs, so the first epoch is 0.
+        measure: A measure of :func:`measured`.
 
     Returns:
-        One row per group: ``updates`` probed, ``not_finite`` (those that are not :func:`finite`), ``first_not_finite``
-        (the step of the first of them, missing if there is none), ``mean_range`` and ``median_range`` over the other
-        updates (``mean_beta`` and ``median_beta`` for ``beta``, and so on), ``mean_loss`` over the finite training
-        losses, and the ``seconds`` that probing took. A mean over nothing is NaN. Updates of runs that did not record
-        what the measure needs (:func:`recorded`) are not counted.
+        One row per group, with the columns ``by`` and: ``updates`` (number of probed updates), ``not_finite`` (number
+        of updates with a NaN or infinite value), ``first_not_finite`` (step of the first of them, or missing),
+        ``mean_range`` and ``median_range`` (for another measure ``mean_<measure>`` and ``median_<measure>``),
+        ``mean_loss`` (mean of the finite training losses) and ``seconds`` (time of all probes). A mean of no values is
+        NaN. Updates of runs that did not record what the measure requires are not counted in ``updates``.
 
     Raises:
-        LandscapeError: A column is missing, or there is no such measure or nothing that it needs.
+        LandscapeError: A column is missing, the measure does not exist, or no run recorded what it requires.
+
+    Examples:
+        >>> frame = pd.DataFrame({"run": ["a", "a", "b"], "step": [0, 1, 0], "loss": [3.0, 2.0, 3.0], "seconds": 0.5,
+        ...                       "loss_min": [2.0, 1.0, 2.0], "loss_max": [4.0, 5.0, np.inf]})
+        >>> summarize(frame)[["run", "updates", "not_finite", "mean_range", "seconds"]]
+          run  updates  not_finite  mean_range  seconds
+        0   a        2           0         3.0      1.0
+        1   b        1           1         NaN      0.5
     """
     keys = group_keys(frame, by, "step", "loss", "seconds")
     if "epoch" in keys:
         keys["epoch"] = np.floor(keys["epoch"]).astype("Int64")
     frame = measured(frame, measure)
-    known, whole = has_measure(frame, measure), is_finite(frame, measure)
+    known, finite = has_measure(frame, measure), is_finite(frame, measure)
     loss = frame["loss"].where(np.isfinite(frame["loss"]))
     rows = keys.assign(
         _known=known,
-        _not_finite=known & ~whole,
-        _first=frame["step"].astype("Int64").where(known & ~whole),
-        _size=_size(frame, measure).where(whole),
+        _not_finite=known & ~finite,
+        _first=frame["step"].astype("Int64").where(known & ~finite),
+        _size=_size(frame, measure).where(finite),
         _loss=loss,
         _seconds=frame["seconds"],
     )
@@ -118,7 +138,7 @@ def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str
 
 
 def size_name(measure: str) -> str:
-    """What ``summarize`` averages, as in its column ``mean_range``."""
+    """Return the suffix of the column ``mean_range``."""
     return measure if MEASURES[measure].has_origin else "range"
 
 
@@ -128,19 +148,30 @@ def _size(frame: pd.DataFrame, measure: str) -> pd.Series:
 
 
 def is_finite(frame: pd.DataFrame, measure: str) -> np.ndarray:
-    """Whether all that the measure says of each update is finite, the line as well as the K values; bool (rows,).
+    """Return True for each row whose values are finite.
 
     Args:
-        frame: Rows with the columns of :func:`landscape.analysis.measures.measured`.
-        measure: Its measure.
+        frame: Frame returned by ``measured(frame, measure)``.
+        measure: A measure of :func:`measured`.
+
+    Returns:
+        bool, (rows,): the K values of the row are finite, and so is its line if the measure has one.
     """
-    # The extremes are NaN or infinite if one of the K values is.
+    # Minimum or maximum is NaN or infinite if one of the K values is.
     columns = [f"{measure}_min", f"{measure}_max", *([measure] if MEASURES[measure].line else [])]
     return np.logical_and.reduce([np.isfinite(frame[column].to_numpy()) for column in columns])
 
 
 def has_measure(frame: pd.DataFrame, measure: str) -> np.ndarray:
-    """Whether each row is of a run that recorded what the measure needs, at any of its updates; bool (rows,)."""
+    """Return True for each row whose run has the measure.
+
+    Args:
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
+        measure: A measure of :func:`measured`.
+
+    Returns:
+        bool, (rows,): at least one update of the row's run and band has the columns that the measure requires.
+    """
     known = has_inputs(frame, measure)
     if known.all():
         return known

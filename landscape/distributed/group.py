@@ -1,4 +1,4 @@
-"""Processes that train one model together: what they average, and that they give up as one."""
+"""The processes that train one model: collectives, and errors that all of them raise."""
 
 import sys
 import zlib
@@ -19,40 +19,52 @@ K = TypeVar("K")
 
 
 class RankFailedError(LandscapeError):
-    """Another process of the group no longer answers; who goes on without it lets the rest of them wait."""
+    """A peer process died.
+
+    Continuing without it would deadlock the other ranks.
+    """
 
 
 @contextmanager
 def translate_collective_errors() -> Iterator[None]:
-    """Say it in plain words if a process of the group dies while the body waits for it.
+    """Translate errors of torch's collectives in the body.
 
     Raises:
-        RankFailedError: Instead of what torch's collectives raise.
+        RankFailedError: Another process died while a collective waited for it.
     """
     try:
         yield
     except RuntimeError as error:
-        # torch has a type for what NCCL and its store say; what gloo says is known by its words.
+        # torch has a type for errors of NCCL and its store; those of gloo are only known by their text.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise RankFailedError(
-            "Another of the processes that train the model no longer answers: it has failed, or was killed."
+            "A process that trains the model no longer responds: it has failed, or was killed. See the messages of all "
+            "processes, and restart them."
         ) from error
 
 
 class RankGroup:
-    """The processes of a group, of which this is one; without a group this process is alone, and nothing is sent.
+    """The processes of a group, one of which is this.
 
-    Each collective comes after a small exchange in which every rank says whether it can go on. So an error on one of
-    them is an error on all, they stay in step, and none waits for another that has given up. The exchange is between
-    hosts: no GPU is waited for.
+    Without a group this process is alone, and nothing is sent.
+
+    Before each collective the ranks exchange in a few bytes whether each of them can continue. So an error on one rank
+    is raised on all, they stay in step, and none blocks on a collective that another has given up. The exchange is
+    between hosts, so it does not synchronize GPUs.
 
     Args:
-        group: The process group, or None. With a group this call is a collective itself.
+        group: The process group, or None. With a group, this constructor is a collective too.
 
     Attributes:
-        rank: Which of the processes this is, from 0 on.
-        size: How many there are.
+        rank: Rank of this process, from 0.
+        size: Number of processes.
+
+    Examples:
+        >>> RankGroup().size
+        1
+        >>> RankGroup().all_mean(lambda: {"loss": torch.tensor(2.0), "step": 7})
+        {'loss': tensor(2.), 'step': 7}
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
@@ -65,25 +77,28 @@ class RankGroup:
             self._hosts = dist.new_group(members, backend="gloo", use_local_synchronization=True)
         self._depth = 0
         self._abandoned = False
-        """Whether all ranks know that what they are in the middle of has failed."""
+        """True if the outermost `run_on_all` has failed on all ranks."""
 
     @property
     def is_writer(self) -> bool:
-        """Whether this process writes what is common to all."""
+        """True if this process writes what all have in common."""
         return self.rank == 0
 
-    def run_on_all(self, compute: Callable[[], T], alike: Callable[[T], Any] = lambda result: None) -> T:
-        """This rank's own ``compute()``, if all ranks get through theirs.
+    def run_on_all(self, compute: Callable[[], T], must_match: Callable[[T], Any] = lambda result: None) -> T:
+        """Return this rank's ``compute()`` if it succeeds on all ranks.
 
-        A computation may contain others, as long as all ranks call them in the same order.
+        Calls may be nested if all ranks make them in the same order.
 
         Args:
-            compute: Whatever this rank does by itself.
-            alike: What of the result has to be the same on all ranks; its ``repr`` is compared.
+            compute: Computation of this rank.
+            must_match: Part of the result that must be the same on all ranks; its ``repr`` is compared.
+
+        Returns:
+            The result of this rank.
 
         Raises:
-            LandscapeError: The results are not alike.
-            Exception: That of a rank that failed, on all ranks and with its number; errors of the package and
+            LandscapeError: The results do not match.
+            Exception: The error of a rank that failed, on all ranks and with its number; errors of the package and
                 RuntimeErrors keep their type.
         """
         if self._group is None:
@@ -93,8 +108,8 @@ class RankGroup:
         try:
             with translate_collective_errors():
                 result = compute()
-            mark = zlib.crc32(repr(alike(result)).encode())
-        except RankFailedError:  # nobody is left to be told
+            mark = zlib.crc32(repr(must_match(result)).encode())
+        except RankFailedError:  # no other rank could take part in an exchange
             raise
         except Exception as error:
             if not self._abandoned:
@@ -106,18 +121,24 @@ class RankGroup:
         finally:
             self._depth -= 1
 
-    def all_mean(self, compute: Callable[[], Mapping[K, Any]], apart: Container[K] = ()) -> dict[K, Any]:
-        """The means of ``compute()`` over the ranks: of its tensors; everything else has to be the same on all.
+    def all_mean(self, compute: Callable[[], Mapping[K, Any]], local: Container[K] = ()) -> dict[K, Any]:
+        """Return ``compute()`` with tensors averaged over the ranks.
 
-        Tensors of less than single precision are averaged, and given back, in single precision. What is ``apart`` is
-        each rank's own, and stays as it is.
+        Tensors below single precision are averaged, and returned, in single precision.
+
+        Args:
+            compute: Returns tensors, which are averaged, and other values, which must be the same on all ranks.
+            local: Keys whose values stay those of each rank.
+
+        Returns:
+            The same keys, with the means.
 
         Raises:
-            LandscapeError: The ranks do not compute the same things.
-            Exception: As for :meth:`agree`.
+            LandscapeError: Keys, shapes, types or other values differ between ranks.
+            Exception: The error of a rank that failed, as in `run_on_all`.
         """
-        own = dict(self.run_on_all(compute, lambda own: _outline({key: own[key] for key in own if key not in apart})))
-        tensors = {key: value.detach() for key, value in own.items() if isinstance(value, Tensor) and key not in apart}
+        own = dict(self.run_on_all(compute, lambda own: _signature({key: own[key] for key in own if key not in local})))
+        tensors = {key: value.detach() for key, value in own.items() if isinstance(value, Tensor) and key not in local}
         if self._group is None or not tensors:
             return own
         kind = reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values()], torch.float32)
@@ -129,7 +150,7 @@ class RankGroup:
 
     @translate_collective_errors()
     def all_reduce_mean_(self, tensor: Tensor) -> Tensor:
-        """The mean of a tensor over the ranks, all of which have one like it; it is written to."""
+        """Average a tensor over the ranks, in place."""
         if self._group is not None:
             dist.all_reduce(tensor, group=self._hosts if tensor.device.type == "cpu" else self._group)
             tensor /= self.size
@@ -137,116 +158,125 @@ class RankGroup:
 
     @translate_collective_errors()
     def broadcast_bool(self, value: bool) -> bool:
-        """The writer's ``value``, on all ranks."""
+        """Return the writer's ``value`` on all ranks."""
         if self._group is None:
             return value
-        told = torch.tensor(value)
-        dist.broadcast(told, src=dist.get_global_rank(self._group, 0), group=self._hosts)
-        return bool(told)
+        received = torch.tensor(value)
+        dist.broadcast(received, src=dist.get_global_rank(self._group, 0), group=self._hosts)
+        return bool(received)
 
     @translate_collective_errors()
     def all_gather_bytes(self, own: bytes) -> list[bytes]:
-        """What every rank has to say, in their order, on all of them."""
+        """Return the bytes of every rank, in rank order."""
         if self._group is None:
             return [own]
         sizes = [torch.tensor(0) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor(len(own)), self._hosts)
-        # One byte more, because nothing may be nothing at all.
+        # One more byte, because torch.frombuffer does not accept an empty buffer.
         padded = torch.frombuffer(bytearray(own.ljust(int(max(sizes)) + 1)), dtype=torch.uint8)
-        shared = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(shared, padded, self._hosts)
-        return [bytes(part[:size].numpy()) for part, size in zip(shared, sizes, strict=True)]
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded, self._hosts)
+        return [bytes(part[:size].numpy()) for part, size in zip(gathered, sizes, strict=True)]
 
     def has_untracked_ranks(self) -> bool:
-        """Whether torch knows of processes beside these."""
+        """Return True if torch has processes outside this group."""
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > self.size
 
     @translate_collective_errors()
     def _exchange(self, mark: int, error: Exception | None) -> None:
-        """Tell all ranks of an error, or of what has to be alike; raise on all of them if something is not right."""
+        """Raise if a rank has an error, or marks differ."""
         assert self._group is not None
         self._abandoned = True  # also if the exchange itself fails
+        # One reduction by maximum gives the lowest rank that failed, and the largest and the smallest mark. Of 2 ranks
+        # with marks 5 and 7: max([0, 5, -5], [0, 7, -7]) = [0, 7, -5], and 7 != 5. If rank 1 has failed instead:
+        # max([0, 5, -5], [1, 0, 0]) = [1, 5, 0], and 2 - 1 is its rank.
         mine = torch.tensor([0 if error is None else self.size - self.rank, mark, -mark])
         dist.all_reduce(mine, dist.ReduceOp.MAX, self._hosts)
         failed, most, least = mine.tolist()
         if failed:
-            raise self._told(self.size - failed, error) from error
+            raise self._broadcast_error(self.size - failed, error) from error
         if most != -least:
             raise LandscapeError(
-                "The ranks do not measure the same (step sizes, parameters, options of the probe); give the probe the "
-                "same on every rank, and let every rank make every optimizer step."
+                "Step sizes, parameters and options of the probe must be the same on all ranks. Give every rank the "
+                "same, and make every optimizer step on every rank."
             )
         self._abandoned = False
 
-    def _told(self, rank: int, error: Exception | None) -> Exception:
-        """The error of that rank, as all others can raise it too."""
+    def _broadcast_error(self, rank: int, error: Exception | None) -> Exception:
+        """Return the error of ``rank`` on all ranks."""
         assert self._group is not None
-        told: list[Any] = [None]
+        sent: list[Any] = [None]
         if rank == self.rank and error is not None:
             kinds = type(error).__mro__
             kind = next(kind for kind in kinds if kind in (RuntimeError, Exception) or _is_ours(kind))
-            told = [(kind, f"rank {rank}: {error or type(error).__name__}")]
+            sent = [(kind, f"rank {rank}: {error or type(error).__name__}")]
         source, host = dist.get_global_rank(self._group, rank), torch.device("cpu")
-        dist.broadcast_object_list(told, source, self._hosts, host)
-        kind, message = told[0]
+        dist.broadcast_object_list(sent, source, self._hosts, host)
+        kind, message = sent[0]
         return kind(message)
 
 
 SINGLE_PROCESS = RankGroup()
-"""A process that trains by itself."""
+"""A single process that trains alone."""
 
 
 def unwrap_parallel(model: nn.Module) -> tuple[nn.Module, RankGroup]:
-    """The model inside of what the user's loop calls, and the ranks that train it.
+    """Return the unwrapped model and the ranks that train it.
 
-    They are those of DistributedDataParallel, or those that fully_shard has spread the model over; any other model is
-    trained by this process alone.
+    The ranks are those of DistributedDataParallel, or those over which fully_shard has sharded the model; any other
+    model is trained by this process alone.
 
     Raises:
-        LandscapeError: There is a DistributedDataParallel further in, or a FullyShardedDataParallel.
+        LandscapeError: A DistributedDataParallel is not the outermost module, or a part is wrapped in
+            FullyShardedDataParallel.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> unwrap_parallel(model) == (model, SINGLE_PROCESS)
+        True
     """
     outermost = isinstance(model, DistributedDataParallel)
     inner = model.module if outermost else model
     if any(isinstance(module, DistributedDataParallel) for module in inner.modules()):
         raise LandscapeError(
-            "There is a DistributedDataParallel inside of the model. Wrap the model as a whole, outermost (also around "
-            "torch.compile), and give the probe what DistributedDataParallel(model) returns."
+            "model contains a DistributedDataParallel: it must be outermost. Wrap the model as a whole, also around "
+            "torch.compile, and give the probe what DistributedDataParallel(model) returns."
         )
     if parts := sharded_parts(inner):
-        return inner, RankGroup(_spread_over(parts))
+        return inner, RankGroup(_sharding_group(parts))
     return inner, RankGroup(model.process_group) if outermost else SINGLE_PROCESS
 
 
 def sharded_parts(model: nn.Module) -> list[Any]:
-    """The modules that ``fully_shard`` was applied to.
+    """Return the modules that ``fully_shard`` was applied to.
 
     Raises:
         LandscapeError: A part is wrapped in the older FullyShardedDataParallel.
     """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # importing it takes half a second
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # importing it takes 0.5 s
     if fsdp is None:
         return []
     if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
         raise LandscapeError(
-            "The model is wrapped in FullyShardedDataParallel, whose parameters cannot be told apart; shard it with "
-            "torch.distributed.fsdp.fully_shard(model) instead."
+            "model is wrapped in FullyShardedDataParallel, which flattens its parameters: they must keep their names "
+            "and shapes. Shard it with torch.distributed.fsdp.fully_shard(model)."
         )
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
-def _spread_over(parts: Sequence[Any]) -> Any:
-    """The group of all processes that the parts are spread over: the largest, if there are several."""
+def _sharding_group(parts: Sequence[Any]) -> Any:
+    """Return the largest process group that shards the parts."""
     meshes = [p.device_mesh for part in parts for p in part.parameters() if hasattr(p, "device_mesh")]
     ranks = max((mesh.mesh.flatten().tolist() for mesh in meshes), key=len)
-    everyone = len(ranks) == dist.get_world_size()
-    return dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
+    is_world = len(ranks) == dist.get_world_size()
+    return dist.group.WORLD if is_world else dist.new_group(ranks, use_local_synchronization=True)
 
 
 def _is_ours(kind: type) -> bool:
     return kind.__module__.startswith("landscape.")
 
 
-def _outline(values: Mapping[Any, Any]) -> list[Any]:
+def _signature(values: Mapping[Any, Any]) -> list[Any]:
     return [
         (key, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (key, value)
         for key, value in values.items()

@@ -1,4 +1,4 @@
-"""Processes that torchrun has started: how many, which device, how they join."""
+"""The processes that torchrun has started: number, devices, process group."""
 
 import os
 from collections.abc import Iterator
@@ -11,24 +11,27 @@ from landscape.distributed.group import RankGroup, translate_collective_errors
 
 
 def world_size() -> int | None:
-    """How many processes torchrun has started, of which this is one; None if it has not."""
+    """Return the number of processes, or None without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
 
 
 def local_device(kind: str) -> torch.device:
-    """The device of this process among those that torchrun has started: the CPU, or a GPU for each of them."""
+    """Return the CPU, or this process's GPU under torchrun."""
     return torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[RankGroup]:
-    """Join the processes that torchrun has started; they part after the body.
+    """Join the process group of torchrun for the body.
 
     Args:
-        device: Where this process trains: gloo connects CPUs, NCCL GPUs (and gloo their hosts).
+        device: The device of this process. CPUs are connected by gloo, GPUs by NCCL, their hosts by gloo.
+
+    Yields:
+        The processes.
 
     Raises:
-        RankFailedError: One of them has died while the others trained.
+        RankFailedError: One of them died while the others trained.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)

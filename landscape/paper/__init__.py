@@ -1,1 +1,1 @@
-"""The figures and tables of arXiv:2007.08554."""
+"""Figures and tables of arXiv:2007.08554."""

@@ -1,4 +1,4 @@
-"""A frame in, a matplotlib figure with a caption out."""
+"""Matplotlib figures of traces, with captions."""
 
 import lazy_loader
 

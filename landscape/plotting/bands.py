@@ -1,4 +1,4 @@
-"""What a panel shows: the points of its bands, where they break off, its axis, and whether one band hides another."""
+"""Data of a panel: points and gaps of its bands, the axis, and the order of drawing."""
 
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -13,11 +13,14 @@ from landscape.errors import LandscapeError
 from landscape.names import MEASURES, MeasureInfo
 
 POINTS = 1000
-"""Most points of a band: about as many as a page has pixels."""
+"""Maximum number of points of a band: about the width of a page in pixels."""
 
 
 class Band(NamedTuple):
-    """The points of one band; NaN interrupts the drawing. Where a measure has no line, the line is NaN throughout."""
+    """Points of one band, as arrays (P,).
+
+    NaN is a gap. The line of a measure without a line is NaN everywhere.
+    """
 
     x: np.ndarray
     line: np.ndarray
@@ -29,57 +32,60 @@ Bands = dict[str, Band]
 
 
 class NonFiniteMarks(NamedTuple):
-    """Where a band has updates that are not finite, over ``x``."""
+    """Positions over ``x`` of the updates that are not finite."""
 
     spans: np.ndarray
-    """From where to where each of its points has such an update, (S, 2)."""
+    """Start and end of each interval whose points all have such an update, (S, 2)."""
     first: np.ndarray
-    """The first such update of each run that has any."""
+    """First such update of each run."""
 
 
 class Scale(NamedTuple):
-    """The scale of an axis; a symmetric logarithmic one is linear between ``-linear`` and ``linear``."""
+    """Scale of an axis; ``"symlog"`` is linear within ``±linear``."""
 
     name: str
     linear: float = 1.0
 
     @property
     def options(self) -> dict[str, Any]:
-        """What matplotlib's scale of this name asks for."""
+        """Return the keyword arguments of matplotlib's scale."""
         return {"linthresh": self.linear} if self.name == "symlog" else {}
 
-    def seen(self, values: np.ndarray) -> np.ndarray:
-        """Where values are on the axis, up to a factor."""
+    def axis_position(self, values: np.ndarray) -> np.ndarray:
+        """Return positions of values along the axis, in any unit."""
         if self.name == "symlog":
             return SymmetricalLogTransform(10, self.linear, 1).transform(values)
         return np.log(values) if self.name == "log" else values
 
 
 class PanelData(NamedTuple):
-    """The bands of one measure and the axis that they are drawn on."""
+    """Bands of one measure, and their axis."""
 
     measure: MeasureInfo
     bands: Bands
     scale: Scale
     limit: float | None
-    """Where the axis ends, on either side of 0, if not beyond all values; bands are clipped there."""
+    """Largest magnitude on the axis, where bands are clipped; None if nothing is clipped."""
     marks: dict[str, NonFiniteMarks]
-    """Of the bands that have updates that are not finite."""
+    """Marks by label, for bands with updates that are not finite."""
     interrupted: bool
-    """Whether a band is broken where rows are missing."""
+    """True if a band has a gap because rows are missing."""
 
 
 def panel_data(frame: pd.DataFrame, x: str, measure: str, scale: str) -> PanelData:
-    """The bands of a measure over ``x``, with NaN where no update is finite and where rows are missing.
+    """Return the bands of a measure over the training run.
+
+    They have NaN at points without a finite update, and between two points if rows are missing there.
 
     Args:
         frame: Rows with a column ``band``.
         x: ``"step"`` or ``"epoch"``.
-        measure: A measure of :func:`landscape.analysis.measures.measured`.
-        scale: ``"log"``, ``"symlog"`` or ``"linear"``, or ``"auto"``, which is linear for up to a decade.
+        measure: A measure of :func:`landscape.measured`.
+        scale: ``"log"``, ``"symlog"``, ``"linear"`` or ``"auto"``, as for :func:`landscape.plot_landscape`.
 
     Raises:
-        LandscapeError: A value has no place on a logarithmic axis, or the measure cannot be had from the frame.
+        LandscapeError: A value is 0 or less and the scale is ``"log"``, or the frame does not have what the measure
+            requires.
     """
     name, frame = MEASURES[measure], measured(frame, measure)
     points = envelope(frame, x, by="band", bins=POINTS, measure=measure)
@@ -87,9 +93,9 @@ def panel_data(frame: pd.DataFrame, x: str, measure: str, scale: str) -> PanelDa
     columns = [x, "line", *((f"{measure}_min", f"{measure}_max") if name.band else ("line", "line"))]
     rows = pd.DataFrame(frame[["band", x]]).assign(run=frame.get("run", ""), finite=is_finite(frame, measure))
     rows = pd.DataFrame(rows[has_measure(frame, measure)])
-    bands, resumed = {}, _gap_ends(rows, x)
+    bands, ends = {}, gap_ends(rows, x)
     for label, band in points.groupby("band", observed=True):
-        bands[str(label)] = _insert_gaps(Band(*band[columns].to_numpy(float).T), resumed[str(label)])
+        bands[str(label)] = _insert_gaps(Band(*band[columns].to_numpy(float).T), ends[str(label)])
     fitting = _scale(_values(bands), measure, scale)
     if limit := _limit(bands, fitting):
         bands = {label: Band(band.x, *(part.clip(-limit, limit) for part in band[1:])) for label, band in bands.items()}
@@ -97,37 +103,46 @@ def panel_data(frame: pd.DataFrame, x: str, measure: str, scale: str) -> PanelDa
     return PanelData(name, bands, fitting, limit, _marks(points, rows, x), interrupted)
 
 
-def _gap_ends(rows: pd.DataFrame, x: str) -> dict[str, np.ndarray]:
-    """For each band the values of ``x`` where its record goes on, after some where none of its runs has rows.
+def gap_ends(rows: pd.DataFrame, x: str) -> dict[str, np.ndarray]:
+    """Return the ``x`` of the first row after each gap.
 
-    Updates are probed at regular distances, or at irregular ones where time decides. Rows are missing where a distance
-    is far out of those of its run: beyond Tukey's outer fence, three interquartile ranges above the upper quartile.
+    A gap of a band is an interval in which rows of all its runs are missing. Updates are probed at regular distances
+    or, if a time budget decides, at irregular ones. So rows of a run are missing between two neighbours if their
+    distance is an outlier among the distances of that run: beyond Tukey's outer fence, which is 3 interquartile ranges
+    above the upper quartile. For example, after updates 0, 10, 20, 30 and 40 the next row is expected at 50, and if it
+    is 100, a gap ends at 100. If another run of the band has rows from 40 to 100, the band has no gap.
+
+    Args:
+        rows: Rows with the columns ``band``, ``run`` and ``x``, in any order.
+        x: Name of the column.
+
+    Returns:
+        An ascending array for each label.
     """
     rows = pd.DataFrame(rows[["band", "run", x]]).sort_values(["band", "run", x])
     run = rows.groupby(["band", "run"], observed=True, sort=False).ngroup()
     distance = rows[x].groupby(run).diff()
     low, high = (distance.groupby(run).quantile(share, interpolation="lower") for share in (0.25, 0.75))
-    # Equal distances have no range, and differ by rounding.
+    # Equal distances have an interquartile range of 0 and differ by rounding errors.
     fence = np.maximum(high + 3 * (high - low), 1.5 * high)
     begins = (distance.isna() | (distance > run.map(fence))).to_numpy()
     stretches = rows[begins].assign(end=rows[x].to_numpy()[np.append(begins[1:], True)])
-    resumed = {}
+    ends = {}
     for label, band in stretches.sort_values(x).groupby("band", observed=True):
-        start, reached = band[x].to_numpy(), np.maximum.accumulate(band["end"].to_numpy())
-        resumed[str(label)] = start[1:][start[1:] > reached[:-1]]
-    return resumed
+        start, covered = band[x].to_numpy(), np.maximum.accumulate(band["end"].to_numpy())
+        ends[str(label)] = start[1:][start[1:] > covered[:-1]]
+    return ends
 
 
-def _insert_gaps(band: Band, resumed: np.ndarray) -> Band:
-    """The band with NaN before the points where its record goes on."""
-    before = np.unique(np.searchsorted(band.x, resumed))
+def _insert_gaps(band: Band, ends: np.ndarray) -> Band:
+    """Insert a NaN in the middle of each gap."""
+    before = np.unique(np.searchsorted(band.x, ends))
     before = before[before < len(band.x)]
     between = (band.x[before - 1] + band.x[before]) / 2
     return Band(np.insert(band.x, before, between), *(np.insert(part, before, np.nan) for part in band[1:]))
 
 
 def _marks(points: pd.DataFrame, rows: pd.DataFrame, x: str) -> dict[str, NonFiniteMarks]:
-    """The marks of the bands that have updates that are not finite: their points, and the rows that they join."""
     first = rows[~rows["finite"]].groupby(["band", "run"], observed=True, as_index=False).agg(x=(x, "min"))
     marks = {}
     for label, band in points.groupby("band", observed=True):
@@ -139,8 +154,8 @@ def _marks(points: pd.DataFrame, rows: pd.DataFrame, x: str) -> dict[str, NonFin
 
 
 def _spans(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """From where to where neighbouring points are all chosen; a point reaches halfway to the next."""
-    middle = (x[1:] + x[:-1]) / 2
+    """Return start and end of each sequence of chosen points."""
+    middle = (x[1:] + x[:-1]) / 2  # A point extends halfway to its neighbours.
     change = np.flatnonzero(np.diff(np.pad(chosen, 1).astype(int)))
     return np.concatenate([x[:1], middle, x[-1:]])[change].reshape(-1, 2)
 
@@ -151,10 +166,11 @@ def _values(bands: Bands) -> np.ndarray:
 
 
 def _limit(bands: Bands, scale: Scale) -> float | None:
-    """About ten times what is usual, where some values go far beyond: a divergence flattens all else.
+    """Return the end of an axis with outliers.
 
-    Usual is what nineteen of twenty values are below. Where more than one of twenty explodes, it is what the axis can
-    show beside the values that runs begin with and beside the median.
+    Without a limit, one divergence would flatten all bands. The limit is about 10 times the usual magnitude, and None
+    unless a value exceeds 100 times the usual one. Usual is the 95 % quantile; in case more than 5 % of the values
+    explode, it is bounded by the first values of the bands and the median (100 times these on a logarithmic axis).
     """
     values = _values(bands)
     sizes, starts = np.abs(values), [part[np.isfinite(part)][:1] for band in bands.values() for part in band[1:]]
@@ -169,7 +185,7 @@ def _scale(values: np.ndarray, measure: str, scale: str) -> Scale:
     smallest = values.min(initial=np.inf)
     if scale == "log" and smallest <= 0:
         raise LandscapeError(
-            f"A {measure} of {smallest:.4g} has no place on a logarithmic axis; choose scale linear or symlog."
+            f"scale='log': the {measure} must be positive, but is {smallest:.4g} in places. Use 'linear' or 'symlog'."
         )
     scale = _fitting(values, smallest, MEASURES[measure].has_origin) if scale == "auto" else scale
     return Scale(scale, _small(values)) if scale == "symlog" else Scale(scale)
@@ -182,25 +198,25 @@ def _fitting(values: np.ndarray, smallest: float, has_origin: bool) -> str:
 
 
 def _small(values: np.ndarray) -> float:
-    """The power of ten that nineteen of twenty values are beyond, on either side of 0."""
+    """Return a power of 10 below 95 % of magnitudes."""
     sizes = np.abs(values[values != 0])
     return 10.0 ** np.floor(np.log10(np.quantile(sizes, 0.05))) if len(sizes) else 1.0
 
 
 def draw_order(view: PanelData) -> Bands:
-    """The order of drawing: small bands lie over large ones."""
+    """Return the bands, largest area on the axis first."""
     heights = {label: np.nansum(_height(band.low, band.high, view.scale)) for label, band in view.bands.items()}
     return dict(sorted(view.bands.items(), key=lambda item: -heights[item[0]]))
 
 
 def bands_overlap(view: PanelData) -> bool:
-    """Whether a band would lie with more than two thirds of its area under a smaller one."""
+    """Return True if a band covers 2/3 of another."""
     drawn = draw_order(view).values()
     return any(_covered(large, small, view.scale) > 2 / 3 for large, small in combinations(drawn, 2))
 
 
 def _height(low: np.ndarray, high: np.ndarray, scale: Scale) -> np.ndarray:
-    return scale.seen(high) - scale.seen(low)
+    return scale.axis_position(high) - scale.axis_position(low)
 
 
 def _covered(large: Band, small: Band, scale: Scale) -> float:

@@ -1,4 +1,4 @@
-"""The words under a figure: what was measured, on what, and how it was joined."""
+"""Captions of figures: step sizes, statistics, seeds, and the rows that are not drawn."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,25 @@ from landscape.text import short
 
 DIRECTIONS = {"gradient": "the gradient", "update": "the optimizer's update"}
 QUOTED = 3
-"""Most sentences on what could not be read."""
+"""Maximum number of quoted reading errors."""
 MODES = {"training": ", in training mode (batch statistics)", "evaluation": ", in evaluation mode (running statistics)"}
 
 
 def caption(frame: pd.DataFrame, measures: Sequence[str], points: int, unread: Sequence[str] = ()) -> str:
-    """Say what a figure shows: step sizes, batch, statistics, measures, runs and how they are joined, and any gaps.
+    """Return the caption of a figure.
+
+    It states training run, step sizes, direction, batch, mode, definition of each measure, number of seeds, number of
+    updates, and which rows are left out or not finite.
 
     Args:
         frame: All rows, with a column ``band`` and the columns of each measure.
-        measures: The measures that are drawn, by name.
-        points: Most points that a band is drawn with.
-        unread: Sentences on what could not be read.
+        measures: Names of the measures that are drawn.
+        points: Maximum number of points of a band.
+        unread: Errors of reading the traces, one sentence each.
     """
     known = {measure: has_measure(frame, measure) for measure in measures}
     any_known = np.logical_or.reduce(list(known.values()))
-    drawn = frame if any_known.all() else frame.loc[any_known]  # a copy of a million rows is not made for nothing
+    drawn = frame if any_known.all() else frame.loc[any_known]  # A copy of a million rows is avoided.
     band = any(MEASURES[measure].band for measure in measures)
     line = any(MEASURES[measure].line for measure in measures)
     sentences = [
@@ -48,7 +51,7 @@ def caption(frame: pd.DataFrame, measures: Sequence[str], points: int, unread: S
 
 
 def _trained(frame: pd.DataFrame) -> str:
-    """What was trained on how much, and how high the learning rate went where a schedule moved it."""
+    """Return model, data set, epochs and largest learning rate."""
     model, dataset, samples, epochs = (_only(frame, fact) for fact in ("model", "dataset", "samples", "epochs"))
     if model is None or dataset is None or not all(isinstance(count, int | np.integer) for count in (samples, epochs)):
         return ""
@@ -72,7 +75,7 @@ def _probes(frame: pd.DataFrame) -> str:
     samples = f" of {batch:,} samples" if isinstance(batch, int | np.integer) else ""
     direction = DIRECTIONS.get(_only(frame, "direction"), "the probed direction")
     return (
-        f"Measured at {_step_sizes(frame)}, along {direction}, on the batch{samples} of each probed update"
+        f"Measured at {_step_sizes(frame)} along {direction}, on the batch{samples} of each update"
         f"{MODES.get(_only(frame, 'mode'), '')}."
     )
 
@@ -90,18 +93,21 @@ def _zero(frame: pd.DataFrame, measures: Sequence[str]) -> str:
     titles = [MEASURES[measure].title for measure in measures if not MEASURES[measure].at_zero]
     if not titles or flatten_lists(frame, "step_sizes")[0].all():
         return ""
-    return f"Step size 0, which moves nothing, is left out of the {' and the '.join(titles)}."
+    return f"Step size 0 is left out of the {' and the '.join(titles)} (undefined)."
 
 
 def _step_sizes(frame: pd.DataFrame) -> str:
-    """The step sizes if all updates share them, or the shared multiples of the learning rate, or else the range."""
+    """Return the step sizes if all updates share them.
+
+    Otherwise return their common multiples of the learning rate, or their range.
+    """
     sizes, counts = flatten_lists(frame, "step_sizes")
     if (counts == counts[0]).all():
         rows = sizes.reshape(len(frame), -1)
         if (rows == rows[0]).all():
             return f"step sizes {_enumeration(rows[0])}"
         lr = frame["lr"].to_numpy()
-        largest = lr.argmax()  # a warm-up may begin with a learning rate of 0
+        largest = lr.argmax()  # A warm-up may start at a learning rate of 0.
         if lr[largest] > 0 and np.allclose(rows, np.outer(lr, rows[largest] / lr[largest]), atol=0):
             return f"{_enumeration(rows[largest] / lr[largest])} times the learning rate"
     return f"step sizes from {sizes.min():.4g} to {sizes.max():.4g}"
@@ -113,16 +119,17 @@ def _enumeration(values: Sequence[float] | np.ndarray) -> str:
 
 
 def _runs(frame: pd.DataFrame, band: bool, line: bool) -> str:
-    """How many runs a band joins; they are seeds only if no two of them have the same."""
+    """Return the number of runs per band."""
     bands = frame.groupby("band", observed=True)
     runs = list(bands["run"].nunique()) if "run" in frame else [1]
+    # Runs are called seeds if no two of a band have the same seed.
     word = "seed" if "seed" in frame and list(bands["seed"].nunique()) == runs else "run"
     what = "band" if band else "line"
     if max(runs) == 1:
         return f"One {word} per {what}."
     number = f"{max(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
-    how = " and ".join(["the band spans all of them"] * band + ["the line is their mean"] * line)
-    return f"{number} {word}s per {what}, joined: {how}."
+    how = ", ".join(["the band covers all of them"] * band + ["the line is their mean"] * line)
+    return f"{number} {word}s per {what}: {how}."
 
 
 def _updates(frame: pd.DataFrame, points: int, band: bool, line: bool) -> str:
@@ -130,23 +137,23 @@ def _updates(frame: pd.DataFrame, points: int, band: bool, line: bool) -> str:
     sizes = frame.groupby([name for name in ("band", "run") if name in frame], observed=True).size().to_numpy()
     least, most = sizes.min(), sizes.max()
     number = f"{most:,}" if least == most else f"{least:,} to {most:,}"
-    how = " and ".join(["the band keeps every extreme"] * band + ["the line is a mean"] * line)
+    how = ", ".join(["the band keeps every minimum and maximum"] * band + ["the line is a mean"] * line)
     binned = f", drawn at {points:,} points: {how}" if len(steps) > points else ""
-    return f"Updates probed in each run: {number}{binned}."
+    return f"{number} probed updates per run{binned}."
 
 
 def _left_out(frame: pd.DataFrame, known: Mapping[str, np.ndarray]) -> str:
-    """Which runs are not drawn; measures that lack the same of the same runs are named together."""
+    """Return the runs without a measure, by reason."""
     titles: dict[str, list[str]] = {}
     for measure, rows in known.items():
         if not rows.all():
-            reason = f"for want of {MEASURES[measure].needs[0]}: {_runs_of(frame, ~rows)}"
+            reason = f"({MEASURES[measure].needs[0]} not recorded): {_runs_of(frame, ~rows)}"
             titles.setdefault(reason, []).append(MEASURES[measure].title)
-    return " ".join(f"Not in the {' and the '.join(of)}, {reason}." for reason, of in titles.items())
+    return " ".join(f"Left out of the {' and the '.join(of)} {reason}." for reason, of in titles.items())
 
 
 def _runs_of(frame: pd.DataFrame, rows: np.ndarray) -> str:
-    """The bands that rows belong to, and how many of a band's runs, where they are not all of it."""
+    """Return bands of rows, with counts for incomplete bands."""
     frame = frame if "run" in frame else frame.assign(run="")
     lacking, runs = (of.groupby("band", observed=True)["run"].nunique().to_dict() for of in (frame.loc[rows], frame))
     return ", ".join(
@@ -156,7 +163,7 @@ def _runs_of(frame: pd.DataFrame, rows: np.ndarray) -> str:
 
 
 def _not_finite(frame: pd.DataFrame, known: Mapping[str, np.ndarray]) -> str:
-    """Which bands left the finite numbers, and where; measures of which the same is true are named together."""
+    """Return the updates that are not finite, by measure."""
     titles: dict[str, list[str]] = {}
     rows = pd.DataFrame(frame[["band", "step"]]).assign(run=frame.get("run", ""))
     for measure, held in known.items():
@@ -167,13 +174,17 @@ def _not_finite(frame: pd.DataFrame, known: Mapping[str, np.ndarray]) -> str:
     where = [words if len(known) == 1 else f"{' and '.join(of)}: {words}" for words, of in titles.items()]
     panel = "panel" if len(known) == 1 else "panels"
     return (
-        f"NaN or infinite, so not drawn but marked above the {panel} (by a cross where a run first is): "
+        f"Updates with NaN or infinite values are not drawn but marked above the {panel} (cross: first of a run): "
         f"{'; '.join(where)}."
     )
 
 
 def _departures(rows: pd.DataFrame) -> str:
-    """For each band, the first update that is not finite and how many there are; ``rows`` has a column ``finite``."""
+    """Return the non-finite updates of each band.
+
+    Args:
+        rows: Rows with the columns ``band``, ``run``, ``step`` and ``finite``.
+    """
     parts = []
     for band, of in rows.groupby("band", observed=True):
         lost, runs = pd.DataFrame(of[~of["finite"]]), len(of["run"].unique())
@@ -187,11 +198,11 @@ def _departures(rows: pd.DataFrame) -> str:
             where = f"at update {first:,}"
         else:
             where = f"first at update {first:,}" if np.any(later) else f"from update {first:,} on"
-        parts.append(f"{band} {where} ({len(lost):,} of its {len(of):,})".strip())
+        parts.append(f"{band} {where} ({len(lost):,} of {len(of):,})".strip())
     return ", ".join(parts)
 
 
 def _only(frame: pd.DataFrame, fact: str) -> Any:
-    """The value of a fact if all rows share it."""
+    """Return the value that all rows of a column share."""
     values = list(frame[fact].unique()) if fact in frame else []
     return values[0] if len(values) == 1 and not pd.isna(values[0]) else None

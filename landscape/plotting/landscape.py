@@ -1,4 +1,4 @@
-"""Figures of traces: a frame in, a matplotlib figure out."""
+"""The figure of the loss landscape along training runs."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ SCALES = ("auto", "log", "symlog", "linear")
 LAYOUTS = ("auto", "overlay", "multiples")
 
 MARK = 6.0
-"""Height in points of a row of marks above a panel."""
+"""Height of a row of marks above a panel, in points."""
 
 Colour = tuple[float, ...]
 
@@ -40,35 +40,47 @@ def plot_landscape(
     scale: str = "auto",
     layout: str = "auto",
 ) -> Figure:
-    """Draw the landscape along a training run: at every update, a band from the smallest to the largest probed loss.
+    """Draw the loss landscape along training runs.
 
-    The wider the band, the rougher the landscape (Santurkar et al. 2018, figure 4a; Dimitriou & Arandjelovic 2020,
-    section 3.1). Each norm is one band; runs that differ in their seed are joined, and the caption says how. ::
-
-        plot_landscape(frame, measure=("loss", "predictiveness", "beta"))  # Santurkar et al. 2018, figure 4
+    At every update the band spans the losses along the ray, from ``min_k L(theta - eta_k d)`` to
+    ``max_k L(theta - eta_k d)``: the wider the band, the rougher the landscape. The line is ``L(theta)``. See Santurkar
+    et al. 2018 (arXiv:1805.11604), figure 4, and Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 3.1. Each
+    norm with its groups is one band, which covers all its seeds. The caption states step sizes, statistics and seeds.
 
     Args:
         frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
-        measure: What is drawn: ``"loss"``, ``"predictiveness"``, ``"beta"``, ``"gap"`` or ``"curvature"``, as
-            :func:`landscape.measured` defines them; or several of them, side by side. Runs that did not
-            record what a measure needs are left out of it, and the caption names them.
+        measure: ``"loss"``, ``"predictiveness"``, ``"beta"``, ``"gap"`` or ``"curvature"``, as defined in
+            :func:`landscape.measured`, or several of them for one panel each. Runs that did not record what a measure
+            requires are left out of its panel and named in the caption.
         x: ``"step"`` or ``"epoch"``.
-        scale: Of the measures' axes: ``"log"``, ``"linear"``, ``"symlog"`` (logarithmic on both sides of a linear
-            middle), or ``"auto"``: logarithmic if values span more than a decade, and where there are some that are 0
-            or less, symmetrically so; but losses of 0 or less have a linear axis, as their 0 means nothing.
-        layout: ``"overlay"``; ``"multiples"``, a panel per band with the others in grey behind; or ``"auto"``, which
-            overlays unless one band would hide another. Several measures are always overlaid, in a panel each.
+        scale: Scale of the measures' axes: ``"log"``, ``"linear"``, ``"symlog"`` (logarithmic for large values of both
+            signs, linear between) or ``"auto"``. Automatic is logarithmic if all values are positive and span more than
+            a decade, symlog if some are not positive and span 2 decades or more, and linear otherwise; losses are never
+            symlog, because their 0 has no meaning.
+        layout: ``"overlay"`` (one panel), ``"multiples"`` (one panel per band, with the other bands in grey) or
+            ``"auto"``, which is ``"overlay"`` unless one band would hide another. Several measures are always overlaid.
 
     Returns:
-        A figure, 8 inches wide, to be shown by a notebook or written by its ``savefig`` or by :func:`save`.
+        A :class:`LandscapeFigure`, 8 inches wide. Notebooks display it; :func:`save_figure` writes it.
 
     Raises:
-        LandscapeError: An option is none of these, the frame has no rows or no run with what a measure needs, or a value
-            has no place on a logarithmic axis.
+        LandscapeError: An option is invalid, the frame has no rows, no run recorded what a measure requires, or a value
+            is 0 or less and the scale is ``"log"``.
+
+    Examples:
+        >>> frame = pd.DataFrame({"step": [0, 1], "lr": 0.1, "loss": [2.0, 1.5], "loss_min": [1.4, 0.9],
+        ...                       "loss_max": [1.8, 1.6], "step_sizes": [[0.1, 0.2]] * 2,
+        ...                       "losses": [[1.8, 1.4], [0.9, 1.6]]})
+        >>> from landscape.plotting import save_figure
+        >>> figure = plot_landscape(frame)
+        >>> save_figure(figure, "landscape.png")
+
+        The 3 measures of Santurkar et al. 2018 are drawn side by side with
+        ``plot_landscape(frame, measure=("loss", "predictiveness", "beta"))``.
     """
     measures = [measure] if isinstance(measure, str) else list(dict.fromkeys(measure))
     _check(frame, measures, x=(x, tuple(X_LABELS)), scale=(scale, SCALES), layout=(layout, LAYOUTS))
-    unread = frame.attrs.get("left_out", ())  # here, as attributes of a frame are easily lost on its way
+    unread = frame.attrs.get("left_out", ())  # Read first, because pandas drops attributes easily.
     frame = frame.assign(band=band_labels(frame))
     for name in measures:
         frame = measured(frame, name)
@@ -90,24 +102,24 @@ def plot_landscape(
 def _check(frame: pd.DataFrame, measures: Sequence[str], **options: tuple[str, Sequence[str]]) -> None:
     for name, (value, allowed) in options.items():
         if value not in allowed:
-            raise LandscapeError(f"{name} is {value!r}; it can be {', '.join(allowed)}.")
+            raise LandscapeError(f"{name}={value!r}: unknown {name}. Use {', '.join(allowed[:-1])} or {allowed[-1]}.")
     for name in measures:
         check_measure(name)
     if not measures:
-        raise LandscapeError(f"No measure is given; choose from {', '.join(MEASURES)}.")
+        raise LandscapeError(f"measure={measures}: must have at least one name. Use some of {', '.join(MEASURES)}.")
     if len(measures) > 1 and options["layout"][0] == "multiples":
-        raise LandscapeError("layout='multiples' draws one measure; choose one, or another layout.")
+        raise LandscapeError("layout='multiples': draws one measure only. Use one measure, or layout='overlay'.")
     if frame.empty:
-        raise LandscapeError("The frame has no rows to draw; give one of read_traces or LandscapeProbe.frame.")
+        raise LandscapeError("The frame has no rows. Use a frame of read_traces or LandscapeProbe.frame.")
 
 
 def _colours(labels: Collection[str]) -> dict[str, Colour]:
-    """One colour per band, from light to dark, so that they differ in grey and to colour-blind eyes too."""
+    """Return colours from light to dark, also distinct in grey."""
     return dict(zip(labels, sns.color_palette("plasma_r", len(labels)), strict=True))
 
 
 def _draw_overlays(figure: Figure, views: Sequence[PanelData], labels: Sequence[str], x_label: str) -> None:
-    """A panel for each measure, with all bands in it."""
+    """Draw a panel for each measure, with all bands."""
     colours, handles = _colours(labels), {label: {} for label in labels}
     panels = _panels(figure, len(views), x_label)
     for axes, view in zip(panels, views, strict=True):
@@ -121,11 +133,11 @@ def _draw_overlays(figure: Figure, views: Sequence[PanelData], labels: Sequence[
         columns = max(1, min(4, 100 // (6 + max(map(len, labels)))))
         legend = figure.legend(entries, labels, loc="outside upper left", ncols=columns, frameon=False)
         for text in legend.get_texts():
-            text.set_parse_math(False)  # a name may have dollars in it
+            text.set_parse_math(False)  # A name may contain dollar signs.
 
 
 def _draw_multiples(figure: Figure, view: PanelData, labels: Sequence[str], x_label: str) -> None:
-    """A panel for each band, with the others in grey behind."""
+    """Draw a panel per band, with the others in grey."""
     panels = _panels(figure, len(labels), x_label, sharey=True)
     for axes, (label, colour) in zip(panels, _colours(labels).items(), strict=True):
         for other, band in view.bands.items():
@@ -147,21 +159,21 @@ def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> l
         axes.remove()
     for axes in panels[:count]:
         axes.xaxis.set_major_locator(MaxNLocator("auto" if count == 1 else 5, steps=[1, 2, 5, 10], integer=True))
-    for axes in panels[:count][-columns:]:  # those with no panel below
+    for axes in panels[:count][-columns:]:  # panels without another one below
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(x_label)
     return list(panels[:count])
 
 
 def _draw_band(axes: Axes, view: PanelData, band: Band, colour: Colour) -> list[Artist]:
-    """Draw the band, the line, or both; these are also what a legend shows."""
+    """Draw band and line, and return both for the legend."""
     artists: list[Artist] = []
     if view.measure.band:
-        tint = tuple(0.4 + 0.6 * part for part in colour[:3])  # opaque: mixed shades would match no entry of the legend
+        tint = tuple(0.4 + 0.6 * part for part in colour[:3])  # Opaque, because mixed shades match no legend entry.
         artists.append(_shade(axes, band, color=tint))
     if view.measure.line:
         artists.append(_line(axes, band.x, band.line, color=colour))
-    else:  # edges, which show where a band goes on under another one
+    else:  # Edges show a band that is covered by another one.
         for edge in (band.low, band.high):
             _line(axes, band.x, edge, color=colour, linewidth=0.5)
     return artists
@@ -176,23 +188,26 @@ def _draw_behind(axes: Axes, view: PanelData, band: Band) -> None:
 
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> Artist:
     known = np.pad(np.isfinite(y), 1)
-    lone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])  # a lone point makes no line
+    lone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])  # A single point makes no line.
     points = {"marker": ".", "markersize": 3, "markevery": list(lone)} if len(lone) else {}
     return axes.plot(x, y, **{"linewidth": 0.9, **points, **style})[0]
 
 
 def _shade(axes: Axes, band: Band, **style: Any) -> PolyCollection:
-    # The outline keeps a lone update between two gaps visible: it has no area.
+    # The outline makes a single update between two gaps visible, which has no area.
     return axes.fill_between(band.x, band.low, band.high, linewidth=0.5, **style)
 
 
 def _draw_marks(axes: Axes, rows: Sequence[tuple[NonFiniteMarks, Colour]]) -> None:
-    """Above a panel, a row for each band: bars where updates are not finite, a cross where a run first has one."""
+    """Draw a row of marks per band above a panel.
+
+    Bars are updates that are not finite; a cross is the first of a run.
+    """
     for row, (marks, colour) in enumerate(reversed(rows)):
         up = ScaledTranslation(0, (row + 0.6) * MARK / 72, axes.figure.dpi_scale_trans)
         place = {"transform": axes.get_xaxis_transform() + up, "clip_on": False, "color": colour}
         bars = np.pad(marks.spans, ((0, 0), (0, 1)), constant_values=np.nan).ravel()
-        # The ticks at the ends of a bar keep it visible where it is too short to be seen.
+        # The ticks at its ends make a very short bar visible.
         ticks = {"marker": "|", "markersize": MARK - 2, "markeredgewidth": 0.7}
         axes.plot(bars, np.ones(len(bars)), linewidth=MARK - 2, solid_capstyle="butt", **ticks, **place)
         cross = {"marker": "X", "markersize": MARK, "markeredgecolor": "white", "linestyle": "none"}
@@ -200,14 +215,14 @@ def _draw_marks(axes: Axes, rows: Sequence[tuple[NonFiniteMarks, Colour]]) -> No
 
 
 def _set_title(axes: Axes, title: str, rows: int) -> None:
-    """Write a title above so many rows of marks."""
+    """Write a title above a number of rows of marks."""
     axes.set_title(title, loc="left", pad=mpl.rcParams["axes.titlepad"] + rows * MARK, parse_math=False)
 
 
 def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -> None:
     margin = 0.01 * (reach[1] - reach[0]) or 0.5
     for axes in figure.axes:
-        axes.set_xlim(reach[0] - margin, reach[1] + margin)  # also where nothing is drawn, as after a divergence
+        axes.set_xlim(reach[0] - margin, reach[1] + margin)  # also if nothing is drawn, as after a divergence
         sns.despine(ax=axes)
         axes.xaxis.set_major_formatter("{x:,.10g}")
     figure.supylabel(title, fontsize="medium")
@@ -220,9 +235,9 @@ def _set_axis(axes: Axes, view: PanelData) -> None:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -view.limit), min(high, view.limit))
     if not any(np.isfinite(part).any() for band in view.bands.values() for part in band[1:]):
-        axes.set_yticks([])  # an axis of nothing
+        axes.set_yticks([])  # No values, no ticks.
     low, high = axes.get_ylim()
-    if view.scale.name == "log" and high < 100 * low:  # powers of ten alone would be a tick or two
+    if view.scale.name == "log" and high < 100 * low:  # Powers of 10 alone would give 1 or 2 ticks.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -232,15 +247,15 @@ def _about_axes(views: Sequence[PanelData]) -> str:
     several = len(views) > 1
     sentences = []
     if any(view.measure.band and view.scale.name == "log" for view in views):
-        sentences.append("On a logarithmic axis, heights are ratios.")
+        sentences.append("On a logarithmic axis, the height of a band is a ratio.")
     for view in views:
         if view.limit:
             of, sign = f" of the {view.measure.title}" * several, "±" * (view.scale.name != "log")
             sentences.append(f"Values{of} beyond {sign}{view.limit:g} are cut off.")
     if any(view.interrupted for view in views):
-        sentences.append("The drawing is interrupted where no update was recorded for unusually long.")
+        sentences.append("Gaps: no updates were recorded for unusually long.")
     for view in views:
         if view.scale.name == "symlog":
-            beyond = f"logarithmic beyond {view.scale.linear:g}, on either side of 0"
-            sentences.append(f"The axis of the {view.measure.title} is {beyond}.")
+            linear = f"linear between ±{view.scale.linear:g} and logarithmic beyond"
+            sentences.append(f"The axis of the {view.measure.title} is {linear}.")
     return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""Captures the losses of the user's own training loop, as it runs, in a form that can be evaluated again."""
+"""Captures the losses of the user's training loop in a form that can be evaluated again."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,52 +10,55 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.utils.hooks import RemovableHandle
 
-from landscape.distributed.fsdp import ShardedParameters
 from landscape.distributed.group import unwrap_parallel
+from landscape.distributed.parameter_space import parameter_space
 from landscape.errors import LandscapeError, ProbeDeferred
-from landscape.probe.passes import Captured, Passes, unwatch, watch
-from landscape.probe.replay import OBSERVE, ModelCall, VersionedArgs, is_replaying, raises, replay, replaying
+from landscape.probe import messages
+from landscape.probe.backward_hook import unwatch_backward, watch_backward
+from landscape.probe.passes import BackwardPasses, CapturedUpdate
+from landscape.probe.replay import CriterionState, ModelCall, VersionedArgs, is_replaying, raises, replay, replaying
 from landscape.ray.engines.layers import Hook, Layers
+from landscape.ray.loss_module import Closure, LossModule
 from landscape.ray.objective import LossTerm
-from landscape.ray.snapshot import Closure, ForwardSnapshot, LossModule
+from landscape.ray.snapshot import ForwardSnapshot
 
-MOVED = (
-    "Parameters were written to between the forward pass and the optimizer's step, so that the gradient is not that of "
-    "where the update starts. Another optimizer may have made its step (probe the one that comes first), or the loop "
-    "writes to them, as in sharpness-aware minimization; such an update cannot be measured."
-)
-CARRIED = (
-    "{} was computed from parameters that the optimizer holds (a hidden state that is carried on, features, a second "
-    "call), which a replay would take for constant. Compute all of it in one closure, from what does not depend on "
-    "them: probe.observe(lambda model, inputs, targets: ..., inputs, targets); or detach it, if it is to be constant."
-)
-OTHER = (
-    "Between the calls of the model and of the criterion, the loop has changed the criterion, or has drawn random "
-    "numbers before the criterion does, which a replay would not do. Compute all of it in one closure: "
-    "probe.observe(lambda model, inputs, targets: ..., inputs, targets)."
-)
-_LAZY = ProbeDeferred("The forward pass has made the parameters; the next update is probed.")
+_LAZY = ProbeDeferred(messages.LAZY_PARAMETERS)
+
+# The hooks of one update, in the order in which they run:
+#
+#     loop                        hook                  effect
+#     model(x)                    _before_model         ModelCall: snapshot of the state, arguments and their versions
+#                                 _after_model          its outputs, and the state of the criterion
+#     criterion(outputs, y)       _before_criterion     has the criterion or the RNG changed since the model's call?
+#                                 _after_criterion      LossTerm with a closure that repeats both calls, not yet counted
+#     loss.backward()             passes.begin, .end    the term is counted, with its weight
+#     optimizer.step()            pop_terms             (StepHooks, before the step) all terms are one objective, and
+#                                 measuring             its ray is evaluated, while nothing is recorded
+#                                 finish_update         (StepHooks, after the step) drop what is left
+#
+# Under gradient accumulation the loop repeats the lines up to loss.backward(), and each repetition adds a term. A loss
+# passed to `observe` has one call instead of two: its closure is the term's, and the calls within it are not recorded.
+# The hooks of DistributedDataParallel's wrapper are outside of the model's: _before_wrapper, _before_model,
+# _after_model, and _after_model once more with the outputs of the wrapper. optimizer.step(closure) calls pop_terms
+# after the first call of the closure (see LandscapeProbe._before_step).
 
 
 class Capture:
-    """Collects the terms of the current update: one for each loss that a backward pass has gone through.
-
-    Hooks on the model remember its arguments and the state before each forward pass; a hook on the criterion remembers
-    its arguments and ties those that are outputs of the model to it. A hook on the loss learns from the backward pass
-    that the loss was trained on, and with which weight (1/n under accumulation over n batches).
+    """Collects the terms of the current update: its differentiated losses.
 
     Args:
-        model: What the user's loop calls: the model, or what ``DistributedDataParallel(model)`` returned.
-        criterion: The module whose calls are the losses, if the user does not hand them over.
-        optimizer: What updates the model.
-        wanted: Whether the current update is to be probed.
-        grad_scaler: The loss scaler, where one is used.
-        prepare: What to do before a forward pass that is captured.
+        model: The module that the user's loop calls: the model, or what ``DistributedDataParallel(model)`` returned.
+        criterion: The module whose calls are the losses, unless the user passes them to `observe`.
+        optimizer: The optimizer that updates the model.
+        is_due: Returns True if the current update is to be probed.
+        grad_scaler: The loss scaler, if one is used.
+        prepare: Called before each forward pass that is captured.
 
     Attributes:
         model: The model itself.
         ranks: The processes that train it.
-        scene: The model and its criterion.
+        loss_module: The model and its criterion.
+        passes: The losses whose gradient is in ``.grad``.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Capture:
         model: nn.Module,
         criterion: nn.Module | None,
         optimizer: torch.optim.Optimizer,
-        wanted: Callable[[], bool],
+        is_due: Callable[[], bool],
         grad_scaler: "torch.amp.GradScaler | None" = None,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
@@ -71,33 +74,35 @@ class Capture:
         self.model, self.ranks = unwrap_parallel(model)
         self.criterion = criterion
         self.optimizer = optimizer
-        self.scene = LossModule(self.model, criterion, ShardedParameters.of(self.model, self.ranks))
-        self._wanted, self._prepare = wanted, prepare
-        self._call: ModelCall | None = None
-        shards = self.scene.shards
-        self.passes = Passes(
+        self.loss_module = LossModule(self.model, criterion, parameter_space(self.model, self.ranks))
+        self._is_due, self._prepare = is_due, prepare
+        self.passes = BackwardPasses(
             self._parameters,
             self._name_of,
-            wanted=lambda: not is_replaying() and wanted(),
-            is_held_back=lambda: shards is not None and not shards.syncs_gradients(),
+            is_due=lambda: not is_replaying() and is_due(),
+            defers_reduction=lambda: not self.loss_module.space.syncs_gradients(),
             scale=(lambda ones: ones) if grad_scaler is None else grad_scaler.scale,
         )
+        self._call: ModelCall | None = None
+        """The last call of the model."""
+        self._layers = Layers(self.loss_module)
         self._handles: list[RemovableHandle] = []
-        self._layers = Layers(self.scene)
-        self._lazy: bool | None = None
-        """Whether the forward pass that was last begun has to make parameters first; None before any."""
         self._seconds = 0.0
         self._measuring = self._observing = False
-        self._is_other = self._has_drawn = False
-        """Whether the criterion, or the random stream, is another than when the model was through."""
-        self._transformed = False
-        """Whether the model was called within a transform of torch.func."""
+        self._lazy: bool | None = None
+        """True if the last forward pass had to create parameters first; None before any."""
+        self._criterion_changed = False
+        """True if the criterion has changed between the model's call and its own."""
+        self._rng_before_criterion: Tensor | None = None
+        """RNG state before the criterion's call if it has changed since the model's call, otherwise None."""
+        self._in_functorch = False
+        """True if the model was called within a transform of torch.func."""
 
     def attach(self) -> None:
-        """Start to listen."""
-        watch(self.passes)
-        self.passes.look()
-        # torch.compile, which may take in the user's code, leaves a hook out that is disabled for it.
+        """Register the hooks."""
+        watch_backward(self.passes)
+        self.passes.mark_gradients_used()
+        # torch.compile may trace the user's code and the hooks with it, but leaves out a hook that is disabled for it.
         own = (
             self._before_model,
             self._after_model,
@@ -117,13 +122,22 @@ class Capture:
         if self.wrapper is not self.model:
             self._handles += [
                 self.wrapper.register_forward_pre_hook(before_wrapper),
-                # It may hand on copies of the outputs, and these are what the criterion gets.
+                # The wrapper may return copies of the outputs, and the criterion gets the copies.
                 self.wrapper.register_forward_hook(after_model),
             ]
 
+    def detach(self) -> None:
+        """Remove the hooks, and drop the terms."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._layers.detach()
+        unwatch_backward(self.passes)
+        self.pop_terms()
+
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Within the body, what was captured is evaluated again."""
+        """Evaluate terms in the body, without recording it."""
         self._measuring = True
         try:
             with replaying():
@@ -131,117 +145,106 @@ class Capture:
         finally:
             self._measuring = False
 
-    def detach(self) -> None:
-        """Stop listening, and forget what has not been taken."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._layers.detach()
-        unwatch(self.passes)
-        self.pop_terms()
-
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """The loss ``closure(model, *args, **kwargs)``, remembered as a term if it is to be probed.
+        """Return ``closure(model, *args, **kwargs)``, and register it as a loss.
 
-        The loop's own call goes through the wrapper, so that gradients are averaged.
+        The closure gets the wrapper in the loop's own call, so that gradients are averaged, and the model in replays.
         """
-        if not self._listening():
+        if not self._is_recording():
             return closure(self.model if self._measuring else self.wrapper, *args, **kwargs)
         if self._is_lazy():
-            with self._observed():
+            with self._in_observed_closure():
                 loss = closure(self.wrapper, *args, **kwargs)
-            self._await(LossTerm(raises(_LAZY), self._state(), observed=True), loss)
+            self._register_loss(LossTerm(raises(_LAZY), self._capture_state(), observed=True), loss)
             return loss
-        state, arguments = self._state(), VersionedArgs.of((args, kwargs))
-        versions = self.scene.frozen_versions()
+        state, arguments = self._capture_state(), VersionedArgs.of((args, kwargs))
+        versions = self.loss_module.frozen_versions()
         bases = self._layers.bases = []
-        with self._observed():
+        with self._in_observed_closure():
             loss = closure(self.wrapper, *args, **kwargs)
         self._layers.bases = None
 
-        carried = LandscapeError(CARRIED.format("An argument of the observed loss"))
-        is_carried = self.passes.carries(arguments.leaves)
-
         def again(model: nn.Module) -> Tensor:
-            if is_carried:
-                raise carried
-            args, kwargs = arguments.nest("the observed loss")
+            args, kwargs = arguments.unflatten("the observed loss")
             return closure(model, *args, **kwargs)
 
-        self._await(LossTerm(self._unless_moved(versions, again), state, bases=bases, observed=True), loss)
+        is_derived = self.passes.depends_on_parameters(arguments.leaves)
+        derived = LandscapeError(messages.DERIVED_INPUT.format("An argument of the observed loss"))
+        repeated = self._reject_if_written(versions, raises(derived) if is_derived else again)
+        self._register_loss(LossTerm(repeated, state, bases=bases, observed=True), loss)
         return loss
 
     @contextmanager
-    def _observed(self) -> Iterator[None]:
-        """Within the body, what the user hands over is computed; calls in it are no losses of their own."""
+    def _in_observed_closure(self) -> Iterator[None]:
+        """Keep calls in the body from becoming further losses."""
         self._observing = True
         try:
             yield
         finally:
             self._observing = False
 
-    def pop_terms(self, versions: list[int] | None = None) -> Captured:
-        """The losses whose gradient the optimizer gets; captures start anew.
+    def pop_terms(self, versions: list[int] | None = None) -> CapturedUpdate:
+        """Return and drop the losses whose gradient the optimizer gets.
 
-        The parameters must not have been written to since the last forward pass, nor since they had the ``versions``.
+        Parameters that were written to since the last forward pass, or since they had the ``versions``, are a problem
+        of the update.
         """
-        captured, self._call, self._layers.bases = self._checked(self.passes.take(), versions), None, None
+        captured, self._call, self._layers.bases = self._check_versions(self.passes.pop(), versions), None, None
         return captured
 
-    def peek(self) -> Captured:
-        """The losses whose gradient the optimizer would get now; captures go on."""
-        return self._checked(self.passes.peek(), None)
+    def peek(self) -> CapturedUpdate:
+        """Return the losses whose gradient the optimizer would get now."""
+        return self._check_versions(self.passes.peek(), None)
 
-    def _checked(self, captured: Captured, versions: list[int] | None) -> Captured:
+    def _check_versions(self, captured: CapturedUpdate, versions: list[int] | None) -> CapturedUpdate:
         now = self.versions()
-        # A forward pass may write to parameters itself, so the last one of several counts.
-        moved = all(term.versions != now for term in captured.terms) or versions not in (None, now)
-        if captured.terms and captured.problem is None and moved:
-            captured = captured._replace(problem=MOVED)
+        # A forward pass may write to parameters itself, so only the last of several terms has the present versions.
+        written = all(term.versions != now for term in captured.terms) or versions not in (None, now)
+        if captured.terms and captured.problem is None and written:
+            captured = captured._replace(problem=messages.WRITTEN_PARAMETERS)
         for term in captured.terms:
             term.bases = self._layers.current(term.bases)
         return captured
 
-    def nothing(self) -> LandscapeError:
-        """Why no loss was captured."""
+    def no_loss_error(self) -> LandscapeError:
+        """Return an error that explains why there are no terms."""
         if self._lazy:
             return _LAZY
-        if self.passes.is_cleared:
-            return ProbeDeferred(
-                "The gradients were cleared after the backward pass, so the update is that of no loss."
-            )
+        if self.passes.was_cleared:
+            return ProbeDeferred(messages.CLEARED_GRADIENTS)
         if torch._C._current_graph_task_id() != -1:
-            return LandscapeError(
-                "The optimizer makes its step within the backward pass, before the gradient is complete, so that there "
-                "is no update of all parameters to be measured. Let the loop call optimizer.step() after "
-                "loss.backward()."
-            )
-        if self._transformed:
-            return LandscapeError(
-                "The model was called within a transform of torch.func, whose derivatives the probe does not see. Let "
-                "the loop call loss.backward(), or measure single rays by landscape.ray_losses."
-            )
-        if self.passes.is_elsewhere:
-            return LandscapeError(
-                "The loss was not differentiated by loss.backward() or torch.autograd.backward(...), called by this "
-                "name, so that it is not known whether its gradient is that of the update. Let the loop call "
-                "loss.backward()."
-            )
-        return LandscapeError(f"No loss was captured since the last step. {OBSERVE}.")
+            return LandscapeError(messages.STEP_IN_BACKWARD)
+        if self._in_functorch:
+            return LandscapeError(messages.FUNCTORCH)
+        if self.passes.has_unseen_pass:
+            return LandscapeError(messages.UNSEEN_BACKWARD)
+        return LandscapeError(messages.NO_LOSS)
 
-    def step_made(self) -> None:
-        """Forget what the step has computed after the first time, where it was given a closure."""
+    def finish_update(self) -> None:
+        """Drop the losses that a step's closure has added."""
         self.pop_terms()
-        self.passes.step_made()
+        self.passes.finish_update()
 
     def versions(self) -> list[int]:
-        """How often each parameter was written to, also of modules outside of the model that the loss calls.
+        """Return the number of writes to each parameter.
 
-        It is not known where forward passes gather parameters.
+        It covers the optimizer's parameters and those of all modules that the loss calls, also outside of the model. It
+        is empty if forward passes gather parameters.
         """
-        if self.scene.shards is not None:
-            return []
-        return [parameter._version for parameter in (*self._parameters(), *self.scene.parameters())]
+        return self.loss_module.space.versions((*self._parameters(), *self.loss_module.parameters()))
+
+    def pop_overhead_seconds(self) -> float:
+        """Return the seconds of snapshots since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the traits of forward passes that were found."""
+        return self.loss_module.traits.state_dict(self.loss_module)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the traits, so that rays have the same bits."""
+        self.loss_module.traits.load_state_dict(state, self.loss_module)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -250,120 +253,80 @@ class Capture:
         names = (name for name, other in self.model.named_parameters() if other is parameter)
         return next(names, "a parameter that is not the model's")
 
-    def pop_overhead_seconds(self) -> float:
-        """Time that remembering states has taken since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was found out about the model so far, by the names of its parameters."""
-        scene = self.scene
-        return {
-            "moving": [
-                name for name, parameter in scene.named_parameters() if id(parameter) in scene.written_parameters
-            ],
-            "draws": scene.draws,
-            "differentiates": scene.differentiates,
-            "streamed": sorted(scene.streamed),
-            "shared": sorted(scene.shared),
-            "overwritten": sorted(self._layers.overwritten),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Know it from the first forward pass on, so that a ray is evaluated to the same bits."""
-        scene = self.scene
-        scene.written_parameters = {id(p) for name, p in scene.named_parameters() if name in state["moving"]}
-        scene.draws, scene.differentiates = state["draws"], state.get("differentiates", False)
-        scene.streamed, scene.shared = set(state["streamed"]), set(state["shared"])
-        self._layers.overwritten = set(state["overwritten"])
-
     def _is_lazy(self) -> bool:
-        self._lazy = self._lazy is not False and self.scene.is_lazy()
+        self._lazy = self._lazy is not False and self.loss_module.is_lazy()
         return self._lazy
 
-    def _listening(self) -> bool:
-        if is_replaying() or self._measuring or self._observing or not torch.is_grad_enabled() or not self._wanted():
+    def _is_recording(self) -> bool:
+        if is_replaying() or self._measuring or self._observing or not torch.is_grad_enabled() or not self._is_due():
             return False
-        # Within torch.func, derivatives are not those of autograd outside of it.
-        within = peek_interpreter_stack() is not None
-        self._transformed |= within
-        return not within
+        # Derivatives of torch.func are not those of the autograd outside of it.
+        in_functorch = peek_interpreter_stack() is not None
+        self._in_functorch |= in_functorch
+        return not in_functorch
 
-    def _state(self) -> ForwardSnapshot:
-        """The state before a forward pass."""
+    def _capture_state(self) -> ForwardSnapshot:
         started = time.perf_counter()
         self._prepare()
         self._layers.refresh()
-        state = ForwardSnapshot.capture(self.scene)
+        state = ForwardSnapshot.capture(self.loss_module)
         self._seconds += time.perf_counter() - started
         return state
 
     def _before_wrapper(self, wrapper: nn.Module, args: Any) -> None:
         if self._measuring:
-            raise LandscapeError(
-                "An observed loss called the DistributedDataParallel model, whose collectives are those of training; "
-                "call the model that the closure is given: probe.observe(lambda model, x: ...)."
-            )
+            raise LandscapeError(messages.WRAPPER_CALLED)
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._listening() and not self._is_lazy():
+        if self._is_recording() and not self._is_lazy():
             arguments = VersionedArgs.of((args, kwargs))
-            is_carried = self.passes.carries(arguments.leaves)
-            self._call = ModelCall(self._state(), arguments, self.scene.frozen_versions(), is_carried)
+            is_derived = self.passes.depends_on_parameters(arguments.leaves)
+            self._call = ModelCall(self._capture_state(), arguments, self.loss_module.frozen_versions(), is_derived)
             self._layers.bases = self._call.bases
 
     def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
-        if self._call is not None and self._listening():
+        if self._call is not None and self._is_recording():
             self._call.outputs = VersionedArgs.of(outputs)
-            self._call.left = self._criterion_state()
+            self._call.criterion_state = CriterionState.capture(self.criterion)
             self._layers.bases = None
 
-    def _criterion_state(self) -> tuple[list[dict[str, Any]], list[tuple[Tensor, int]], Tensor]:
-        """What the criterion's modules hold, and torch's random stream."""
-        modules = () if self.criterion is None else self.criterion.modules()
-        held = [{**vars(module), **module._buffers} for module in modules]
-        buffers = () if self.criterion is None else self.criterion.buffers()
-        return held, [(buffer, buffer._version) for buffer in buffers], torch.get_rng_state()
-
     def _before_criterion(self, criterion: nn.Module, args: Any) -> None:
-        """See whether the criterion is what it was at the model's call, from where replays begin."""
-        if self._call is None or self._call.left is None or not self._listening():
+        if self._call is None or self._call.criterion_state is None or not self._is_recording():
             return
-        (held, buffers, stream), (now, later, self._stream) = self._call.left, self._criterion_state()
-        self._is_other = not (
-            all(map(_is_same, held, now))
-            and all(a is b and one == other for (a, one), (b, other) in zip(buffers, later, strict=True))
-        )
-        self._has_drawn = not torch.equal(stream, self._stream)
+        before, now = self._call.criterion_state, CriterionState.capture(self.criterion)
+        self._criterion_changed = not before.has_contents_of(now)
+        self._rng_before_criterion = None if torch.equal(before.rng, now.rng) else now.rng
 
     def _after_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, loss: Any) -> None:
-        if isinstance(loss, Tensor) and loss.requires_grad and self._listening():
-            call = self._call or ModelCall(self._state(), VersionedArgs.of(()), self.scene.frozen_versions())
-            closure = self._unless_moved(call.versions, replay(call, criterion, (args, kwargs)))
-            if self._is_other or (self._has_drawn and not torch.equal(self._stream, torch.get_rng_state())):
-                closure = raises(LandscapeError(OTHER))
-            self._is_other = self._has_drawn = False
-            if call.is_carried:
-                closure = raises(LandscapeError(CARRIED.format("An input of the model")))
-            if self._lazy:
-                closure = raises(_LAZY)
-            self._await(LossTerm(closure, call.state, bases=call.bases), loss)
+        if not (isinstance(loss, Tensor) and loss.requires_grad and self._is_recording()):
+            return
+        call = self._call or ModelCall(self._capture_state(), VersionedArgs.of(()), self.loss_module.frozen_versions())
+        closure = self._reject_if_written(call.versions, replay(call, criterion, (args, kwargs)))
+        # Numbers drawn between the two calls only matter to a criterion that draws, too.
+        rng = self._rng_before_criterion
+        if self._criterion_changed or (rng is not None and not torch.equal(rng, torch.get_rng_state())):
+            closure = raises(LandscapeError(messages.CHANGED_CRITERION))
+        self._criterion_changed, self._rng_before_criterion = False, None
+        if call.depends_on_parameters:
+            closure = raises(LandscapeError(messages.DERIVED_INPUT.format("An input of the model")))
+        if self._lazy:
+            closure = raises(_LAZY)
+        self._register_loss(LossTerm(closure, call.state, bases=call.bases), loss)
 
-    def _unless_moved(self, versions: dict[int, int], closure: Closure) -> Closure:
-        """The closure, unless the forward pass wrote to a frozen parameter of which there is no copy from before."""
-        now = self.scene.frozen_versions()
-        moved = {key for key in now if now[key] != versions.get(key)} - self.scene.written_parameters
-        self.scene.written_parameters |= moved
-        error = ProbeDeferred("The forward pass writes to frozen parameters; they are copied from the next update on.")
-        return raises(error) if moved else closure
+    def _reject_if_written(self, versions: dict[int, int], closure: Closure) -> Closure:
+        """Return the closure, or one that raises.
 
-    def _await(self, term: LossTerm, loss: Any) -> None:
-        """Make it a term once a backward pass has gone through the loss; until then the loss alone holds it."""
+        It raises if the forward pass wrote to a frozen parameter, of which there is no copy from before the pass. Later
+        snapshots have one.
+        """
+        now = self.loss_module.frozen_versions()
+        known = self.loss_module.traits.written_parameters
+        written = {key for key in now if now[key] != versions.get(key)} - known
+        known |= written
+        return raises(ProbeDeferred(messages.WRITTEN_FROZEN)) if written else closure
+
+    def _register_loss(self, term: LossTerm, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad:
-            term.value = loss.detach().clone()  # `loss /= n` is to come
+            term.value = loss.detach().clone()  # The loop may write to the loss afterwards, as by `loss /= n`.
             term.versions = self.versions()
-            self.passes.await_(term, loss)
-
-
-def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+            self.passes.register_loss(term, loss)

@@ -25,7 +25,7 @@ from landscape.probe.arguments import (
 from landscape.probe.capture import Capture
 from landscape.probe.checks import CaptureChecks
 from landscape.probe.options import ProbeOptions
-from landscape.probe.passes import Captured
+from landscape.probe.passes import CapturedUpdate
 from landscape.probe.schedule import ProbeSchedule
 from landscape.probe.step_hooks import Closure, StepHooks, call_after_first
 from landscape.probe.update import Update, to_host
@@ -135,7 +135,9 @@ class LandscapeProbe:
                 if writes
                 else NullWriter()
             ),
-            alike=lambda _: [getattr(self.options, name) for name in ("every", "direction", "gradients", "overhead")],
+            must_match=lambda _: [
+                getattr(self.options, name) for name in ("every", "direction", "gradients", "overhead")
+            ],
         )
         self._starts_over = resume
         """True until a state is loaded, or the rows that are there are dropped."""
@@ -165,7 +167,7 @@ class LandscapeProbe:
 
     def detach(self) -> None:
         """Remove the hooks and write pending rows; recorded rows stay available."""
-        self._capture.passes.tell_of_waste()
+        self._capture.passes.warn_if_no_step()
         self._remove_hooks()
         self.trace.close()
 
@@ -181,7 +183,7 @@ class LandscapeProbe:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            self._capture.passes.tell_of_waste()
+            self._capture.passes.warn_if_no_step()
         self._remove_hooks()
         self.trace.__exit__(kind, error, traceback)
 
@@ -287,8 +289,8 @@ class LandscapeProbe:
 
         return call_after_first(closure, measure)
 
-    def _update(self, captured: Captured) -> Update:
-        return Update.from_optimizer(self._capture.scene, self.optimizer, captured)
+    def _update(self, captured: CapturedUpdate) -> Update:
+        return Update.from_optimizer(self._capture.loss_module, self.optimizer, captured)
 
     def _before_update(self, make: Callable[[], Update]) -> None:
         if self._starts_over:
@@ -305,18 +307,18 @@ class LandscapeProbe:
         if self._pending is not None:
             update, self._pending = self._pending, None
             with self._schedule.probing():
-                self._measure(update, update.actual_direction(self._capture.scene))
+                self._measure(update, update.actual_direction(self._capture.loss_module))
         if self._measured:  # not before, as a step may fail
             self._last, self._measured = self._measured, {}
             self.trace.append(self._last)
-        self._capture.step_made()
+        self._capture.finish_update()
         self._schedule.advance(self._capture.pop_overhead_seconds())
         self.step += 1
 
     def _measure(self, update: Update, direction: Parameters) -> None:
         """Set the row of the update, or warn why there is none."""
-        is_sharded = self._capture.scene.shards is not None  # sharded modules replace their parameters themselves
-        contents = ModuleContents([] if is_sharded else self._capture.scene.modules())
+        is_sharded = self._capture.loss_module.space.is_sharded  # sharded modules replace their parameters themselves
+        contents = ModuleContents([] if is_sharded else self._capture.loss_module.modules())
         try:
             row = self._ranks.all_mean(lambda: self._row(update, direction))
         except Exception as error:
@@ -334,14 +336,14 @@ class LandscapeProbe:
     def _row(self, update: Update, direction: Parameters) -> dict[str, Any]:
         """Return the row of the update by the losses of this process."""
         started = time.perf_counter()
-        ray = self._ranks.run_on_all(lambda: self._ray(update, direction), alike=Ray.together)
+        ray = self._ranks.run_on_all(lambda: self._ray(update, direction), must_match=Ray.pass_signature)
         with self._capture.measuring():
             self._checks.detect_parameter_writes(ray)
-            if facts := self._checks.check(self.step, update):
+            if facts := self._checks.check_if_due(self.step, update):
                 self.trace.update_metadata(mode="training" if self.model.training else "evaluation", checks=facts)
                 started = time.perf_counter()
             measured = {"step_sizes": ray.step_sizes} | update.row_values(direction) | self._along(ray)
-            if facts := self._checks.doubt(self.step, update, measured):
+            if facts := self._checks.check_if_suspicious(self.step, update, measured):
                 self.trace.update_metadata(checks=facts)
         self._seconds = time.perf_counter() - started
         epoch = self.step / self.options.steps_per_epoch if self.options.steps_per_epoch else math.nan
@@ -350,13 +352,13 @@ class LandscapeProbe:
     def _along(self, ray: Ray) -> dict[str, Tensor]:
         if not self.options.gradients:
             return {"losses": self._choice.losses(ray)}
-        there = self._choice.gradients(ray, self._ranks)
+        there = self._choice.gradients(ray)
         return {"losses": there.losses, "slope": there.slope, "gradient_distances": there.distances}
 
     def _ray(self, update: Update, direction: Parameters) -> Ray:
         step_sizes = self.options.step_sizes_at(self.step, update.lr)
         if not update.objective.terms:
-            raise self._capture.nothing()
+            raise self._capture.no_loss_error()
         if problem := update.captured.problem:
             raise LandscapeError(problem)
         if not update.gradient:

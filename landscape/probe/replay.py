@@ -1,79 +1,78 @@
-"""A call of the model and one of the criterion in the user's loop, kept in a form that can be made again."""
+"""A call of the model and one of the criterion in the user's loop, in a form that can be repeated."""
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from landscape.errors import LandscapeError
+from landscape.probe.messages import DERIVED_OUTPUT, NO_MODEL_CALL, WRITTEN_ARGUMENT, WRITTEN_OUTPUT
 from landscape.ray.linear_cache import CachedLinear
-from landscape.ray.snapshot import Autocast, Closure, ForwardSnapshot
+from landscape.ray.loss_module import Closure
+from landscape.ray.snapshot import Autocast, ForwardSnapshot
 
 
-class _Replays(threading.local):
-    """Number of replays that are under way in this thread: what models do then is not training, to any probe."""
+class _ReplayDepth(threading.local):
+    """Number of replays in progress in this thread."""
 
-    depth = 0
+    value = 0
 
 
-_replays = _Replays()
+_depth = _ReplayDepth()
 
 
 @contextmanager
 def replaying() -> Iterator[None]:
-    """No capture listens within the body."""
-    _replays.depth += 1
+    """Keep probes of this thread from recording the body."""
+    _depth.value += 1
     try:
         yield
     finally:
-        _replays.depth -= 1
+        _depth.value -= 1
 
 
 def is_replaying() -> bool:
-    """Whether a replay is under way in this thread."""
-    return _replays.depth > 0
-
-
-OBSERVE = "Hand the loss to the probe: `loss = probe.observe(lambda model: ...)`, once for each backward pass"
+    """Return True within the body of `replaying`."""
+    return _depth.value > 0
 
 
 @dataclass
 class VersionedArgs:
-    """A nest of arguments, flattened, with the versions of its tensors, so that a later write in place is noticed."""
+    """Flattened arguments with the versions of their tensors.
+
+    A version that has changed shows that the tensor was written to in place.
+    """
 
     leaves: list[Any]
     spec: TreeSpec
     versions: list[int]
 
     @classmethod
-    def of(cls, nest: Any) -> "VersionedArgs":
-        """The tensors of the nest as they are now."""
+    def of(cls, nest: Any) -> Self:
+        """Flatten the arguments and note the present versions."""
         leaves, spec = tree_flatten(nest)
         return cls(leaves, spec, [_version(leaf) for leaf in leaves])
 
-    def nest(self, what: str = "the model", outputs: Sequence[Any] = ()) -> Any:
-        """The arguments of ``what``, around the model's ``outputs``; an error if one has been written to since."""
-        self.check(what)
+    def unflatten(self, function: str = "the model", outputs: Sequence[Any] = ()) -> Any:
+        """Return the arguments, each `OutputRef` replaced by one of ``outputs``.
+
+        Raises:
+            LandscapeError: A tensor was written to since; the message names ``function``.
+        """
+        for place, (leaf, version) in enumerate(zip(self.leaves, self.versions, strict=True)):
+            if version != _version(leaf):
+                path = tree_flatten_with_path(tree_unflatten(self.leaves, self.spec))[0][place][0]
+                raise LandscapeError(WRITTEN_ARGUMENT.format(tuple(leaf.shape), function, keystr(path)))
         leaves = [outputs[leaf.index] if isinstance(leaf, OutputRef) else leaf for leaf in self.leaves]
         return tree_unflatten(leaves, self.spec)
 
-    def check(self, what: str) -> None:
-        """Raise a LandscapeError if one of these, arguments of ``what``, has been written to since."""
-        for place, (leaf, version) in enumerate(zip(self.leaves, self.versions, strict=True)):
-            if version != _version(leaf):
-                paths = tree_flatten_with_path(tree_unflatten(self.leaves, self.spec))[0]
-                raise LandscapeError(
-                    f"The tensor {tuple(leaf.shape)} among the arguments of {what} ({keystr(paths[place][0])}) was "
-                    "overwritten before the optimizer's step, so that the loss cannot be computed again. Pass a copy "
-                    "of it: tensor.clone()."
-                )
-
-    def unwritten(self) -> bool:
-        """Whether none of them has been written to."""
+    def is_unwritten(self) -> bool:
+        """Return True if no tensor was written to since."""
         return self.versions == [_version(leaf) for leaf in self.leaves]
 
 
@@ -81,58 +80,91 @@ def _version(leaf: Any) -> int:
     return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
 
 
+@dataclass(frozen=True)
+class CriterionState:
+    """Contents of a criterion's modules, and torch's RNG state.
+
+    A replay starts from the state before the model's call. It calls the criterion in the state in which the loop does
+    only if that is the same after the model's call and before the criterion's.
+    """
+
+    contents: Sequence[dict[str, Any]]
+    """Attributes and buffers of each module."""
+    buffers: Sequence[tuple[Tensor, int]]
+    """Buffers with their versions."""
+    rng: Tensor
+
+    @classmethod
+    def capture(cls, criterion: nn.Module | None) -> Self:
+        """Return the present state."""
+        modules = [] if criterion is None else list(criterion.modules())
+        buffers = [] if criterion is None else list(criterion.buffers())
+        contents = [{**vars(module), **module._buffers} for module in modules]
+        return cls(contents, [(buffer, buffer._version) for buffer in buffers], torch.get_rng_state())
+
+    def has_contents_of(self, other: Self) -> bool:
+        """Return True if objects and buffer versions are the same."""
+        return all(map(_are_same, self.contents, other.contents)) and all(
+            a is b and version == later for (a, version), (b, later) in zip(self.buffers, other.buffers, strict=True)
+        )
+
+
+def _are_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+
+
 @dataclass
 class ModelCall:
-    """A call of the model in the user's loop: the state it ran in, what went in and what came out."""
+    """A call of the model: its state, inputs and outputs."""
 
     state: ForwardSnapshot
     arguments: VersionedArgs
     versions: dict[int, int]
-    is_carried: bool = False
-    """Whether an argument was computed from parameters."""
+    """Number of writes to each frozen parameter, by id."""
+    depends_on_parameters: bool = False
+    """True if an argument was computed from parameters."""
     outputs: VersionedArgs | None = None
-    left: Any = None
-    """What the criterion's modules held, and the random stream, when the model was through."""
+    criterion_state: CriterionState | None = None
+    """State of the criterion after the call."""
     bases: list[CachedLinear] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class OutputRef:
-    """Stands for an output of the model among the arguments of the criterion."""
+    """Placeholder for a model's output among the criterion's arguments."""
 
     index: int
 
 
 def replay(call: ModelCall, criterion: nn.Module, arguments: Any) -> Closure:
-    """The closure that evaluates ``criterion(model(inputs), targets)`` again, or one that says why it cannot be."""
+    """Return a closure that evaluates ``criterion(model(inputs), targets)`` again.
+
+    If that cannot be evaluated again, the closure raises a LandscapeError with the reason.
+    """
     try:
-        return _tied(call, criterion, VersionedArgs.of(arguments))
+        return _replay(call, criterion, VersionedArgs.of(arguments))
     except LandscapeError as error:
         return raises(error)
 
 
-def _tied(call: ModelCall, criterion: nn.Module, arguments: VersionedArgs) -> Closure:
+def _replay(call: ModelCall, criterion: nn.Module, arguments: VersionedArgs) -> Closure:
     if call.outputs is None:
-        raise LandscapeError(f"The criterion was called without a call of the model before it. {OBSERVE}.")
-    if not call.outputs.unwritten():
-        raise LandscapeError(f"An output of the model was changed in place after the probe saw it. {OBSERVE}.")
-    # Numbers and texts may be the same objects as outputs without being outputs.
+        raise LandscapeError(NO_MODEL_CALL)
+    if not call.outputs.is_unwritten():
+        raise LandscapeError(WRITTEN_OUTPUT)
+    # Python shares equal numbers and texts, so one that is the same object as an output need not be the output.
     plain = int | float | str | None
-    places = {id(leaf): OutputRef(at) for at, leaf in enumerate(call.outputs.leaves) if not isinstance(leaf, plain)}
-    arguments.leaves = [places.get(id(leaf), leaf) for leaf in arguments.leaves]
+    refs = {id(leaf): OutputRef(at) for at, leaf in enumerate(call.outputs.leaves) if not isinstance(leaf, plain)}
+    arguments.leaves = [refs.get(id(leaf), leaf) for leaf in arguments.leaves]
     arguments.versions = [_version(leaf) for leaf in arguments.leaves]
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in arguments.leaves):
-        raise LandscapeError(
-            "The criterion was given a tensor that was computed from the model's outputs (or by another call of the "
-            f"model), so criterion(model(inputs), targets) is not the training loss. {OBSERVE}."
-        )
-    kinds = [autocast.device_type for autocast in call.state.autocast]
-    inputs, autocast = call.arguments, Autocast.capture(kinds)
+        raise LandscapeError(DERIVED_OUTPUT)
+    inputs, autocast = call.arguments, Autocast.capture([state.device_type for state in call.state.autocast])
 
     def closure(model: nn.Module) -> Tensor:
-        args, kwargs = inputs.nest()
+        args, kwargs = inputs.unflatten()
         outputs = tree_flatten(model(*args, **kwargs))[0]
-        args, kwargs = arguments.nest("the criterion", outputs)
+        args, kwargs = arguments.unflatten("the criterion", outputs)
         with Autocast.restored(autocast):
             return criterion(*args, **kwargs)
 
@@ -140,7 +172,7 @@ def _tied(call: ModelCall, criterion: nn.Module, arguments: VersionedArgs) -> Cl
 
 
 def raises(error: LandscapeError) -> Closure:
-    """A closure that raises the error, once the loss is asked for."""
+    """Return a closure that raises the error."""
 
     def closure(model: nn.Module) -> Tensor:
         raise error

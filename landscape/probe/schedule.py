@@ -1,4 +1,4 @@
-"""Which updates are probed: each n-th, or as many as a share of the training time pays for."""
+"""Selection of the updates that are probed, by number or by a share of the training time."""
 
 import time
 from collections import deque
@@ -10,43 +10,50 @@ import torch
 
 
 class OverheadBudget:
-    """Probes that cost at most ``share`` of the time that training takes.
+    """Limits probes to a share of the training time.
 
-    The first update is probed in any case; later ones as soon as a probe as dear as the last can be paid for.
+    The first update is always probed. A later update is probed once the budget covers another probe as expensive as the
+    last. For a share of 0.1 and probes of 1 s, these are updates after 20 s of training, 30 s, ...
+
+    Args:
+        share: Most seconds of probes per second of training.
     """
 
     def __init__(self, share: float) -> None:
         self.share = share
         self.training = 0.0
-        """Seconds of training so far, without probes."""
+        """Seconds of training, without probes."""
         self.probing = 0.0
-        """Seconds of probes so far."""
+        """Seconds of probes."""
         self._last = 0.0
 
-    def train(self, seconds: float) -> None:
-        """Account for a piece of training."""
+    def add_training(self, seconds: float) -> None:
+        """Add seconds of training."""
         self.training += seconds
 
-    def probe(self, seconds: float) -> None:
-        """Account for a probe."""
+    def add_probe(self, seconds: float) -> None:
+        """Add the seconds of one probe."""
         self.probing += seconds
         self._last = seconds
 
     def allows_probe(self) -> bool:
-        """Whether another probe can be paid for."""
+        """Return True if the budget covers another probe."""
         return self.probing + self._last <= self.share * self.training
 
     def state_dict(self) -> dict[str, float]:
-        """The accounts."""
+        """Return the seconds for a checkpoint."""
         return {"training": self.training, "probing": self.probing, "last": self._last}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over the accounts; the share stays as it is asked for now."""
+        """Resume from a checkpoint, with the share of this run."""
         self.training, self.probing, self._last = state["training"], state["probing"], state["last"]
 
 
 class DeviceTimer:
-    """Times pieces of work in seconds, on a GPU by its own clock and without waiting for it."""
+    """Timer of blocks of code, in seconds.
+
+    On a GPU it uses CUDA events, and never blocks until the device is done.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = torch.get_device_module(device) if device.type == "cuda" else None
@@ -61,8 +68,8 @@ class DeviceTimer:
         finally:
             self._running.append((started, self._mark()))
 
-    def take(self) -> list[float]:
-        """The pieces that have come to their end since the last call."""
+    def pop(self) -> list[float]:
+        """Return seconds of blocks that finished since the last call."""
         seconds = []
         while self._running and (self._gpu is None or self._running[0][1].query()):
             started, ended = self._running.popleft()
@@ -70,7 +77,7 @@ class DeviceTimer:
         return seconds
 
     def pending(self) -> bool:
-        """Whether a piece is still under way."""
+        """Return True if a block has not finished."""
         return bool(self._running)
 
     def _mark(self) -> Any:
@@ -85,11 +92,10 @@ class ProbeSchedule:
     """Decides, after each update, whether the next one is probed.
 
     Args:
-        every: Probe each n-th update, the first included.
-        share: Share of the training time that probes may cost; None does not look at the time.
-        device: Where the model is.
-        decide: Takes whether this process would probe an update, where that depends on its clock, and gives whether all
-            of those that train the model do.
+        every: Probe every n-th update, the first included.
+        share: Share of the training time that probes may cost; None is without a limit.
+        device: Device of the model.
+        decide: Maps the decision of this process, which depends on its clock, to a common one of all ranks.
     """
 
     def __init__(
@@ -100,55 +106,59 @@ class ProbeSchedule:
         decide: Callable[[bool], bool] = lambda due: due,
     ) -> None:
         self.due = True
-        """Whether the current update is probed."""
+        """True if the current update is probed."""
         self._every = every
         self._decide = decide
         self._budget = None if share is None else OverheadBudget(share)
-        self._watch = DeviceTimer(device)
+        self._timer = DeviceTimer(device)
         self._updates = self._probes = 0
         self._ended = time.perf_counter()
 
     def start(self) -> None:
-        """Training goes on from here."""
+        """Start the clock of the training time."""
         self._ended = time.perf_counter()
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """The body is a part of a probe."""
-        with self._watch.running():
+        """Time the body as a part of a probe."""
+        with self._timer.running():
             yield
 
     def advance(self, extra: float) -> None:
-        """An update is done; a probe of it has cost ``extra`` seconds beside what was timed."""
+        """Decide after an update if the next is probed.
+
+        Args:
+            extra: Seconds that the probe has taken outside of `probing`.
+        """
         self._updates += 1
         self._probes += self.due
         if self._budget is None:
-            self._watch.take()
+            self._timer.pop()
             self.due = self._updates % self._every == 0
             return
-        now, probes = time.perf_counter(), [*self._watch.take(), *([extra] if extra else [])]
-        self._budget.train(now - self._ended - sum(probes))
+        now, probes = time.perf_counter(), [*self._timer.pop(), *([extra] if extra else [])]
+        self._budget.add_training(now - self._ended - sum(probes))
         if probes:
-            self._budget.probe(sum(probes))
+            self._budget.add_probe(sum(probes))
         self._ended = now
         self.due = self._updates % self._every == 0 and self._decide(
-            not self._watch.pending() and self._budget.allows_probe()
+            not self._timer.pending() and self._budget.allows_probe()
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What another process needs to go on; a piece that a GPU has not finished yet is not accounted for."""
+        """Return the state for a checkpoint, without unfinished blocks."""
         budget = None if self._budget is None else self._budget.state_dict()
         return {"due": self.due, "updates": self._updates, "probes": self._probes, "budget": budget}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a checkpoint."""
         self.due, self._updates, self._probes = state["due"], state["updates"], state["probes"]
         if self._budget is not None and state["budget"] is not None:
             self._budget.load_state_dict(state["budget"])
         self.start()
 
     def facts(self) -> dict[str, Any]:
-        """What was asked and what came out, where there is a budget."""
+        """Return the budget and its use, as facts."""
         if self._budget is None:
             return {}
         spent = {"training_seconds": self._budget.training, "probing_seconds": self._budget.probing}

@@ -1,94 +1,109 @@
-"""What is known of one update before and after the optimizer makes it, and its row on the way to the trace."""
+"""An update that an optimizer makes, and the values of its row."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from landscape.probe.passes import Captured
-from landscape.ray.gradients import inner, norm
+from landscape.distributed.parameter_space import Parameters, dense
+from landscape.probe.passes import CapturedUpdate
+from landscape.ray.loss_module import LossModule
 from landscape.ray.objective import Objective
 from landscape.ray.ray import Ray
-from landscape.ray.snapshot import LossModule, Parameters
 
 
 @dataclass(frozen=True)
 class Update:
-    """One update: the loss, where it starts, and the gradient that the optimizer got."""
+    """An update of an optimizer.
+
+    Attributes:
+        objective: The loss as a function of the parameters.
+        origin: The parameters before the step.
+        gradient: The gradient that the optimizer gets.
+        lr: Learning rate of the first parameter group.
+        captured: The captured losses.
+    """
 
     objective: Objective
     origin: Parameters
     gradient: Parameters
     lr: float
-    captured: Captured
+    captured: CapturedUpdate
 
     @classmethod
-    def from_optimizer(cls, scene: LossModule, optimizer: torch.optim.Optimizer, captured: Captured) -> "Update":
-        """The update that ``optimizer`` is about to make; only the parameters it holds belong to it."""
-        # A fused optimizer divides gradients by the loss scale inside its kernel; GradScaler hands it over this way.
+    def from_optimizer(
+        cls, loss_module: LossModule, optimizer: torch.optim.Optimizer, captured: CapturedUpdate
+    ) -> Self:
+        """Return the update that ``optimizer`` is about to make.
+
+        Args:
+            loss_module: The model, of which only parameters that the optimizer holds are moved.
+            optimizer: The optimizer, before its step.
+            captured: The captured losses.
+        """
+        # A fused optimizer divides gradients by the loss scale in its kernel; GradScaler passes the scale this way.
         scale = getattr(optimizer, "grad_scale", None)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        parameters = scene.named_trained_parameters()
+        parameters = loss_module.space.parameters()
         gradient = {
-            name: _plain(scene.local(parameter.grad), scale)
+            name: _unscaled(loss_module.space.local(parameter.grad), scale)
             for name, parameter in parameters.items()
             if parameter.grad is not None and id(parameter) in held
         }
-        origin = {name: scene.local(parameter) for name, parameter in parameters.items()}
+        origin = {name: loss_module.space.local(parameter) for name, parameter in parameters.items()}
         return cls(Objective(captured.terms), origin, gradient, learning_rate_of(optimizer), captured)
 
     @property
     def differentiated(self) -> Tensor | None:
-        """The value of the tensor that was differentiated, as far as it is known."""
+        """Value of the differentiated tensors, or None if unknown."""
         return self.captured.differentiated
 
-    def snapshot(self) -> "Update":
-        """The same, safe from the step that is about to overwrite the parameters, and maybe the gradient."""
+    def snapshot(self) -> Self:
+        """Return the update with copies of tensors that steps overwrite."""
         copies = {name: tensor.clone() for name, tensor in self.gradient.items()}
         return replace(self, origin={name: tensor.clone() for name, tensor in self.origin.items()}, gradient=copies)
 
-    def actual_direction(self, scene: LossModule) -> Parameters:
-        """What the optimizer did since the snapshot, as a direction whose step size is the learning rate."""
-        now = scene.named_trained_parameters()
+    def actual_direction(self, loss_module: LossModule) -> Parameters:
+        """Return ``(origin - parameters) / lr``, after the step."""
+        now = loss_module.space.parameters()
         rate = self.lr if self.lr and math.isfinite(self.lr) else 1.0
-        return {name: (self.origin[name] - scene.local(now[name])) / rate for name in self.gradient}
+        return {name: (self.origin[name] - loss_module.space.local(now[name])) / rate for name in self.gradient}
 
     def row_values(self, direction: Parameters) -> dict[str, Tensor]:
-        """The columns of its row that are known without going along the direction, still on the device."""
-        shards = self.objective.shards
-        size = norm(self.gradient, shards)
+        """Return the columns that need no evaluation of the ray."""
+        space = self.objective.space
+        size = space.norm(self.gradient)
         known = {"loss": self.objective.training_loss(), "grad_norm": size, "direction_norm": size, "slope": size**2}
         if direction is not self.gradient:
-            slope = inner(direction, self.gradient, shards)
-            known |= {"direction_norm": norm(direction, shards), "slope": slope}
+            slope = space.inner(direction, self.gradient)
+            known |= {"direction_norm": space.norm(direction), "slope": slope}
         return known
 
     def ray(self, direction: Parameters, step_sizes: Sequence[float]) -> Ray:
-        """The ray that leads from where the update starts along ``direction``."""
+        """Return the ray from the origin along ``direction``."""
         return Ray(self.objective, self.origin, direction, step_sizes)
 
 
 def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of the first parameter group; NaN where the optimizer knows none."""
+    """Return the first parameter group's learning rate, or NaN."""
     return float(optimizer.param_groups[0].get("lr", math.nan))
 
 
-def _plain(gradient: Tensor, scale: Tensor | None) -> Tensor:
-    gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    return gradient if scale is None else gradient / scale
+def _unscaled(gradient: Tensor, scale: Tensor | None) -> Tensor:
+    return dense(gradient) if scale is None else dense(gradient) / scale
 
 
 def to_host(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with plain numbers; the tensors of all of them come over from the device in one transfer."""
+    """Return rows as plain numbers, by one device transfer."""
     tensors = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
     if not tensors:
         return rows
-    kind = torch.promote_types(tensors[0].dtype, torch.float32)
-    numbers = iter(torch.cat([tensor.detach().reshape(-1).to(kind) for tensor in tensors]).tolist())
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    numbers = iter(torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors]).tolist())
 
     def plain(value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -1,85 +1,91 @@
 """The training loss of one update as a pure function of the parameters."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from landscape.distributed.fsdp import ShardedParameters
+from landscape.distributed.parameter_space import Parameters, ParameterSpace
 from landscape.errors import LandscapeError
 from landscape.ray.linear_cache import CachedLinear
-from landscape.ray.snapshot import Closure, ForwardSnapshot, LossModule, Parameters
+from landscape.ray.loss_module import Closure, LossModule
+from landscape.ray.snapshot import ForwardSnapshot
 from landscape.rng import RngState
 
 
 class NoDependenceError(RuntimeError):
-    """The loss does not depend on what is moved."""
+    """A loss that does not depend on the moved parameters."""
 
 
 @dataclass
 class LossTerm:
-    """The loss of one backward pass: ``weight * closure(model)`` in the state of the forward pass."""
+    """The loss of one backward pass.
+
+    It is ``weight * closure(model)`` in the state of the forward pass.
+    """
 
     closure: Closure
     state: ForwardSnapshot
     value: Tensor | None = None
-    """What the forward pass gave, detached."""
+    """The result of the forward pass, detached."""
     weight: Tensor | None = None
-    """Derivative of what was differentiated by this loss (1/n under accumulation over n batches); None is 1.
+    """Derivative of the differentiated value by this loss (1/n under accumulation over n batches); None is 1.
 
-    Of a loss that is not reduced, one for each element."""
+    If the loss is not reduced, one for each element."""
     versions: Sequence[int] = ()
-    """How often the optimizer's parameters had been written to when it was computed."""
+    """Number of writes to each of the optimizer's parameters when the loss was computed."""
     observed: bool = False
-    """Whether the user has handed it over."""
+    """True if the user has passed the loss to the probe."""
     bases: Sequence[CachedLinear] = ()
     """Linear layers that need not be evaluated at step size 0 again."""
 
     def __call__(self, parameters: Parameters) -> Tensor:
-        """The unweighted loss at ``parameters``, a scalar tensor."""
+        """Return the unweighted loss at ``parameters``, a scalar tensor."""
         return self.losses(parameters, [_stay])[0]
 
     def losses(self, parameters: Parameters, moves: Sequence[Callable[[], object]]) -> list[Tensor]:
-        """The unweighted loss after each of ``moves``, which write to ``parameters``; scalar tensors."""
-        scene = self.state.scene
-        if not scene.differentiates:
+        """Return the unweighted loss after each of ``moves``.
+
+        Args:
+            parameters: Tensors by the names of ``model.named_parameters()``.
+            moves: Functions that write to ``parameters``.
+        """
+        traits = self.state.loss_module.traits
+        if not traits.differentiates:
             try:
                 return self.state.evaluate_at(self._loss, parameters, moves)
             except RuntimeError as error:
-                # Autograd has no type for it: a loss with derivatives in it, such as a gradient penalty.
+                # The loss may contain derivatives, as a gradient penalty does; autograd has no type for this error.
                 if torch.is_grad_enabled() or "require" not in str(error) or "grad" not in str(error):
                     raise
         points = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
-        losses = self.state.evaluate_at(self._differentiating, points, moves)
-        scene.differentiates = True
+        losses = self.state.evaluate_at(self._loss_with_grad, points, moves)
+        traits.differentiates = True
         return losses
 
-    def _differentiating(self, model: nn.Module) -> Tensor:
-        with torch.enable_grad():
-            return self._loss(model).detach()
-
     def gradient(self, leaves: Parameters) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The unweighted loss at ``leaves``, and the gradient of the weighted one in their order; they require it.
+        """Return the unweighted loss, and the weighted gradient.
+
+        Args:
+            leaves: Parameters that require gradients.
+
+        Returns:
+            The loss, and its gradient with respect to each leaf, in their order.
 
         Raises:
-            RuntimeError: The loss cannot be differentiated this way, or depends on none of them.
+            RuntimeError: The loss cannot be differentiated this way, or depends on no leaf.
         """
 
         def differentiate(model: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
-            # In here, so that what is computed again (checkpoints) finds the same tensors.
-            loss, shards = self._loss(model), self.state.scene.shards
-            if shards is not None:  # first, as a rank whose pass has failed has no loss to differentiate
-                gradient = shards.gradient(self.weighted(loss), leaves)
-            elif not loss.requires_grad:
-                raise NoDependenceError("The loss depends on no parameter that autograd knows of.")
-            else:
-                gradient = torch.autograd.grad(self.weighted(loss), list(leaves.values()), allow_unused=True)
-            if any(part is None for part in gradient) and _hides(loss):
+            # Within the evaluation, so that recomputation (checkpoints) finds the same tensors.
+            loss = self._loss(model)
+            gradient = self.state.loss_module.space.gradient(self.weighted(loss), leaves)
+            if any(part is None for part in gradient) and _has_reentrant_checkpoint(loss):
                 raise RuntimeError("reentrant checkpoints hide parameters from torch.autograd.grad")
             if all(part is None for part in gradient):
-                raise NoDependenceError("The loss depends on no parameter that autograd knows of.")
+                raise NoDependenceError("The loss depends on no parameter that is in autograd's graph.")
             return loss.detach(), tuple(
                 torch.zeros_like(x) if part is None else part for x, part in zip(leaves.values(), gradient, strict=True)
             )
@@ -88,114 +94,136 @@ class LossTerm:
 
     @property
     def recorded(self) -> Tensor | None:
-        """What the forward pass gave, as :meth:`scalar` gives it."""
+        """Result of the forward pass as `scalar` would return it."""
         return None if self.value is None else self._reduced(self.value)
 
     def weighted(self, loss: Tensor) -> Tensor:
-        """A loss, or several, times the weight."""
+        """Return one or several losses times the weight."""
         return loss if self.weight is None or self.weight.numel() > 1 else self.weight * loss
 
-    def _reduced(self, loss: Tensor) -> Tensor:
-        weighs = self.weight is not None and self.weight.numel() == loss.numel() > 1
-        return (self.weight.reshape(loss.shape) * loss).sum() if weighs else loss  # pyright: ignore
-
-    def _loss(self, model: nn.Module) -> Tensor:
-        shards = self.state.scene.shards
-        return self.scalar(model) if shards is None else shards.evaluate(self.scalar)
-
     def scalar(self, model: nn.Module) -> Tensor:
-        """``closure(model)``, of a loss that is not reduced the weighted sum; a LandscapeError unless it has one element."""
+        """Return ``closure(model)``, reduced by the weights if it is not.
+
+        Raises:
+            LandscapeError: The closure does not return a tensor with one element.
+        """
         loss = self.closure(model)
         loss = self._reduced(loss) if isinstance(loss, Tensor) else loss
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise LandscapeError(
-                f"The loss must be a scalar, a tensor with one element; the criterion or closure gave {got}."
+                f"The loss must be a scalar, a tensor with one element, got {got}. Return the mean or the sum from the "
+                "criterion or closure."
             )
         # A copy: the loss could be (a view of) a parameter, and points share their memory.
         return loss.reshape(()).clone()
 
+    def _loss(self, model: nn.Module) -> Tensor:
+        return self.state.loss_module.space.evaluate(self.scalar)
 
-def _hides(loss: Tensor) -> bool:
-    """Whether a reentrant checkpoint is in the graph of a loss; what it depends on inside is not in the graph."""
-    waiting, seen = [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
+    def _loss_with_grad(self, model: nn.Module) -> Tensor:
+        with torch.enable_grad():
+            return self._loss(model).detach()
+
+    def _reduced(self, loss: Tensor) -> Tensor:
+        is_weighted = self.weight is not None and self.weight.numel() == loss.numel() > 1
+        return (self.weight.reshape(loss.shape) * loss).sum() if is_weighted else loss  # pyright: ignore
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Return True if the graph has a reentrant checkpoint.
+
+    Its parameters are not in the graph.
+    """
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            waiting += [child for child, _ in node.next_functions]
+            nodes += [child for child, _ in node.next_functions]
     return any(node.name() == "CheckpointFunctionBackward" for node in seen)
 
 
 def _stay() -> None:
-    """A move to where the parameters are."""
+    pass
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of one update, ``sum of weight * loss`` over its backward passes, as a function of the parameters.
+    """The loss of one update, given the parameters.
 
-    Calling it changes nothing in the live model: parameters and buffers are swapped for the call, attributes of modules
-    and random streams are put back.
+    It is the sum over the terms, one for each backward pass, of ``weight * loss``. A call changes nothing in the live
+    model: parameters and buffers are replaced for the call, attributes of modules and RNG state are restored.
     """
 
     terms: Sequence[LossTerm]
 
     @classmethod
-    def of(cls, model: nn.Module, closure: Closure, walked: Collection[str] | None = None) -> "Objective":
-        """The objective ``closure(model)`` in the state that the model is in now.
+    def of(cls, model: nn.Module, closure: Closure, moved: Collection[str] | None = None) -> "Objective":
+        """Return the objective ``closure(model)`` in the current state.
 
-        Parameters that are not ``walked``, without it those that are frozen, are copied: it is not known which of them
-        the closure writes to.
+        Parameters that are not ``moved`` (default: frozen ones) are copied, because the closure may write to them.
         """
-        scene = LossModule(model)
+        loss_module = LossModule(model)
         parameters = model.named_parameters()
-        scene.written_parameters = {
-            id(p) for n, p in parameters if (not p.requires_grad if walked is None else n not in walked)
+        loss_module.traits.written_parameters = {
+            id(p) for n, p in parameters if (not p.requires_grad if moved is None else n not in moved)
         }
-        return cls([LossTerm(closure, ForwardSnapshot.capture(scene))])
+        return cls([LossTerm(closure, ForwardSnapshot.capture(loss_module))])
 
     def __call__(self, parameters: Parameters) -> Tensor:
-        """The loss at ``parameters`` (tensors by the names of ``model.named_parameters()``), a scalar tensor."""
+        """Return the loss at ``parameters``, a scalar tensor.
+
+        Args:
+            parameters: Tensors by the names of ``model.named_parameters()``. The others stay where they are.
+        """
         with self.rng_restored():
             return self.weighted_sum([term(parameters) for term in self.terms])
 
+    @property
+    def loss_module(self) -> LossModule:
+        """The model and its criterion."""
+        return self.terms[0].state.loss_module
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The model's parameters."""
+        return self.loss_module.space
+
     def training_loss(self) -> Tensor:
-        """The loss that the forward passes of the update gave, a scalar tensor."""
+        """Return the loss that the update's own forward passes gave."""
         return self.weighted_sum([value.reshape(()) for term in self.terms if (value := term.recorded) is not None])
 
     def weighted_sum(self, losses: Sequence[Tensor]) -> Tensor:
-        """Weighted sum over the terms of their ``losses``, which may all carry the same further dimensions."""
+        """Return the weighted sum of one loss per term.
+
+        The losses may all have the same further dimensions.
+        """
         pairs = zip(self.terms, losses, strict=True)
         return torch.stack([term.weighted(loss) for term, loss in pairs]).sum(0)
 
-    @property
-    def shards(self) -> ShardedParameters | None:
-        """What this process holds of the parameters, where they are spread over several."""
-        return self.terms[0].state.scene.shards if self.terms else None
-
     @contextmanager
     def rng_restored(self) -> Iterator[None]:
-        """Put the random streams back after the body, which calls terms."""
+        """Restore the RNG state after the body, which calls terms."""
         before = RngState.capture(list(self.terms[0].state.random.accelerators))
         # Without gradients, torch's transformers take another path in evaluation mode, with other numbers for padding.
         fast = torch.backends.mha.get_fastpath_enabled()
-        # Compiled code is specialized on live parameters: swapping them would compile anew at every point.
+        # Compiled code is specialized on live parameters: replacing them would recompile it at every point.
         with torch.compiler.set_stance("force_eager"):
             try:
                 torch.backends.mha.set_fastpath_enabled(False)
-                with nullcontext() if self.shards is None else self.shards.raise_deferred():
+                with self.space.raise_deferred():
                     yield
             finally:
                 torch.backends.mha.set_fastpath_enabled(fast)
                 before.restore()
 
     def modules(self) -> Iterator[nn.Module]:
-        """All modules that belong to it: of the model, its criterion, and others that are called."""
-        return self.terms[0].state.scene.modules()
+        """Return the modules of model, criterion and foreign modules."""
+        return self.loss_module.modules()
 
     def reduced_precision(self) -> bool:
-        """Whether forward passes compute in less than single precision."""
+        """Return True if forward passes compute below single precision."""
         autocast = any(state.enabled for term in self.terms for state in term.state.autocast)
-        parameters = (parameter for term in self.terms for parameter in term.state.scene.parameters())
+        parameters = (parameter for term in self.terms for parameter in term.state.loss_module.parameters())
         return autocast or any(parameter.dtype.itemsize < 4 for parameter in parameters)

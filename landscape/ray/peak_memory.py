@@ -1,4 +1,4 @@
-"""How much memory a piece of code holds at its peak, on any device, by looking at every tensor that it makes."""
+"""Peak memory of a piece of code on any device, from all tensors it makes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +11,16 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Within it, ``peak`` is the most bytes that tensors made since it was entered have held at one time.
+    """A mode that measures the peak of held memory.
 
-    Counted are dense tensors, not what kernels use inside or what an allocator keeps in reserve.
+    ``peak`` is the most bytes held at one time by dense tensors made within it. Memory that kernels use inside, or that
+    an allocator reserves, is not counted.
+
+    Examples:
+        >>> with PeakMemory() as memory:
+        ...     twice = torch.ones(100) * 2  # 400 bytes, and as many of ones
+        >>> memory.peak, memory.held()
+        (800, 400)
     """
 
     def __init__(self) -> None:
@@ -25,19 +32,19 @@ class PeakMemory(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._hold((args, kwargs), counted=False)
+        self._add((args, kwargs), counted=False)
         result = func(*args, **kwargs)
         self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
-        self._hold(result, counted=True)
+        self._add(result, counted=True)
         self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return result
 
     def held(self) -> int:
-        """Bytes of tensors made within it that are still there."""
+        """Return the bytes of tensors that are still alive."""
         return sum(size for reference, size in self._held.values() if not reference.expired())
 
-    def _hold(self, values: Any, counted: bool) -> None:
-        """Know the memory of these tensors; what is first seen as an argument was there before."""
+    def _add(self, values: Any, counted: bool) -> None:
+        # A tensor that is first an argument was there before, and counts 0 bytes.
         for value in tree_leaves(values):
             if isinstance(value, Tensor) and value.layout is torch.strided:
                 storage = value.untyped_storage()

@@ -1,4 +1,4 @@
-"""Step sizes eta along a ray, checked; apart from the ray, because options need no torch."""
+"""Step sizes along a ray, checked without importing torch."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,18 +7,22 @@ from landscape.errors import LandscapeError
 
 
 def checked_step_sizes(step_sizes: Iterable[float]) -> list[float]:
-    """Return the step sizes as numbers.
+    """Return the step sizes as floats.
 
     Raises:
-        LandscapeError: No number is given, or one is not finite.
+        LandscapeError: There are none, or one is not a finite number.
+
+    Examples:
+        >>> checked_step_sizes((1, 2.5))
+        [1.0, 2.5]
     """
     try:
         given = list(step_sizes)
         numbers = [float(eta) for eta in given if not isinstance(eta, bool | str | bytes)]
+        if len(numbers) < len(given) or isinstance(step_sizes, bytes | Mapping):  # the items of a str are str
+            raise TypeError
     except (TypeError, ValueError, OverflowError) as error:
-        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.") from error
-    if len(numbers) < len(given) or isinstance(step_sizes, bytes | Mapping):  # a text is one of texts
-        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: give a list of numbers.")
+        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: must be a list of numbers.") from error
     if not numbers or not all(map(math.isfinite, numbers)):
-        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: give one finite number or more.")
+        raise LandscapeError(f"step_sizes={step_sizes!r:.100}: must be one finite number or more.")
     return numbers

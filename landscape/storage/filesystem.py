@@ -1,4 +1,4 @@
-"""Where runs are kept: in a folder, on an object store, or in memory, through one small interface."""
+"""Files in a folder, on an object store or in memory, through one interface."""
 
 import errno
 import os
@@ -18,58 +18,73 @@ Location = str | Path
 """A path, or a URL such as ``s3://bucket/traces``."""
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5, 30
-"""How long an object store may take: training waits meanwhile."""
+"""Timeouts of an object store in seconds; training is blocked meanwhile."""
 
 
 class Store(ABC):
-    """Files by name in one place, each of which is there as a whole or not at all.
+    """Files by name at one location, each written atomically.
 
-    Every method raises an OSError where the place cannot be reached, is full, or does not allow it.
+    Every method raises an OSError if the location is unreachable, full, or not permitted.
     """
 
     @abstractmethod
     def inside(self, name: str) -> Self:
-        """The place of that name within this one."""
+        """Return the store of a subfolder."""
 
     @abstractmethod
     def create(self) -> None:
-        """Make the place, if it is not there."""
+        """Create the location if it does not exist."""
 
     @abstractmethod
     def kind(self) -> str | None:
-        """``"folder"``, ``"file"``, or None where there is nothing."""
+        """Return ``"folder"``, ``"file"``, or None if nothing exists."""
 
     @abstractmethod
-    def tree(self, refused: Callable[[OSError], object]) -> dict[str, list[str]]:
-        """Names of the files, by the folder that they are in, relative to this one; both sorted.
+    def tree(self, on_error: Callable[[OSError], object]) -> dict[str, list[str]]:
+        """Return sorted file names by subfolder, at any depth.
 
-        Folders that cannot be looked into are left out, and ``refused`` is told why.
+        Args:
+            on_error: Called with the error of each folder that cannot be listed; it is left out.
+
+        Returns:
+            Names by the relative path of their folder, ``""`` for this one.
         """
 
     @abstractmethod
     def open(self, name: str) -> pa.NativeFile:
-        """A file for reading, anywhere in it; a FileNotFoundError if there is none."""
+        """Open a file for random reads.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
 
     def read(self, name: str) -> bytes:
-        """The contents of a file; a FileNotFoundError if there is none."""
+        """Return the content of a file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
         with self.open(name) as file:
             return file.read()
 
     @abstractmethod
     def write(self, name: str, content: bytes) -> None:
-        """Put a file in the place of any other of that name; what fails leaves nothing behind."""
+        """Write or replace a file atomically."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Names of the files directly in this place, sorted; nothing if there is no such place."""
+        """Return the sorted names of files, without subfolders.
+
+        The list is empty if the location does not exist.
+        """
 
     @abstractmethod
     def __str__(self) -> str:
-        """What the user would call it."""
+        """Return the path or URL."""
 
 
 class Folder(Store):
@@ -79,21 +94,22 @@ class Folder(Store):
         self.path = Path(path)
 
     def inside(self, name: str) -> "Folder":
-        """The subfolder."""
+        """Return the subfolder."""
         return Folder(self.path / name)
 
     def create(self) -> None:
-        """Make the folder and those above it."""
+        """Create the folder and its parents."""
         self.path.mkdir(parents=True, exist_ok=True)
 
     def kind(self) -> str | None:
-        """What is at the path."""
+        """Return the kind of the path."""
         return "folder" if self.path.is_dir() else "file" if self.path.exists() else None
 
-    def tree(self, refused: Callable[[OSError], object]) -> dict[str, list[str]]:
-        """All files; links to folders are followed, each folder once, as they may lead round in a circle."""
+    def tree(self, on_error: Callable[[OSError], object]) -> dict[str, list[str]]:
+        """Return all files; links to folders are followed."""
+        # Each folder is visited once, because links may form a cycle.
         folders, seen = {}, {os.path.realpath(self.path)}
-        for root, inner, names in os.walk(self.path, onerror=refused, followlinks=True):
+        for root, inner, names in os.walk(self.path, onerror=on_error, followlinks=True):
             folders[Path(root).relative_to(self.path).as_posix()] = sorted(names)
             targets = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(inner)}
             inner[:] = [name for name, target in targets.items() if target not in seen]
@@ -101,53 +117,54 @@ class Folder(Store):
         return dict(sorted(("" if name == "." else name, names) for name, names in folders.items()))
 
     def open(self, name: str) -> pa.NativeFile:
-        """A file of the folder; a pipe or a device, which may keep a reader waiting for ever, is refused."""
+        """Open a regular file."""
         path = self.path / name
+        # A pipe or a device could block the reader forever.
         if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return pa.OSFile(str(path))
 
     def write(self, name: str, content: bytes) -> None:
-        """Write beside the place and move into it."""
+        """Write a temporary file and rename it."""
         with whole_file(self.path / name) as file:
             file.write(content)
 
     def remove(self, name: str) -> None:
-        """Remove a file."""
+        """Remove a file if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     def names(self) -> list[str]:
-        """What is in the folder and no folder itself."""
+        """Return the sorted names of everything but folders."""
         if not self.path.is_dir():
             return []
         with os.scandir(self.path) as entries:
             return sorted(entry.name for entry in entries if not entry.is_dir())
 
     def __str__(self) -> str:
-        """The path."""
+        """Return the path."""
         return str(self.path)
 
 
 class ObjectStore(Store):
-    """A prefix on an object store, whose writes are whole by themselves."""
+    """A prefix on an object store, whose uploads are atomic."""
 
     def __init__(self, url: str, system: fs.FileSystem, path: str) -> None:
         self._url, self._system, self._path = url.rstrip("/"), system, path.rstrip("/")
 
     def inside(self, name: str) -> "ObjectStore":
-        """The longer prefix."""
+        """Return the longer prefix."""
         return ObjectStore(f"{self._url}/{name}", self._system, f"{self._path}/{name}")
 
     def create(self) -> None:
-        """Nothing: a prefix is there as soon as something is under it."""
+        """Do nothing: a prefix exists once an object has it."""
 
     def kind(self) -> str | None:
-        """What is at the URL."""
+        """Return the kind of the URL."""
         kinds = {fs.FileType.Directory: "folder", fs.FileType.File: "file"}
         return kinds.get(self._system.get_file_info(self._path).type)
 
-    def tree(self, refused: Callable[[OSError], object]) -> dict[str, list[str]]:
-        """All objects under the prefix."""
+    def tree(self, on_error: Callable[[OSError], object]) -> dict[str, list[str]]:
+        """Return all objects under the prefix, from one listing."""
         folders: dict[str, list[str]] = {}
         for info in self._infos(recursive=True):
             inner = PurePosixPath(info.path).relative_to(self._path)
@@ -155,21 +172,21 @@ class ObjectStore(Store):
         return {folder: sorted(names) for folder, names in sorted(folders.items())}
 
     def open(self, name: str) -> pa.NativeFile:
-        """An object, of which only what is read is fetched."""
+        """Open an object; only the ranges that are read are downloaded."""
         return self._system.open_input_file(f"{self._path}/{name}")
 
     def write(self, name: str, content: bytes) -> None:
-        """Upload an object, which appears when its upload is complete."""
+        """Upload an object, which appears when the upload is complete."""
         with self._system.open_output_stream(f"{self._path}/{name}") as file:
             file.write(content)
 
     def remove(self, name: str) -> None:
-        """Remove an object."""
+        """Remove an object if it exists."""
         if name in self.names():
             self._system.delete_file(f"{self._path}/{name}")
 
     def names(self) -> list[str]:
-        """The objects directly under the prefix."""
+        """Return the sorted names of objects directly under the prefix."""
         return sorted(info.base_name for info in self._infos(recursive=False))
 
     def _infos(self, recursive: bool) -> list[fs.FileInfo]:
@@ -177,7 +194,7 @@ class ObjectStore(Store):
         return [info for info in found if info.type == fs.FileType.File]
 
     def __str__(self) -> str:
-        """The URL."""
+        """Return the URL."""
         return self._url
 
 
@@ -188,66 +205,76 @@ class Memory(Store):
         self._files = {} if files is None else files
 
     def inside(self, name: str) -> "Memory":
-        """Files whose names begin with this one; they are other files."""
+        """Return another, empty store."""
         return Memory()
 
     def create(self) -> None:
-        """Nothing: it is there."""
+        """Do nothing: memory always exists."""
 
     def kind(self) -> str | None:
-        """It is like a folder."""
+        """Return ``"folder"``."""
         return "folder"
 
-    def tree(self, refused: Callable[[OSError], object]) -> dict[str, list[str]]:
-        """All files."""
+    def tree(self, on_error: Callable[[OSError], object]) -> dict[str, list[str]]:
+        """Return all files."""
         return {"": self.names()}
 
     def open(self, name: str) -> pa.NativeFile:
-        """A file, in memory."""
+        """Open a file."""
         if name not in self._files:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         return pa.BufferReader(self._files[name])
 
     def write(self, name: str, content: bytes) -> None:
-        """Keep the contents."""
+        """Store the content."""
         self._files[name] = content
 
     def remove(self, name: str) -> None:
-        """Forget the contents."""
+        """Drop the content."""
         self._files.pop(name, None)
 
     def names(self) -> list[str]:
-        """The names of all files."""
+        """Return the sorted names of all files."""
         return sorted(self._files)
 
     def __str__(self) -> str:
-        """What it is."""
+        """Return ``"memory"``."""
         return "memory"
 
 
-def store_at(place: Location) -> Store:
-    """The store at a path or URL; nothing is made or asked for yet.
+def store_at(location: Location) -> Store:
+    """Return the store of a path or URL, without accessing its files.
 
-    ``s3://`` takes credentials, region and endpoint from where AWS's own tools do (``AWS_ENDPOINT_URL``,
+    URLs with ``s3://`` use the credentials, region and endpoint of the AWS tools (``AWS_ENDPOINT_URL``,
     ``AWS_DEFAULT_REGION``, ``~/.aws/credentials``, ...). Other URLs are those of ``pyarrow.fs``.
 
+    Args:
+        location: Path, or URL such as ``s3://bucket/traces``.
+
     Raises:
-        LandscapeError: A URL that pyarrow cannot use here.
+        LandscapeError: The URL has no bucket, or this pyarrow does not support it.
+
+    Examples:
+        >>> store = store_at("traces")
+        >>> store.create()
+        >>> store.write("run.json", b"{}")
+        >>> store.names(), store.kind()
+        (['run.json'], 'folder')
     """
-    if not is_url(place):
-        return Folder(place)
-    url = str(place)
+    if not is_url(location):
+        return Folder(location)
+    url = str(location)
     if url.startswith("file://"):
         return Folder(unquote(urlsplit(url).path))
     try:
         system, path = _s3(url) if url.startswith("s3://") else fs.FileSystem.from_uri(url)
     except (ImportError, ValueError, OSError, NotImplementedError) as error:
         raise LandscapeError(
-            f"{url} cannot be used ({reason(error)}); give a folder or a URL that pyarrow.fs knows, such as "
-            "s3://bucket/traces, with a pyarrow that was built for it (as those of the package index are)."
+            f"{url}: cannot be used ({reason(error)}). Use a folder or a URL of pyarrow.fs such as s3://bucket/traces, "
+            "and a pyarrow built with support for it, such as those on PyPI."
         ) from error
     if not path.strip("/"):
-        raise LandscapeError(f"{url} names no bucket; give one, and a folder in it: s3://bucket/traces.")
+        raise _no_bucket(url)
     return ObjectStore(url, system, path)
 
 
@@ -257,24 +284,48 @@ def _s3(url: str) -> tuple[fs.FileSystem, str]:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region is None and endpoint is None and path.strip("/"):
         region = fs.resolve_s3_region(path.split("/")[0])
-    # Few attempts: what could not be written is tried again with the rows to come.
+    # Two attempts are enough, because the write queue retries with every flush.
     options: dict[str, Any] = {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=2)}
     options |= {"connect_timeout": CONNECT_SECONDS, "request_timeout": REQUEST_SECONDS}
     return fs.S3FileSystem(endpoint_override=endpoint, region=region, **options), path
 
 
-def is_url(place: Location) -> bool:
-    """Whether it is a URL and no path."""
-    return isinstance(place, str) and "://" in place
+def _no_bucket(url: str) -> LandscapeError:
+    return LandscapeError(f"{url}: names no bucket. Use a URL with a bucket and a folder, such as s3://bucket/traces.")
 
 
-def inside(place: Location, name: str) -> Location:
-    """The path or URL of ``name`` within a place; a LandscapeError for a URL that names no bucket."""
-    if is_url(place) and not str(place).partition("://")[2].strip("/"):
-        raise LandscapeError(f"{place} names no bucket; give one, and a folder in it: s3://bucket/traces.")
-    return f"{str(place).rstrip('/')}/{name}" if is_url(place) else Path(place) / name
+def is_url(location: Location) -> bool:
+    """Return True for a URL, False for a path.
+
+    Examples:
+        >>> is_url("s3://bucket/traces"), is_url("traces")
+        (True, False)
+    """
+    return isinstance(location, str) and "://" in location
+
+
+def inside(location: Location, name: str) -> Location:
+    """Return the path or URL of ``name`` inside a location.
+
+    Raises:
+        LandscapeError: The URL has no bucket.
+
+    Examples:
+        >>> inside("s3://bucket/traces/", "run")
+        's3://bucket/traces/run'
+    """
+    if not is_url(location):
+        return Path(location) / name
+    if not str(location).partition("://")[2].strip("/"):
+        raise _no_bucket(str(location))
+    return f"{str(location).rstrip('/')}/{name}"
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in the words of the system."""
+    """Return the system's message of an error, in one line.
+
+    Examples:
+        >>> reason(FileNotFoundError(2, "No such file or directory", "run.json"))
+        'No such file or directory'
+    """
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The right to write to a run, which one process has at a time."""
+"""A lock that gives one process at a time the right to write a run."""
 
 import errno
 import json
@@ -15,22 +15,30 @@ from landscape.errors import LandscapeError
 from landscape.storage.filesystem import Folder, Store
 
 LEASE_SECONDS = 600
-"""Where the place has no locks, a process that has not written for so long is taken for dead."""
+"""Age in seconds at which the owner file of a store without locks is stale."""
 
 _LOCK, _OWNER = ".lock", ".owner.json"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class Lock:
-    """Held from its making to its :meth:`release`, or until the process is dead.
+    """Exclusive lock of a store, held until `release` or the process exits.
 
-    In a folder it is a lock of the operating system, which a dead process does not hold any more. An object store (and
-    a file system without locks) has none: there a note says who writes, is renewed with all that is written, and counts
-    for ``LEASE_SECONDS``; two processes that begin within the same moment are told apart when the note is renewed.
+    In a folder it is a lock of the operating system, which a dead process does not hold. Object stores, and file
+    systems without locks, use an owner file with a lease instead: it names the owner, is rewritten with every write,
+    and is stale after ``LEASE_SECONDS``. Example of two processes A and B that start at the same moment::
+
+        A: no owner file, so A writes it          B: no owner file, so B writes it over that of A
+        A: reads it back: owner B, so A raises    B: reads it back: owner B, so B holds the lock
+
+    If A reads before B writes, both start, and the next `refresh` of A raises.
+
+    Args:
+        store: Store to lock.
 
     Raises:
-        LandscapeError: Another process holds it; the message says on which host, and which process.
-        OSError: The place cannot be written to.
+        LandscapeError: Another process holds the lock; the message names its host and process.
+        OSError: The store cannot be written.
     """
 
     def __init__(self, store: Store) -> None:
@@ -44,36 +52,37 @@ class Lock:
             self._raise_if_held()
 
     def refresh(self) -> None:
-        """Say that this process still writes.
+        """Check that the lock is still held, and renew its lease.
 
         Raises:
-            OSError: The place cannot be written to, or another process has taken over.
+            OSError: The store cannot be written, or another process has taken the lock.
         """
         owner = _owner(self._store)
         if owner and owner.get("token") != self._me["token"]:
-            raise OSError(errno.EBUSY, f"taken over by {_named(owner)}")
+            raise _taken_over(owner)
         if self._file is not None and not owner:
             self._reacquire(self._file)
         if self._file is None or not owner:
             self._write_owner()
 
     def _reacquire(self, file: FileLock) -> None:
-        """The note is gone, and so may be the folder in which the lock was: what is there now is not held yet."""
+        """Lock the folder again, because its owner file was deleted."""
+        # The folder may have been deleted with it, and then the held lock is that of a deleted file.
         file.release()
-        if self._store.kind() != "folder":  # which the lock would make
+        if self._store.kind() != "folder":  # Acquiring the lock would create the folder.
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         try:
             file.acquire()
         except Timeout as error:
-            raise OSError(errno.EBUSY, f"taken over by {_named(_owner(self._store))}") from error
+            raise _taken_over(_owner(self._store)) from error
 
     def release(self) -> None:
-        """Let others write; a place that is gone by now is let go, too."""
+        """Release the lock, even if the store is unreachable."""
         try:
             if _owner(self._store).get("token") == self._me["token"]:
                 self._store.remove(_OWNER)
         except OSError:
-            pass  # the note is stale from now on: nobody waits for it longer than for its time
+            pass  # The owner file stays, and is stale at the end of its lease.
         if self._file is not None:
             self._file.release()
 
@@ -89,13 +98,22 @@ class Lock:
 
 
 def writer_of(store: Store) -> str | None:
-    """Who writes, or was killed when it did, on a host that cannot be asked; None if nobody does."""
+    """Return the process that writes to a store, or None.
+
+    A process that was killed on another host is returned, too, because it cannot be checked from here.
+
+    Examples:
+        >>> from landscape.storage.filesystem import Memory
+        >>> store = Memory({".owner.json": b'{"host": "node17", "process": 4711}'})
+        >>> writer_of(store)
+        'process 4711 on host node17'
+    """
     owner = _owner(store)
-    return None if not owner or _is_dead(owner) else _named(owner)
+    return None if not owner or _is_dead(owner) else _description(owner)
 
 
 def _file_lock(store: Store) -> FileLock | None:
-    """The folder's lock, now held; None if the place has no locks."""
+    """Acquire the folder's lock; return None if the store has no locks."""
     if not isinstance(store, Folder):
         return None
     lock = FileLock(store.path / _LOCK, timeout=0, thread_local=False)
@@ -113,7 +131,7 @@ def _file_lock(store: Store) -> FileLock | None:
 
 
 def _owner(store: Store) -> dict[str, Any]:
-    """Who writes, as the note says; nothing if there is none that can be read."""
+    """Return the owner file, empty if it is missing or damaged."""
     try:
         return dict(json.loads(store.read(_OWNER)))
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -121,17 +139,21 @@ def _owner(store: Store) -> dict[str, Any]:
 
 
 def _held(store: Store, owner: dict[str, Any]) -> LandscapeError:
-    itself = owner.get("host") == platform.node() and owner.get("process") == os.getpid()
-    remedy = "Close its writer (probe.detach())" if itself else "Wait until it has ended, or stop it"
-    return LandscapeError(f"{store} is being written by {_named(owner)}. {remedy}; or give another folder.")
+    is_this_process = owner.get("host") == platform.node() and owner.get("process") == os.getpid()
+    remedy = "Close its writer (probe.detach())" if is_this_process else "Stop it or let it end"
+    return LandscapeError(f"{store}: is being written by {_description(owner)}. {remedy}, or use another folder.")
 
 
-def _named(owner: dict[str, Any]) -> str:
+def _taken_over(owner: dict[str, Any]) -> OSError:
+    return OSError(errno.EBUSY, f"taken over by {_description(owner)}")
+
+
+def _description(owner: dict[str, Any]) -> str:
     return f"process {owner.get('process', '(unknown)')} on host {owner.get('host', '(unknown)')}"
 
 
 def _age(owner: dict[str, Any]) -> float:
-    """Seconds since the note was renewed; infinitely many if it does not say when."""
+    """Return the seconds since the last refresh; infinity if unknown."""
     try:
         return time.time() - float(owner["time"])
     except (KeyError, TypeError, ValueError):
@@ -139,7 +161,7 @@ def _age(owner: dict[str, Any]) -> float:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether it is a process of this host that is no more; of other hosts and systems that is not known."""
+    """Return True if the owner is a process of this host that has exited."""
     if owner.get("host") != platform.node() or os.name != "posix":
         return False
     try:
@@ -147,5 +169,5 @@ def _is_dead(owner: dict[str, Any]) -> bool:
     except (ProcessLookupError, KeyError, TypeError, ValueError, OverflowError):
         return True
     except PermissionError:
-        pass  # it is another user's, and alive
+        pass  # The process is alive and has another user.
     return False

@@ -1,4 +1,4 @@
-"""Files on their way to a store, which wait in memory while it does not take them."""
+"""A write queue that keeps files in memory while the store is unavailable."""
 
 import time
 import warnings
@@ -8,28 +8,28 @@ from landscape.storage.filesystem import Store, reason
 from landscape.storage.lock import Lock
 
 WAITING_BYTES = 256 << 20
-"""Most bytes of files that wait: as Parquet over a million updates with eight losses each."""
-REST = 20
-"""A server that does not answer costs training a twentieth of its time at most."""
+"""Memory limit of the queue: 256 MiB, about 1,000,000 updates with 8 losses each."""
+BACK_OFF = 20
+"""Back-off in units of the failed attempt, which limits retries to 5 % of the time."""
 
 
 class WriteQueue:
-    """Writes files to a store that this process alone may write to, in the order in which they were put.
+    """Queue of files to write, in order, to a store that it locks.
 
-    Nothing is raised where a disk is full, a folder has vanished, permission was withdrawn or a server does not answer:
-    a warning says so, once, and the files wait until the store takes them, which every :meth:`send` tries.
+    No error is raised if the disk is full, the folder was deleted, permission was withdrawn or the server does not
+    respond. The first failure issues a warning, the files stay in memory, and every `flush` retries.
 
     Args:
-        store: Where the files go; it is held from now on.
+        store: Store for the files, locked until `release_lock`.
 
     Attributes:
-        waiting: Contents of the files that are to be written, by name.
-        lost: Names of those that were more than memory may hold, ``WAITING_BYTES``.
-        trouble: Why the store did not take the last file that it was given; empty if it did.
+        waiting: Contents of the files that are not written yet, by name.
+        lost: Names of files dropped because the queue exceeded ``WAITING_BYTES``.
+        trouble: Reason of the last failure, empty after a success.
 
     Raises:
-        LandscapeError: Another process writes there.
-        OSError: The store cannot be written to at all.
+        LandscapeError: Another process writes to the store.
+        OSError: The store cannot be written.
     """
 
     def __init__(self, store: Store) -> None:
@@ -37,70 +37,74 @@ class WriteQueue:
         self.lost: list[str] = []
         self.trouble = ""
         self._store = store
-        self._sent: set[str] = set()
-        self._told = False
-        self._resting_until = 0.0
+        self._written: set[str] = set()
+        self._has_warned = False
+        self._retry_at = 0.0
         self._lock: Lock | None = Lock(store)
 
     def put(self, name: str, content: bytes) -> None:
-        """Have a file written with the next :meth:`send`, in the place of any other of that name."""
-        # Whatever there is too much of is what comes last: the beginning of a run stays whole.
-        if self._is_full(content) and not self.flush(again=False) and self._is_full(content):
+        """Queue a file, in place of a queued one of that name."""
+        # When the queue is full, the newest file is dropped: the beginning of a run stays complete.
+        if self._is_full(content) and not self.flush(in_back_off=False) and self._is_full(content):
             self.lost.append(name)
         else:
             self.waiting[name] = content
 
-    def flush(self, again: bool = True) -> bool:
-        """Write what waits, as far as the store takes it; whether nothing waits any more.
+    def flush(self, in_back_off: bool = True) -> bool:
+        """Write the queued files; return True if none is left.
 
         Args:
-            again: Whether also to ask a store that took long to refuse: ``REST`` times as long it is let alone.
+            in_back_off: Retry also during the back-off, which lasts ``BACK_OFF`` times as long as the failed attempt.
         """
         started = time.monotonic()
-        if not again and started < self._resting_until:
+        if not in_back_off and started < self._retry_at:
             return False
         try:
-            self._lock = self._lock or Lock(self._store)  # it was let go, and there is more to come
+            self._lock = self._lock or Lock(self._store)  # It was released, and there are new files.
             if self.waiting:
                 self._lock.refresh()
             for name in list(self.waiting):
                 self._store.write(name, self.waiting[name])
-                self._sent.add(name)
-                del self.waiting[name]  # only now: what could not be written is still here
+                self._written.add(name)
+                del self.waiting[name]  # Only after the write, so that a file that could not be written is kept.
             self.trouble = ""
         except (OSError, LandscapeError) as error:
             self.trouble = reason(error)
-            self._resting_until = time.monotonic() + REST * (time.monotonic() - started)
-            self._tell()
+            self._retry_at = time.monotonic() + BACK_OFF * (time.monotonic() - started)
+            self._warn_once()
         return not self.waiting
 
     def discard(self, name: str) -> None:
-        """Do not expect a file in the store any more, as it was removed."""
-        self._sent.discard(name)
+        """Record that a file was removed from the store."""
+        self._written.discard(name)
 
     def close(self) -> dict[str, list[str]]:
-        """Try once more and tell which files are not in the store, by the reason; if none waits, let others write."""
+        """Flush, and release the lock if all is written.
+
+        Returns:
+            Names of the files that are missing in the store, by reason.
+        """
         if not self.flush():
-            self._make_anew()
+            self._recreate()
         if not self.waiting:
             self.release_lock()
         try:
-            gone = self._sent.difference(self._store.names())
+            gone = self._written.difference(self._store.names())
         except OSError:
             gone = set()
         waiting = (
-            f"could not be written ({self.trouble}); they are in memory as long as this process runs, and closing the "
-            "trace once more tries again"
+            f"could not be written ({self.trouble}) and stay in memory until this process exits; close the trace again "
+            "to retry"
         )
         missing = {
             waiting: list(self.waiting),
-            "were more than memory may hold while nothing could be written": self.lost,
+            "exceeded the memory limit while nothing could be written": self.lost,
             "were written and have vanished": sorted(gone.difference(self.waiting)),
         }
         return {why: names for why, names in missing.items() if names}
 
     def release_lock(self) -> None:
-        """Let others write to the store."""
+        """Release the lock of the store; the next flush locks it again."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -108,19 +112,19 @@ class WriteQueue:
     def _is_full(self, content: bytes) -> bool:
         return bool(self.waiting) and sum(map(len, self.waiting.values())) + len(content) > WAITING_BYTES
 
-    def _make_anew(self) -> None:
-        """A folder that has not come back by the end will not, so what is left of the run gets a new one."""
+    def _recreate(self) -> None:
+        """Write the queued files to a new folder, as the old was deleted."""
         try:
             self._store.create()
         except OSError:
             return
         self.flush()
 
-    def _tell(self) -> None:
-        if not self._told:
-            self._told = True
+    def _warn_once(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             warnings.warn(
-                f"{self._store} cannot be written to: {self.trouble}. What is recorded is kept in memory and written "
-                "as soon as it can be; training goes on.",
+                f"{self._store}: cannot be written to: {self.trouble}. Training continues; rows are kept in memory and "
+                "written once it is possible.",
                 stacklevel=2,
             )

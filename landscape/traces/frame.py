@@ -8,12 +8,22 @@ import pandas as pd
 import pyarrow as pa
 
 from landscape.text import printable
-from landscape.traces.folder import INTERNAL_FACTS
 from landscape.traces.parquet import column_names, to_pandas
+
+INTERNAL_FACTS = {"version", "id"}
+"""Metadata for the reader, which is no column."""
 
 
 def to_frame(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> pd.DataFrame:
-    """The rows of all runs behind their scalar facts; a fact named like a column of the rows is left out."""
+    """Return the rows of all runs, preceded by their scalar facts.
+
+    A column of the table replaces a fact of the same name.
+
+    Args:
+        rows: Rows of each run.
+        facts: Metadata of each run.
+        table: ``"updates"`` or ``"epochs"``.
+    """
     taken = set(column_names(table))
     columns = fact_columns([{n: fact for n, fact in scalars(run).items() if n not in taken} for run in facts])
     repeated = columns.loc[np.repeat(columns.index, [run.num_rows for run in rows])].reset_index(drop=True)
@@ -21,7 +31,12 @@ def to_frame(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> p
 
 
 def scalars(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that become columns, in values that a column holds and a figure shows."""
+    """Return the facts that become columns, in printable values.
+
+    Examples:
+        >>> scalars({"id": "3f1c", "norm": "ghost", "seed": 0, "options": {"lr": 0.1}})
+        {'norm': 'ghost', 'seed': 0}
+    """
     kept = {
         name: fact for name, fact in facts.items() if name not in INTERNAL_FACTS and not isinstance(fact, dict | list)
     }
@@ -35,7 +50,14 @@ def _column_value(fact: Any) -> Any:
 
 
 def fact_columns(facts: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row per run, in types that stay small when they are repeated for every update."""
+    """Return one row per run, in compact types.
+
+    The types stay small when a row is repeated for every update.
+
+    Examples:
+        >>> fact_columns([{"seed": 0}, {"norm": "ghost"}]).dtypes.astype(str).to_dict()
+        {'seed': 'Int64', 'norm': 'category'}
+    """
     names = dict.fromkeys(name for run in facts for name in run)
     columns = {name: _fact_column([run.get(name) for run in facts]) for name in names}
     return pd.DataFrame(columns, index=range(len(facts)))

@@ -1,9 +1,12 @@
-"""What made a run, in values that JSON can hold."""
+"""Metadata of a run: what made it, as values that JSON can hold."""
 
+import json
 import math
 import platform
 import subprocess
+import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,49 @@ import numpy as np
 
 from landscape import __version__
 from landscape.errors import LandscapeError
+from landscape.traces.schema import VERSION
 
 PACKAGES = ("torch", "numpy")
 
 
+def new_metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a run that starts now.
+
+    Raises:
+        LandscapeError: JSON cannot hold a fact; the message names it.
+    """
+    own = {"version": VERSION, "id": uuid.uuid4().hex, "started": now(), "environment": environment()}
+    return own | plain(facts)
+
+
+def resumed_metadata(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a run that is resumed now.
+
+    Identity and start are those of the earlier process; of other facts that both have, the new ones are kept.
+    """
+    earlier = dict(earlier)
+    resumed = [*earlier.pop("resumed", []), new["started"]]
+    # Without metadata the identity of the run is unknown, and a new one would contradict its parts.
+    kept = {name: earlier.get(name) for name in ("id", "started")} if earlier else {"id": None}
+    merged = earlier | new | kept | {"resumed": resumed}
+    return {name: fact for name, fact in merged.items() if name not in ("ended", "rows")}
+
+
+def to_json(facts: Mapping[str, Any]) -> bytes:
+    """Return facts as the content of ``run.json``."""
+    return json.dumps(facts, indent=2, allow_nan=False).encode()
+
+
+def now() -> str:
+    """Return the time in UTC, in ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def environment() -> dict[str, Any]:
-    """Versions, platform and commit (of the repository around the current directory), as far as they can be known."""
+    """Return platform, versions and git commit, None where unknown.
+
+    The commit is that of the repository around the current directory.
+    """
     versions = {name: _version(name) for name in PACKAGES}
     versions |= {"python": platform.python_version(), "landscape": __version__}
     commit = _git("rev-parse", "HEAD")
@@ -28,7 +68,7 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Read from the installed files, because importing torch to ask it would cost seconds."""
+    # Read from the package's installed files, because importing torch takes seconds.
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -44,10 +84,20 @@ def _git(*arguments: str) -> str | None:
 
 
 def plain(value: Any, name: str = "") -> Any:
-    """The value as JSON can hold it: paths and non-finite numbers as text, arrays and tuples as lists.
+    """Return a value as JSON can hold it.
+
+    Paths and non-finite numbers become text; arrays, tuples and sets become lists.
+
+    Args:
+        value: Number, text, path, array, or nested collection of these.
+        name: Name of the value, for the message.
 
     Raises:
         LandscapeError: The value, or one inside it, has no such form; the message names it.
+
+    Examples:
+        >>> plain({"layers": (512, 300), "lr": float("inf"), "data": Path("digits.npz")})
+        {'layers': [512, 300], 'lr': 'inf', 'data': 'digits.npz'}
     """
     match value:
         case None | bool() | int() | str():
@@ -63,6 +113,6 @@ def plain(value: Any, name: str = "") -> Any:
         case list() | tuple() | set() | frozenset() | range():
             return [plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
     raise LandscapeError(
-        f"The run fact {name} is a {type(value).__name__}, which run.json cannot hold; "
-        "give numbers, text, paths, or lists and dicts of these."
+        f"{name}: must be a value for run.json, got {type(value).__name__}. Use numbers, text, paths, or lists and "
+        "dicts of these."
     )

@@ -1,4 +1,4 @@
-"""One Parquet part of a trace: rows in, an Arrow table between, a frame out."""
+"""Parquet parts of a trace: encode rows, and read a part as an Arrow table."""
 
 import zlib
 from collections.abc import Iterator
@@ -20,18 +20,25 @@ _ARROW = {"int64": pa.int64(), "float64": pa.float64(), "list<float64>": pa.list
 
 
 def column_names(table: str) -> list[str]:
-    """Names of a table's columns, in order.
+    """Return the names of a table's columns, in order.
 
     Raises:
         LandscapeError: There is no such table.
+
+    Examples:
+        >>> column_names("epochs")[:3]
+        ['epoch', 'step', 'train_loss']
     """
     if table not in TABLES:
-        raise LandscapeError(f"There is no table {table}; the tables of a trace are {', '.join(TABLES)}.")
+        raise LandscapeError(f"table={table!r}: no table of a trace. Use {', '.join(TABLES)}.")
     return [column.name for column in TABLES[table]]
 
 
 def schema(table: str) -> pa.Schema:
-    """Arrow schema of a table: units and meanings with the fields, the format's version with the whole."""
+    """Return the Arrow schema of a table.
+
+    Metadata of the fields are unit and meaning; metadata of the schema is the format version.
+    """
     fields = [
         pa.field(column.name, _ARROW[column.type], metadata={"unit": column.unit, "meaning": column.meaning})
         for column in TABLES[table]
@@ -40,7 +47,14 @@ def schema(table: str) -> pa.Schema:
 
 
 def to_arrow(rows: list[Row], table: str) -> pa.Table:
-    """Rows as an Arrow table, with ``loss_min`` and ``loss_max`` taken from ``losses`` where a row lacks them."""
+    """Return rows as an Arrow table.
+
+    ``loss_min`` and ``loss_max`` default to the extremes of ``losses``.
+
+    Examples:
+        >>> to_arrow([{"step": 0, "losses": [2.0, 1.0]}], "updates")["loss_min"].to_pylist()
+        [1.0]
+    """
     return pa.Table.from_pylist([_with_range(row) for row in rows], schema=schema(table))
 
 
@@ -50,51 +64,52 @@ def _with_range(row: Row) -> Row:
 
 
 def to_pandas(part: pa.Table) -> pd.DataFrame:
-    """An Arrow table as a frame whose lists stay in Arrow: a million small numpy arrays would be large and slow."""
+    """Return an Arrow table as a frame with Arrow-backed lists."""
+    # Lists as NumPy arrays would be large and slow: a million small objects per column.
     return part.to_pandas(types_mapper=lambda kind: pd.ArrowDtype(kind) if pa.types.is_list(kind) else None)
 
 
 def to_parquet(part: pa.Table, name: str, run: str | None = None) -> bytes:
-    """An Arrow table as Parquet that pandas, polars and DuckDB read by themselves.
+    """Return an Arrow table as Parquet, readable by pandas, polars and DuckDB.
 
-    With the rows go checksums, the part's name, and the ``run`` that they belong to, where it has an identity.
+    Every page has a CRC-32 checksum. The metadata has the name of the part, the identity of its run, and a checksum of
+    these, of the format version and of the number of rows.
+
+    Args:
+        part: Rows.
+        name: File name of the part.
+        run: Identity of the run, if it has one.
     """
-    about = {"landscape_checksum": checksum(part), "landscape_part": name}
-    about |= {} if run is None else {"landscape_run": run}
+    metadata = {**(part.schema.metadata or {}), b"landscape_part": name.encode()}
+    metadata |= {} if run is None else {b"landscape_run": run.encode()}
+    metadata[b"landscape_metadata_checksum"] = _checksum(metadata, part.num_rows)
     buffer = pa.BufferOutputStream()
-    table = part.replace_schema_metadata({**(part.schema.metadata or {}), **about})
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    pq.write_table(part.replace_schema_metadata(metadata), buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue().to_pybytes()
 
 
-def checksum(part: pa.Table) -> str:
-    """CRC-32 of all values: those of Parquet's own cover its pages, not what says how to read them."""
-    crc = 0
-    for column in part.columns:
-        values = column.combine_chunks()
-        if pa.types.is_list(values.type):
-            crc = zlib.crc32(values.value_lengths().fill_null(-1).to_numpy(), crc)
-            values = values.flatten()
-        crc = zlib.crc32(values.is_null().to_numpy(zero_copy_only=False), crc)
-        crc = zlib.crc32(values.fill_null(0).to_numpy(), crc)
-    return f"{crc:08x}"
+def _checksum(metadata: dict[bytes, bytes], rows: int) -> bytes:
+    # The checksums of Parquet cover its pages only. A flipped bit elsewhere makes the file unreadable, except in the
+    # number of rows and in the format version, which would drop rows or columns.
+    keys = (b"landscape_version", b"landscape_part", b"landscape_run")
+    return b"%08x" % zlib.crc32(b"|".join([*(metadata.get(key, b"") for key in keys), b"%d" % rows]))
 
 
 def rows_in(store: Store, name: str) -> int:
-    """How many rows a part has, by its footer alone.
+    """Return the number of rows of a part, from its footer.
 
     Raises:
-        LandscapeError: It is no Parquet file.
+        LandscapeError: The file cannot be read as Parquet.
     """
     with _opened(store, name) as file:
         return file.metadata.num_rows
 
 
 def run_in(store: Store, name: str) -> str | None:
-    """Identity of the run that a part says to belong to, by its footer alone.
+    """Return the identity of the run of a part, from its footer.
 
     Raises:
-        LandscapeError: It is no Parquet file.
+        LandscapeError: The file cannot be read as Parquet.
     """
     with _opened(store, name) as file:
         run = (file.schema_arrow.metadata or {}).get(b"landscape_run")
@@ -102,75 +117,81 @@ def run_in(store: Store, name: str) -> str | None:
 
 
 def read_part(store: Store, name: str, table: str, run: str | None = None) -> pa.Table:
-    """Read one part of a table; columns that came with a later format than the part's are missing values.
+    """Read one part of a table.
+
+    Columns that its format version did not have yet are missing values.
 
     Args:
-        store: Where the part is.
-        name: Its name there.
+        store: Store of the part.
+        name: File name of the part.
         table: ``"updates"`` or ``"epochs"``.
-        run: Identity of the run that it should belong to, where that is known.
+        run: Identity that the run of the part must have, if known.
 
     Raises:
-        LandscapeError: The file is no Parquet file or damaged, or no part of this table, or of another run, or has another
-            part's name, or is in a newer format.
+        LandscapeError: The file is damaged, of another table or run, was renamed, or has a newer format.
     """
     path = store.inside(name)
     with _opened(store, name) as file:
         part = file.read()
-    about, known = part.schema.metadata or {}, _known_columns(part, table, path)
-    if run and about.get(b"landscape_run", run.encode()) != run.encode():
-        raise LandscapeError(f"{path} belongs to another run than the run.json beside it; move one of them out.")
-    written_as = about.get(b"landscape_part", name.encode()).decode(errors="replace")
+    metadata, known = part.schema.metadata or {}, _known_columns(part, table, path)
+    if run and metadata.get(b"landscape_run", run.encode()) != run.encode():
+        raise LandscapeError(f"{path}: belongs to another run than the run.json beside it. Move one of them out.")
+    written_as = metadata.get(b"landscape_part", name.encode()).decode(errors="replace")
     if name.startswith(f"{table}-") and written_as != name:
-        raise LandscapeError(f"{path} was written as {written_as}, which says where its rows belong; name it so again.")
+        raise LandscapeError(f"{path}: was written as {written_as}, the name with its rows. Rename it back.")
+    checksum = _checksum(metadata, part.num_rows)
+    if metadata.get(b"landscape_metadata_checksum", checksum) != checksum:
+        raise LandscapeError(f"{path}: was changed since it was written (other checksum). Restore the original.")
     names = column_names(table)
     try:
         columns = [part[name] if name in known else pa.nulls(part.num_rows) for name in names]
-        part = pa.table(columns, names).cast(schema(table))
+        return pa.table(columns, names).cast(schema(table))
     except (pa.ArrowException, ValueError) as error:
-        raise LandscapeError(f"{path} is no part of the table {table}: {reason(error)}.") from error
-    expected = about.get(b"landscape_checksum")
-    if expected is not None and expected != checksum(part.select(known)).encode():
-        raise LandscapeError(
-            f"{path} was changed since it was written: its checksum is another; put the original back."
-        )
-    return part
+        raise _other_table(path, table, reason(error)) from error
 
 
 def _known_columns(part: pa.Table, table: str, path: object) -> list[str]:
-    """The columns that parts of this part's version have."""
-    # A part that another tool has rewritten may have lost its version: it has that of its newest column.
+    """Return the columns that the part's format version has."""
+    # A part rewritten by another tool may have lost its version: then its newest column determines the version.
     newest = max((column.since for column in TABLES[table] if column.name in part.column_names), default=VERSION)
     version = check_version((part.schema.metadata or {}).get(b"landscape_version", newest), path)
     known = [column.name for column in TABLES[table] if column.since <= version]
     if missing := [name for name in known if name not in part.column_names]:
-        raise LandscapeError(f"{path} is no part of the table {table}: it has no column {', '.join(missing)}.")
+        raise _other_table(path, table, f"it has no column {', '.join(missing)}")
     return known
+
+
+def _other_table(path: object, table: str, why: str) -> LandscapeError:
+    return LandscapeError(f"{path}: is no part of the table {table} ({why}). Move it out of the folder.")
 
 
 @contextmanager
 def _opened(store: Store, name: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; what pyarrow finds wrong with it in the body, too, is a LandscapeError."""
+    """Open a Parquet file; errors of pyarrow become LandscapeErrors."""
     try:
         with store.open(name) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise LandscapeError(
-            f"{store.inside(name)} cannot be read as Parquet ({reason(error)}); move it out of its folder if it is "
+            f"{store.inside(name)}: cannot be read as Parquet ({reason(error)}). Move it out of its folder if it is "
             "damaged, or name run folders or parts."
         ) from error
 
 
 def check_version(version: bytes | int, path: object) -> int:
-    """The version of what is read, as a number; what a later version of this package has written is refused.
+    """Return the format version as a number.
 
     Raises:
-        LandscapeError: The version is higher than the one that this package writes.
+        LandscapeError: The version is no number, or newer than that of this package.
     """
     try:
         number = int(version)
     except (TypeError, ValueError, OverflowError) as error:
-        raise LandscapeError(f"{path} has no trace format but {version!r}; it was not written by landscape.") from error
+        raise LandscapeError(
+            f"{path}: has trace format {version!r}: must be a number. Use a file written by landscape."
+        ) from error
     if number > VERSION:
-        raise LandscapeError(f"{path} has trace format {number}, and only {VERSION} is known here; upgrade landscape.")
+        raise LandscapeError(
+            f"{path}: has trace format {number}, but this landscape reads up to {VERSION}. Upgrade landscape-probe."
+        )
     return number

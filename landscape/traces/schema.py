@@ -1,14 +1,22 @@
-"""What a trace holds: the names, types and units of its columns, in one place for both sides of the package."""
+"""Schema of a trace: names, types, units and meanings of its columns."""
 
 from dataclasses import dataclass
 
 VERSION = 3
-"""Version of the trace format; a reader refuses a trace with a higher one, and reads all lower ones."""
+"""Version of the trace format; older versions are read, newer ones are refused."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its name, its Arrow type in words, its unit, its meaning, and the format that it came with."""
+    """A column of a table.
+
+    Attributes:
+        name: Name of the column.
+        type: Arrow type: ``"int64"``, ``"float64"`` or ``"list<float64>"``.
+        unit: Unit of the values.
+        meaning: Definition of the values.
+        since: Format version that introduced the column.
+    """
 
     name: str
     type: str
@@ -19,10 +27,10 @@ class Column:
 
 UPDATES = (
     Column("step", "int64", "updates", "index of the optimizer step since the probe was attached, from 0"),
-    Column("epoch", "float64", "epochs", "passes over the data completed before this step; NaN if not known"),
+    Column("epoch", "float64", "epochs", "passes over the data completed before this step; NaN if unknown"),
     Column("lr", "float64", "1", "learning rate of the first parameter group at this step"),
     Column("loss", "float64", "loss", "training loss at step size 0, the loss that was differentiated"),
-    Column("grad_norm", "float64", "loss / parameter", "l2 norm of the gradient as the optimizer got it"),
+    Column("grad_norm", "float64", "loss / parameter", "l2 norm of the gradient that the optimizer receives"),
     Column(
         "slope",
         "float64",
@@ -43,12 +51,12 @@ UPDATES = (
         "gradient_distances",
         "list<float64>",
         "loss / parameter",
-        "l2 distances of the K gradients there from the gradient at theta; missing unless they were asked for",
+        "l2 distances of the K gradients there from the gradient at theta; missing without gradients=True",
         since=2,
     ),
-    Column("loss_min", "float64", "loss", "smallest of the K losses; NaN if one of them is"),
-    Column("loss_max", "float64", "loss", "largest of the K losses; NaN if one of them is"),
-    Column("seconds", "float64", "s", "time that the host spent on this probe"),
+    Column("loss_min", "float64", "loss", "smallest of the K losses; NaN if one of them is NaN"),
+    Column("loss_max", "float64", "loss", "largest of the K losses; NaN if one of them is NaN"),
+    Column("seconds", "float64", "s", "time of the host for this probe"),
 )
 """One row per probed update (``updates-*.parquet``)."""
 
@@ -60,11 +68,15 @@ EPOCHS = (
         "validation_loss",
         "float64",
         "loss",
-        "mean loss on what was held out of the training set; NaN if nothing was",
+        "mean loss on the images held out of the training set; NaN without any",
         3,
     ),
     Column(
-        "validation_accuracy", "float64", "1", "fraction of it classified correctly; NaN if nothing was held out", 3
+        "validation_accuracy",
+        "float64",
+        "1",
+        "fraction of the held-out images classified correctly; NaN without any",
+        3,
     ),
     Column("test_loss", "float64", "loss", "mean loss on the test set, in evaluation mode; NaN without one"),
     Column("test_accuracy", "float64", "1", "fraction of the test set classified correctly; NaN without one"),

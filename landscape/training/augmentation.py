@@ -1,4 +1,4 @@
-"""Batches of images augmented on the device that they are on, by kornia."""
+"""Augmentation of batches of images on their own device, by kornia."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,25 +12,26 @@ Augment = Callable[[Tensor], Tensor]
 
 
 def augmentation(names: Sequence[str], size: int) -> Augment:
-    """The augmentations one after the other, each drawn anew for every image from torch's global random stream.
+    """Return a function that applies the augmentations in order.
+
+    Each image gets its own random values, from torch's global RNG.
 
     Args:
-        names: Of `AUGMENTATIONS`: ``crop`` pads by an eighth of the side with zeros and crops at
-            random (4 pixels on CIFAR, He et al. 2016); ``flip`` flips half of the images; ``cutout`` sets a
-            square of half the side to zero, the mean of the training set (DeVries & Taylor 2017; here the square lies
-            within the image).
-        size: Side of the images (N, C, size, size).
+        names: Names from `AUGMENTATIONS`. ``crop`` pads with zeros by an eighth of the side and crops at random (4
+            pixels on CIFAR, He et al. 2016). ``flip`` mirrors half of the images. ``cutout`` sets a square of half the
+            side to zero, the mean of the training set (DeVries & Taylor 2017; here the square lies within the image).
+        size: Side of the images (N, C, size, size), in pixels.
 
     Raises:
         LandscapeError: kornia is not installed.
     """
     if not names:
         return lambda images: images
-    steps = _steps(size)
-    chosen = [steps[name] for name in names]
+    all_steps = _steps(size)
+    steps = [all_steps[name] for name in names]
 
     def augment(images: Tensor) -> Tensor:
-        for step in chosen:
+        for step in steps:
             images = step(images)
         return images
 

@@ -1,55 +1,82 @@
-"""Whether a recipe's run is recorded, and is that run and no other."""
+"""Recorded runs compared with the recipes that are to be trained."""
 
 import warnings
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from landscape.errors import LandscapeError
-from landscape.storage.filesystem import Location, store_at
-from landscape.traces.folder import CHECKPOINT, has_rows, part_names, read_facts
+from landscape.storage.filesystem import Location
+from landscape.traces.folder import TraceFolder
 from landscape.traces.metadata import plain
 from landscape.traces.reader import read_traces
 from landscape.traces.schema import TABLES
 from landscape.training.recipe import Recipe
 
+_RENAMED = {"probe_lrs": "step_sizes"}
+"""Settings by their names in earlier versions."""
 
-def is_recorded(recipe: Recipe, place: Location) -> bool:
-    """Whether the recipe's run is in the place to its end.
+
+def is_recorded(recipe: Recipe, location: Location) -> bool:
+    """Return True if the recipe's run is recorded completely.
+
+    Args:
+        recipe: Recipe of the run.
+        location: Folder or URL of the run.
 
     Raises:
-        LandscapeError: Another run is there, or what is there cannot be read.
+        LandscapeError: A run with other settings is recorded there, or it is damaged.
     """
-    if not has_rows(place):
+    folder = TraceFolder(location)
+    if not folder.has_rows:
         return False
-    store = store_at(place)
-    known = read_facts(store)
-    if "norm" not in known:
-        raise LandscapeError(f"{place} does not say what was recorded in it (run.json); give another folder.")
-    # What was taken may be another engine than was asked for.
-    check_same(recipe.resolve(), known, place, but=["engine"])
-    names = store.names()
-    if CHECKPOINT in names or not all(part_names(names, table) for table in TABLES):
+    recorded = folder.metadata()
+    if "norm" not in recorded:
+        raise LandscapeError(f"{location}: its run.json holds no recipe, so it is another run. Use another folder.")
+    # The recorded engine may be another than the requested one, such as that chosen by "auto".
+    check_same(recipe.resolve(), recorded, location, but=["engine"])
+    if folder.has_checkpoint or not all(folder.parts(table) for table in TABLES):
         return False
-    with warnings.catch_warnings(action="ignore"):  # it is an error here
-        frames = {table: read_traces(place, table) for table in TABLES}
-    # A damaged run is not to be taken for an unfinished one, and replaced, nor for a whole one.
+    with warnings.catch_warnings(action="ignore"):  # Unreadable parts raise an error below.
+        frames = {table: read_traces(location, table) for table in TABLES}
+    # A damaged run is neither unfinished, which would replace it, nor complete.
     if left_out := [sentence for frame in frames.values() for sentence in frame.attrs["left_out"]]:
-        told = "; ".join(dict.fromkeys(left_out))
-        raise LandscapeError(f"{place} is damaged: {told}. Mend it, move it out, or start it anew (--overwrite).")
+        damage = "; ".join(dict.fromkeys(left_out))
+        raise LandscapeError(f"{location}: damaged: {damage}. Repair it, move it away, or replace it (--overwrite).")
     return recipe.epochs in set(frames["epochs"]["epoch"])
 
 
-def check_same(recipe: Recipe, known: Mapping[str, Any], place: Location, but: Collection[str] = ()) -> None:
-    """Raise a LandscapeError unless the settings of a recorded run are those of the recipe.
+def pending(runs: Sequence[Recipe], folder: Path) -> list[Recipe]:
+    """Return the runs not recorded completely in a folder.
 
     Args:
-        recipe: What is asked for, checked.
-        known: What was recorded, by the names of the recipe's options; earlier versions had fewer.
-        place: Where it was recorded.
-        but: Options that may differ.
+        runs: Recipes of the runs.
+        folder: Folder of traces, with a subfolder for each run.
+
+    Raises:
+        LandscapeError: A run was recorded with other settings, or is damaged.
+
+    Examples:
+        >>> from landscape import RECIPES
+        >>> [recipe.run_name for recipe in pending([RECIPES["digits"]], Path("traces"))]
+        ['digits-batch-seed0']
     """
-    for name, asked in plain(asdict(recipe)).items():
-        if name not in but and known.get(name, asked) != asked:
-            found = f"{name}={known[name]}, and asked for is {name}={asked}"
-            raise LandscapeError(f"{place} was recorded with {found}; give another folder.")
+    return [run for run in runs if not is_recorded(run, folder / run.run_name)]
+
+
+def check_same(recipe: Recipe, recorded: Mapping[str, Any], location: Location, but: Collection[str] = ()) -> None:
+    """Raise a LandscapeError if a recorded run has other settings.
+
+    Args:
+        recipe: Recipe, resolved.
+        recorded: Metadata of the recorded run. Earlier versions had fewer settings; missing ones are not compared.
+        location: Folder or URL of the run, for the message.
+        but: Settings that may differ.
+    """
+    recorded = {_RENAMED.get(name, name): value for name, value in recorded.items()}
+    for name, value in plain(recipe.metadata()).items():
+        if name not in but and recorded.get(name, value) != value:
+            raise LandscapeError(
+                f"{name}={value}: must be {recorded[name]}, the value recorded in {location}. Use the recorded value, "
+                "or another folder."
+            )

@@ -1,4 +1,4 @@
-"""The paper's models; each takes ``norm``, which makes a normalization layer for a number of channels."""
+"""Models of arXiv:2007.08554, each with any normalization layer."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,23 @@ from landscape.errors import LandscapeError
 from landscape.norms.weight_standardization import standardize_weights
 
 Norm = Callable[[int], nn.Module]
+"""Function that returns a normalization layer for a number of channels."""
 
 
 class SimpleNet(nn.Module):
-    """Two hidden layers of 512 and 300 neurons, normalized before the activation.
+    """Fully connected network with two hidden layers.
 
-    Dimitriou & Arandjelovic 2020, section 3.1 (the MNIST experiment).
+    They have 512 and 300 neurons, each normalized before its ReLU (arXiv:2007.08554, section 3.1, on MNIST).
 
     Args:
-        features: Number of inputs F; a batch is (M, F) or anything that flattens to it.
-        classes: Number of classes; the output is (M, classes) logits.
-        norm: ``norm(channels)`` gives a normalization layer, as :func:`landscape.make_norm` makes them.
+        features: Number of inputs F; a batch has the shape (M, F), or one that flattens to it.
+        classes: Number of classes C; the output has the shape (M, C) and holds logits.
+        norm: Function that returns a normalization layer for a number of channels, from `landscape.make_norm`.
+
+    Examples:
+        >>> from landscape import make_norm
+        >>> SimpleNet(784, 10, make_norm("ghost", groups=2))(torch.zeros(8, 1, 28, 28)).shape
+        torch.Size([8, 10])
     """
 
     def __init__(self, features: int, classes: int, norm: Norm) -> None:
@@ -38,24 +44,29 @@ class SimpleNet(nn.Module):
         standardize_weights(self)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits (M, classes)."""
+        """Return the logits (M, C)."""
         return self.layers(inputs)
 
 
 class ResNet(nn.Module):
-    """The residual network for small images: three stages of n blocks with 16, 32 and 64 channels, 6n + 2 layers.
+    """Residual network for small images, with 6n + 2 layers.
 
-    He et al. 2016 (arXiv:1512.03385), section 4.2, with parameter-free shortcuts (option A). With 56 layers and
-    BatchNorm it has 0.85 million parameters.
+    It has 3 stages of n blocks with 16, 32 and 64 channels, and parameter-free shortcuts (option A) (He et al. 2016,
+    arXiv:1512.03385, section 4.2). With 56 layers and BatchNorm it has 0.85 million parameters.
 
     Args:
         depth: Number of layers, 6n + 2: 20, 32, 44, 56, ...
-        channels: Channels of the images; a batch is (M, channels, H, W).
-        classes: Number of classes; the output is (M, classes) logits.
-        norm: ``norm(channels)`` gives a normalization layer, as :func:`landscape.make_norm` makes them.
+        channels: Channels of the images; a batch has the shape (M, channels, H, W).
+        classes: Number of classes C; the output has the shape (M, C) and holds logits.
+        norm: Function that returns a normalization layer for a number of channels, from `landscape.make_norm`.
 
     Raises:
-        LandscapeError: Another depth.
+        LandscapeError: ``depth`` is not 6n + 2 with n >= 1.
+
+    Examples:
+        >>> from landscape import make_norm
+        >>> ResNet(20, 3, 10, make_norm("batch"))(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, depth: int, channels: int, classes: int, norm: Norm) -> None:
@@ -70,12 +81,12 @@ class ResNet(nn.Module):
         standardize_weights(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (M, classes)."""
+        """Return the logits (M, C)."""
         return self.layers(images)
 
 
 class _Residual(nn.Module):
-    """Two convolutions and a shortcut around them; more channels come with half the resolution."""
+    """Two convolutions with a shortcut."""
 
     def __init__(self, before: int, after: int, norm: Norm) -> None:
         super().__init__()
@@ -89,34 +100,41 @@ class _Residual(nn.Module):
         return torch.relu(self.layers(images) + self._shortcut(images))
 
     def _shortcut(self, images: Tensor) -> Tensor:
-        """The images themselves; where shapes change, every second pixel, and zeros for more channels (option A)."""
+        """Return the images in the shape of the output."""
+        # Option A: every second pixel, and channels of zeros on both sides.
         if not self.added:
             return images
         return F.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added // 2, self.added // 2))
 
 
 def _convolution(before: int, after: int, stride: int = 1) -> nn.Conv2d:
-    # A ResNet keeps torch's own initial weights: those of He et al. double the variance in each block without a norm,
-    # and 27 blocks then start at a loss of 1e4, where the paper's baseline could not be trained at all.
+    # A ResNet keeps torch's default initial weights. Those of He et al. double the variance in each block without a
+    # norm, so 27 blocks start at a loss of 1e4, at which the paper's baseline cannot be trained.
     return nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
 
 
 class WideResNet(nn.Module):
-    """The wide residual network for small images: three stages of n blocks with 16k, 32k and 64k channels.
+    """Wide residual network WRN-(6n + 4)-k for small images.
 
-    WRN-(6n + 4)-k of Zagoruyko & Komodakis 2016 (arXiv:1605.07146), section 2, with normalization and activation before
-    each convolution and without dropout. WRN-28-10 with BatchNorm has 36.5 million parameters. Convolutions start at
-    the weights of He et al. 2015 (arXiv:1502.01852), equation 14, as in the authors' code, and logits without a shift.
+    It has 3 stages of n blocks with 16k, 32k and 64k channels, with norm and activation before each convolution and
+    without dropout (Zagoruyko & Komodakis 2016, arXiv:1605.07146, section 2). Convolutions are initialized by He et al.
+    2015 (arXiv:1502.01852), equation 14, and the last bias is 0, as in the authors' code. WRN-28-10 with BatchNorm has
+    36.5 million parameters.
 
     Args:
         depth: Number of layers, 6n + 4: 10, 16, 22, 28, 40, ...
-        width: The factor k.
-        channels: Channels of the images; a batch is (M, channels, H, W).
-        classes: Number of classes; the output is (M, classes) logits.
-        norm: ``norm(channels)`` gives a normalization layer, as :func:`landscape.make_norm` makes them.
+        width: Factor k of the channels.
+        channels: Channels of the images; a batch has the shape (M, channels, H, W).
+        classes: Number of classes C; the output has the shape (M, C) and holds logits.
+        norm: Function that returns a normalization layer for a number of channels, from `landscape.make_norm`.
 
     Raises:
-        LandscapeError: Another depth.
+        LandscapeError: ``depth`` is not 6n + 4 with n >= 1.
+
+    Examples:
+        >>> from landscape import make_norm
+        >>> WideResNet(10, 2, 3, 10, make_norm("group", channel_groups=4))(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, depth: int, width: int, channels: int, classes: int, norm: Norm) -> None:
@@ -138,18 +156,18 @@ class WideResNet(nn.Module):
         standardize_weights(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (M, classes)."""
+        """Return the logits (M, C)."""
         return self.layers(images)
 
 
 def _wide_stage(blocks: int, before: int, after: int, stride: int, norm: Norm) -> list[nn.Module]:
-    """Blocks of which the first changes the number of channels and the resolution."""
+    """Return the blocks of a stage; the first changes shapes."""
     rest = [_PreActivated(after, after, 1, norm) for _ in range(blocks - 1)]
     return [_PreActivated(before, after, stride, norm), *rest]
 
 
 class _PreActivated(nn.Module):
-    """Two convolutions, each of normalized and activated images, and a shortcut around them."""
+    """Two convolutions, each after norm and activation, with a shortcut."""
 
     def __init__(self, before: int, after: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -165,11 +183,11 @@ class _PreActivated(nn.Module):
 
 
 def _blocks(depth: int, outside: int) -> int:
-    """Blocks of two layers in each of three stages, with some layers outside of them."""
+    """Return the 2-layer blocks in each of 3 stages."""
     blocks, rest = divmod(depth - outside, 6)
     if blocks < 1 or rest:
         raise LandscapeError(
-            f"depth={depth}: this network has 6n + {outside} layers, with n from 1 on. Give such a depth."
+            f"depth={depth}: must be 6n + {outside} with n >= 1. Use {outside + 6}, {outside + 12}, {outside + 18}, ..."
         )
     return blocks
 
@@ -180,4 +198,4 @@ MODELS: dict[str, Callable[[torch.Size, int, Norm], nn.Module]] = {
     "resnet56": lambda shape, classes, norm: ResNet(56, shape[0], classes, norm),
     "wrn-28-10": lambda shape, classes, norm: WideResNet(28, 10, shape[0], classes, norm),
 }
-"""Models by name, each made of the shape of one input, the number of classes and a norm."""
+"""Functions (shape of one input, classes, norm) -> model, by name."""

@@ -2,23 +2,22 @@
 
 from dataclasses import replace
 
-from landscape.errors import LandscapeError
 from landscape.training.recipe import Recipe
 
 _PAPER_LRS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _MULTIPLES = (0.5, 1.0, 1.5, 2.0)
 
-# Dimitriou & Arandjelovic 2020, section 3.1, figure 5: super-convergence (Smith & Topin 2017, arXiv:1708.07120). The
-# probed multiples of the rate are their cyclical rates (0.05, 1.5), (0.1, 3), (0.15, 4.5) and (0.2, 6). Plain SGD, so
-# that a step size of 1 is the step that is taken.
+# arXiv:2007.08554, section 3.1, figure 5: super-convergence (Smith & Topin 2017, arXiv:1708.07120). The multiples of
+# the learning rate give the paper's cyclical rates (0.05, 1.5), (0.1, 3), (0.15, 4.5) and (0.2, 6). SGD is plain, so a
+# relative step size of 1 is the step that is taken.
 _CIFAR10 = Recipe(
-    recipe="cifar10",
+    name="cifar10",
     dataset="cifar10",
     model="resnet56",
     batch_size=512,
     epochs=50,
     lr=3.0,
-    probe_lrs=_MULTIPLES,
+    step_sizes=_MULTIPLES,
     relative=True,
     schedule="triangle",
     lr_without_norm=1.0,
@@ -28,15 +27,15 @@ _CIFAR10 = Recipe(
     engine="channels_last",
 )
 
-# Section 3.2, tables 1 and 2: linear scaling of 0.1 to four times the batch of 128, with warm-up (Goyal et al. 2017).
+# Section 3.2, tables 1 and 2: a learning rate of 0.1 per batch of 128, scaled to 512, with warm-up (Goyal et al. 2017).
 _CLASSIFY = Recipe(
-    recipe="classify-cifar10",
+    name="classify-cifar10",
     dataset="cifar10",
     model="wrn-28-10",
     batch_size=512,
     epochs=200,
     lr=0.4,
-    probe_lrs=_MULTIPLES,
+    step_sizes=_MULTIPLES,
     relative=True,
     schedule="cosine",
     rise=5 / 200,
@@ -51,22 +50,21 @@ _CLASSIFY = Recipe(
 _CLASSIFY_SMALL = replace(_CLASSIFY, model="simplenet", rise=0.1, augment=(), channels_last=False, engine="affine")
 
 RECIPES = {
-    # Dimitriou & Arandjelovic 2020, section 3.1: SimpleNet on MNIST, figure 4. With BatchNorm 98.0 % after five epochs.
-    "mnist": Recipe("mnist", "mnist", "simplenet", batch_size=512, epochs=4, lr=0.4, probe_lrs=_PAPER_LRS),
-    # The same on data that every machine has: 1,500 images of 64 pixels, so a smaller batch and more epochs. With
-    # BatchNorm 94 %.
-    "digits": Recipe("digits", "digits", "simplenet", batch_size=128, epochs=20, lr=0.4, probe_lrs=_PAPER_LRS),
-    # At the paper's scale; what it attains is not known yet, nor what the two below it do.
+    # Section 3.1, figure 4. BatchNorm attains a test accuracy of 98.0 % in 5 epochs.
+    "mnist": Recipe("mnist", "mnist", "simplenet", batch_size=512, epochs=4, lr=0.4, step_sizes=_PAPER_LRS),
+    # The same on the data set in this package, 1,500 images of 64 pixels. BatchNorm attains 94 %.
+    "digits": Recipe("digits", "digits", "simplenet", batch_size=128, epochs=20, lr=0.4, step_sizes=_PAPER_LRS),
+    # The paper's scale; the accuracies of this and of the two at 200 epochs below have not been measured yet.
     "cifar10": _CIFAR10,
-    # Some 25 minutes for each norm on one CPU core. With BatchNorm 42 % of the first 1,000 test images; without norm it
-    # diverges near the highest rate.
-    "cifar10-small": replace(_CIFAR10, recipe="cifar10-small", train_samples=12_800, epochs=8, every=2),
+    # 25 minutes for each norm on one CPU core. BatchNorm attains 42 % on the first 1,000 test images; without a norm,
+    # training diverges near the highest learning rate.
+    "cifar10-small": replace(_CIFAR10, name="cifar10-small", train_samples=12_800, epochs=8, every=2),
     "classify-cifar10": _CLASSIFY,
-    "classify-cifar100": replace(_CLASSIFY, recipe="classify-cifar100", dataset="cifar100"),
-    # A part of CIFAR-10 in smaller batches: a minute on one CPU core.
+    "classify-cifar100": replace(_CLASSIFY, name="classify-cifar100", dataset="cifar100"),
+    # A subset of CIFAR-10 in smaller batches: 1 minute on one CPU core.
     "classify-cifar10-small": replace(
         _CLASSIFY,
-        recipe="classify-cifar10-small",
+        name="classify-cifar10-small",
         model="resnet20",
         batch_size=128,
         lr=0.1,
@@ -76,10 +74,10 @@ RECIPES = {
         train_samples=4000,
         validation=2000,
     ),
-    "classify-mnist": replace(_CLASSIFY_SMALL, recipe="classify-mnist", dataset="mnist", epochs=5),
+    "classify-mnist": replace(_CLASSIFY_SMALL, name="classify-mnist", dataset="mnist", epochs=5),
     "classify-digits": replace(
         _CLASSIFY_SMALL,
-        recipe="classify-digits",
+        name="classify-digits",
         dataset="digits",
         batch_size=128,
         lr=0.1,
@@ -88,11 +86,14 @@ RECIPES = {
         epochs=20,
     ),
 }
-"""The experiments that the command line knows."""
+"""Recipes by name: experiments of arXiv:2007.08554, and smaller ones.
 
+``mnist`` and ``cifar10`` are those of figures 4 and 5, ``classify-cifar100`` and ``classify-cifar10`` those of tables 1
+and 2. ``digits`` needs no download. Change settings by `dataclasses.replace`.
 
-def recipe_named(name: str) -> Recipe:
-    """The recipe of that name; a LandscapeError if there is none."""
-    if name not in RECIPES:
-        raise LandscapeError(f"Unknown recipe {name!r}; choose one of {', '.join(RECIPES)}.")
-    return RECIPES[name]
+Examples:
+    >>> [name for name in RECIPES if "classify" not in name]
+    ['mnist', 'digits', 'cifar10', 'cifar10-small']
+    >>> replace(RECIPES["mnist"], norm="ghost", groups=128, epochs=1).run_name
+    'mnist-ghost128-seed0'
+"""

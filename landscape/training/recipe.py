@@ -1,110 +1,150 @@
-"""What an experiment is: frozen recipes, by name."""
+"""Recipe of a training run: a frozen dataclass that checks itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
 from landscape.errors import LandscapeError
-from landscape.names import options_of
+from landscape.names import check_choice, options_of
 
 SCHEDULES = ("constant", "triangle", "cosine")
-"""The learning rate: as it is; up and down, then to the end (Smith & Topin 2017); up, then down along a cosine."""
+"""Learning rate schedules.
+
+``triangle`` rises, falls, then falls to the end (Smith & Topin 2017, arXiv:1708.07120); ``cosine`` rises, then falls
+along half a cosine.
+"""
 AUGMENTATIONS = ("crop", "flip", "cutout")
-"""What may be done to images before they are trained on."""
+"""Augmentations of training images."""
 PRECISIONS = ("float32", "bfloat16", "float64")
-"""In which forward and backward passes are computed; bfloat16 by autocast, with parameters in float32."""
+"""Precisions of forward and backward passes; bfloat16 by autocast, with parameters in float32."""
 GHOST_BY = ("layer", "accumulation", "ranks")
-"""Where GhostNorm's groups come from: the layer; micro-batches through BatchNorm; processes with a BatchNorm each."""
+"""Implementations of GhostNorm: a layer; BatchNorm on micro-batches; BatchNorm in each of several processes."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run, completely; equal recipes give equal traces on the same machine.
+    """Settings of one training run with SGD.
 
-    The last, incomplete batch of an epoch is left out, so that every update has ``batch_size`` samples and every ghost
-    batch its full share of them.
+    Equal recipes give equal traces on the same machine. The last, incomplete batch of an epoch is left out, so every
+    update has ``batch_size`` samples. The probe measures the loss at the parameters ``theta - eta * g`` for each step
+    size ``eta``, with the gradient ``g`` of the update.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> from landscape import RECIPES
+        >>> ghost = replace(RECIPES["digits"], norm="ghost", groups=8)
+        >>> ghost.run_name, ghost.norm_options
+        ('digits-ghost8-seed0', {'groups': 8})
+        >>> ghost.resolve().channel_groups is None  # GhostNorm has no such option
+        True
+        >>> replace(ghost, epochs=0).resolve()
+        Traceback (most recent call last):
+        landscape.errors.LandscapeError: epochs=0: must be an integer from 1 to 2**63 - 1.
     """
 
-    recipe: str
+    name: str
+    """Name of the recipe, with which the names of its runs begin."""
     dataset: str
+    """Data set: ``"mnist"``, ``"cifar10"``, ``"cifar100"`` or ``"digits"``."""
     model: str
+    """Model: ``"simplenet"``, ``"resnet20"``, ``"resnet56"`` or ``"wrn-28-10"``."""
     batch_size: int
+    """Samples per update."""
     epochs: int
+    """Passes over the training set."""
     lr: float
-    """Learning rate of SGD; where it changes, the highest."""
-    probe_lrs: tuple[float, ...]
-    """Step sizes eta of the probe."""
+    """Learning rate of SGD; the highest one if ``schedule`` changes it."""
+    step_sizes: tuple[float, ...]
+    """Step sizes eta of the probe, in units of the gradient."""
     relative: bool = False
-    """Whether ``probe_lrs`` are multiples of the current learning rate."""
+    """True if ``step_sizes`` are multiples of the current learning rate."""
     norm: str = "batch"
+    """Name of the norm, as for `landscape.make_norm`."""
     groups: int | None = 16
-    """Groups G_M of the batch, for norms that take them."""
+    """Groups G_M of the batch, for norms with that option."""
     channel_groups: int | None = 4
-    """Groups G_C of the channels, for norms that take them."""
+    """Groups G_C of the channels, for norms with that option."""
     ghost_by: str = "layer"
-    """How GhostNorm is implemented, one of ``GHOST_BY``."""
+    """Implementation of GhostNorm, one of `GHOST_BY`."""
     schedule: str = "constant"
-    """One of ``SCHEDULES``."""
+    """Schedule of the learning rate, one of `SCHEDULES`."""
     lr_without_norm: float | None = None
-    """The highest learning rate where there is no norm, if it is another."""
+    """Learning rate with ``norm="none"``; None is ``lr``."""
     lr_start: float = 0.1
-    """Learning rate that a schedule starts from."""
+    """Learning rate at the start of a schedule."""
     lr_end: float = 0.0
-    """Learning rate that a schedule ends at."""
+    """Learning rate at the end of a schedule."""
     rise: float = 0.45
-    """Share of the updates in which a schedule rises."""
+    """Share of the updates in which a schedule rises, 0 to 1."""
     momentum: float = 0.0
+    """Momentum of SGD."""
     nesterov: bool = False
+    """True for Nesterov momentum."""
     weight_decay: float = 0.0
+    """Weight decay of SGD, an L2 penalty."""
     augment: tuple[str, ...] = ()
-    """Of ``AUGMENTATIONS``, in their order."""
+    """Names from `AUGMENTATIONS`, applied in this order."""
     train_samples: int | None = None
-    """How much of the training set is used, with the share of each class kept; by default all that is not held out."""
+    """Training samples, a stratified subset; None is all but those held out."""
     validation: int = 0
-    """How many samples of the training set are held out."""
+    """Training samples that are held out for validation."""
     precision: str = "float32"
-    """One of ``PRECISIONS``."""
+    """Precision of forward and backward passes, one of `PRECISIONS`."""
     channels_last: bool = False
-    """Whether model and images are in channels-last layout."""
+    """True for the channels-last memory layout of model and images."""
     every: int = 1
-    """Every how many updates the probe measures."""
+    """Interval of probed updates: 2 probes every second one."""
     overhead: float | None = None
-    """Share of the training time that probes may cost; measured updates then depend on how fast the machine is."""
+    """Share of the training time that probes may cost, such as 0.1.
+
+    The probed updates then depend on the speed of the machine.
+    """
     gradients: bool = False
-    """Whether the gradient is computed at each step size too."""
+    """True to measure the gradient at each step size, too."""
     engine: str = "affine"
-    """How rays are evaluated; ``auto`` is not repeatable: which engine is fastest may differ between runs."""
+    """Engine that evaluates the rays, as for `landscape.ray_losses`.
+
+    ``auto`` is not reproducible, because another engine may be the fastest in the next run.
+    """
     seed: int = 0
-    """Seed of the initial weights, of the order of the data and of its augmentation."""
+    """Seed of initial weights, data order and augmentation."""
 
     @property
     def run_name(self) -> str:
         """Name of the run, such as ``mnist-ghost16-seed0``."""
         variant = "-".join(str(value) for value in self.norm_options.values())
         by = "" if self.ghost_by == "layer" else f"-{self.ghost_by}"
-        return f"{self.recipe}-{self.norm}{variant}{by}-seed{self.seed}"
+        return f"{self.name}-{self.norm}{variant}{by}-seed{self.seed}"
 
     @property
     def norm_options(self) -> dict[str, int]:
-        """The options that this recipe's norm takes."""
+        """Options of the norm, by name."""
         return {name: getattr(self, name) for name in options_of(self.norm)}
 
+    def metadata(self) -> dict[str, Any]:
+        """Return the settings for ``run.json``; ``name`` is ``recipe``."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"}
+        return {"recipe": self.name} | settings
+
     def resolve(self) -> Self:
-        """The recipe as it is trained: without options that its norm does not take, with its own learning rate.
+        """Check the values; return the recipe as it is trained.
+
+        Options that the norm does not have become None, and ``lr`` becomes ``lr_without_norm`` with ``norm="none"``.
 
         Raises:
-            LandscapeError: A value is of another type than it should be, or out of range.
+            LandscapeError: A value has the wrong type, or is out of range.
         """
         _check_types(self)
-        _check_name(self.recipe)
+        _check_name(self.name)
         options = options_of(self.norm)
-        _check_counts(self, ("batch_size", "epochs", "every", *options))
+        _check_counts(self, options)
         _check_choices(self)
         _check_numbers(self)
         if self.ghost_by != "layer" and self.norm != "ghost":
-            raise LandscapeError(f"ghost_by={self.ghost_by!r} is a way to get GhostNorm; the norm is {self.norm!r}.")
+            raise LandscapeError(f"ghost_by={self.ghost_by!r}: requires norm='ghost', got norm={self.norm!r}. Omit it.")
         if self.ghost_by != "layer" and (self.groups or 1) > self.batch_size:
-            raise LandscapeError(f"groups={self.groups} of batches of {self.batch_size} samples: take fewer groups.")
+            raise LandscapeError(f"groups={self.groups}: must be at most batch_size={self.batch_size}.")
         unused = {name: None for name in ("groups", "channel_groups") if name not in options}
         lr = self.lr_without_norm if self.norm == "none" and self.lr_without_norm is not None else self.lr
         return replace(self, **unused, lr=lr, lr_without_norm=None)
@@ -113,69 +153,62 @@ class Recipe:
 def _check_types(recipe: Recipe) -> None:
     for field in fields(recipe):
         value = getattr(recipe, field.name)
-        if not _fits(value, field.type):
+        if not _has_type(value, field.type):
             kind = getattr(field.type, "__name__", field.type)
-            raise LandscapeError(f"{field.name}={value!r:.100} is a {type(value).__name__}; give {kind}.")
+            shown = "recipe" if field.name == "name" else field.name
+            raise LandscapeError(f"{shown}={value!r:.100}: must be {kind}, got {type(value).__name__}.")
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type as fields declare it; whole numbers are numbers, and lists as good as tuples."""
+def _has_type(value: Any, kind: Any) -> bool:
+    """Return True if a value has a type; int is float."""
     if isinstance(kind, UnionType):
-        return any(_fits(value, each) for each in get_args(kind))
+        return any(_has_type(value, each) for each in get_args(kind))
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple | list) and all(_fits(each, get_args(kind)[0]) for each in value)
+        return isinstance(value, tuple | list) and all(_has_type(each, get_args(kind)[0]) for each in value)
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, float | int if kind is float else kind)
 
 
 def _check_name(name: str) -> None:
-    """The name becomes that of a folder, and is written under figures."""
+    """Raise a LandscapeError unless the name fits a folder."""
     if not 1 <= len(name) <= 100 or not name.isprintable() or name.startswith(".") or "/" in name or "\\" in name:
         raise LandscapeError(
-            f"recipe={name!r:.100} cannot be the name of a folder; give 1 to 100 printable characters without slashes "
-            "that do not begin with a dot."
+            f"recipe={name!r:.100}: must be the name of a folder. Use 1 to 100 printable characters without slashes, "
+            "not beginning with a dot."
         )
 
 
-def _check_counts(recipe: Recipe, names: tuple[str, ...]) -> None:
-    for name in (*names, *(["train_samples"] if recipe.train_samples is not None else [])):
+def _check_counts(recipe: Recipe, options: Sequence[str]) -> None:
+    lowest = dict.fromkeys(("batch_size", "epochs", "every", *options), 1) | {"validation": 0, "seed": 0}
+    if recipe.train_samples is not None:
+        lowest["train_samples"] = 1
+    for name, least in lowest.items():
         value = getattr(recipe, name)
-        if value is None or not 1 <= value < 2**63:
-            raise LandscapeError(f"{name}={value} is out of range; give a whole number from 1 to 2**63 - 1.")
-    for name in ("validation", "seed"):
-        if not 0 <= getattr(recipe, name) < 2**63:
-            raise LandscapeError(
-                f"{name}={getattr(recipe, name)} is out of range; give a whole number from 0 to 2**63 - 1."
-            )
+        if value is None or not least <= value < 2**63:
+            raise LandscapeError(f"{name}={value}: must be an integer from {least} to 2**63 - 1.")
 
 
 def _check_choices(recipe: Recipe) -> None:
-    choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "ghost_by": GHOST_BY}
-    for name, allowed in choices.items():
-        if getattr(recipe, name) not in allowed:
-            raise LandscapeError(f"Unknown {name} {getattr(recipe, name)!r}; choose one of {', '.join(allowed)}.")
-    if unknown := [name for name in recipe.augment if name not in AUGMENTATIONS]:
-        raise LandscapeError(f"Unknown augmentation {unknown[0]!r}; choose of {', '.join(AUGMENTATIONS)}.")
+    for name, known in {"schedule": SCHEDULES, "precision": PRECISIONS, "ghost_by": GHOST_BY}.items():
+        check_choice(name, getattr(recipe, name), known)
+    for name in recipe.augment:
+        check_choice("augment", name, AUGMENTATIONS)
 
 
 def _check_numbers(recipe: Recipe) -> None:
     for name in ("lr", "lr_without_norm", "lr_start"):
         value = getattr(recipe, name)
         if value is not None and not 1e-38 <= value <= 1e38:
-            raise LandscapeError(
-                f"{name}={value} is out of range; give a learning rate that float32 holds, 1e-38 to 1e38."
-            )
+            raise LandscapeError(f"{name}={value}: must be from 1e-38 to 1e38, the range of float32.")
     for name in ("lr_end", "momentum", "weight_decay"):
         value = getattr(recipe, name)
         if not 0 <= value <= 1e38:
-            raise LandscapeError(f"{name}={value} is out of range; give a number that float32 holds, 0 to 1e38.")
+            raise LandscapeError(f"{name}={value}: must be from 0 to 1e38, the range of float32.")
     if recipe.nesterov and not recipe.momentum:
-        raise LandscapeError(
-            "nesterov=True with momentum=0.0: Nesterov's momentum needs some; give it, or leave nesterov out."
-        )
-    most = 0.5 if recipe.schedule == "triangle" else 1  # a triangle falls as long as it rises
+        raise LandscapeError("nesterov=True: requires momentum above 0. Set momentum, or nesterov=False.")
+    most = 0.5 if recipe.schedule == "triangle" else 1  # A triangle falls for as many updates as it rises.
     if not 0 < recipe.rise < most:
-        raise LandscapeError(f"rise={recipe.rise} is out of range; give a share of the updates between 0 and {most}.")
+        raise LandscapeError(f"rise={recipe.rise}: must be between 0 and {most}, a share of the updates.")
     if recipe.overhead is not None and not 0 < recipe.overhead < 1e38:
-        raise LandscapeError(f"overhead={recipe.overhead} is out of range; give a share of the training time above 0.")
+        raise LandscapeError(f"overhead={recipe.overhead}: must be above 0, a share of the training time.")

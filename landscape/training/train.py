@@ -1,8 +1,7 @@
-"""Trains a recipe: with the probe attached, for a landscape, or without it, for its accuracy."""
+"""Training of recipes: with the probe, for a trace, or without it, for the accuracy."""
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,15 @@ from landscape.distributed.group import RankFailedError
 from landscape.distributed.setup import local_device, process_group, world_size
 from landscape.errors import LandscapeError
 from landscape.probe.landscape_probe import LandscapeProbe
-from landscape.storage.filesystem import Location, inside
+from landscape.storage.filesystem import Location
 from landscape.training.checkpoint import Checkpoints
 from landscape.training.completed import is_recorded
 from landscape.training.experiment import Experiment, resolve_device
 from landscape.training.recipe import Recipe
+from landscape.training.target import TraceTarget
 
 OnUpdate = Callable[[LandscapeProbe], None]
+"""Function (probe) -> None, called after each update."""
 
 
 def train(
@@ -33,119 +34,125 @@ def train(
     checkpoint_seconds: float = 60.0,
     on_update: OnUpdate = lambda probe: None,
 ) -> Location:
-    """Train a recipe, probing its updates, and record the trace.
+    """Train a recipe, probe its updates, and record the trace.
 
-    Beside the trace of an unfinished run there is a checkpoint. On a CPU, with the same number of threads, a run that
-    was killed and resumed has the same trace as one that never was, bit for bit but for the column ``seconds``.
+    The folder of an unfinished run holds a checkpoint. On a CPU, with the same number of threads, a run that was killed
+    and resumed has the same trace as an uninterrupted one, bit for bit, except for the column ``seconds``.
 
     Args:
-        recipe: What is trained, such as ``RECIPES["mnist"]`` or a ``dataclasses.replace`` of it.
-        out: Folder of traces, or a URL such as ``s3://bucket/traces``; the run gets a folder ``recipe.run`` in it.
-        data_dir: Where the files of the data set are, or are put; see :func:`landscape.data.dataset.load_dataset`.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; by default the GPU where there is one.
-        overwrite: Whether a trace of the same name is replaced.
-        resume: Whether an unfinished run of the same name goes on from its last checkpoint, or starts anew where it has
-            none; a finished one stays as it is.
-        checkpoint_seconds: A checkpoint is written after so many seconds, or later if they would take more than 3 % of
-            the time; also when ``on_update`` raises.
-        on_update: Called after every update.
+        recipe: Recipe to train: one of `RECIPES`, or a `dataclasses.replace` of it.
+        out: Folder of traces, or a URL such as ``s3://bucket/traces``; the run is its subfolder ``recipe.run_name``.
+        data_dir: Folder of data files, to which missing ones are downloaded; the default is the user's cache.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; the default is the GPU if there is one.
+        overwrite: True replaces a run of the same name.
+        resume: True continues an unfinished run of the same name from its checkpoint, restarts it if it has none, and
+            leaves a finished run as it is.
+        checkpoint_seconds: Minimum time between two checkpoints, in seconds; it is longer if checkpoints would take
+            more than 3 % of the time. A checkpoint is also written if ``on_update`` raises.
+        on_update: Function (probe) -> None, called after each update.
 
     Returns:
-        The run's folder, for :func:`landscape.read_traces`. Its table ``epochs`` holds loss and accuracy on the test
-        set and on what was held out.
+        Folder or URL of the run, for `read_traces`. Its table ``epochs`` holds loss and accuracy on the test set and on
+        the held-out samples.
 
     Raises:
-        LandscapeError: A recipe, device, data set or folder that cannot be used; or a run to be resumed that has other
-            settings, or a damaged checkpoint.
+        LandscapeError: The recipe, the device, the data set or the folder cannot be used; or the run to be resumed has
+            other settings or a damaged checkpoint.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> from landscape import RECIPES, read_traces, train
+        >>> folder = train(replace(RECIPES["digits"], epochs=1, train_samples=256), device="cpu")
+        >>> frame = read_traces(folder)
+        >>> list(frame.step), bool(frame.loss_max[0] > frame.loss_min[0])
+        ([0, 1], True)
     """
-    check_resuming(resume, overwrite, checkpoint_seconds)
-    place = inside(out, recipe.resolve().run_name)
-    if resume and is_recorded(recipe, place):
-        return place
-    begin = TraceTarget(place, overwrite, resume, checkpoint_seconds)
+    return record(recipe, TraceTarget(out, data_dir, device, overwrite, resume, checkpoint_seconds), on_update)
+
+
+def record(recipe: Recipe, target: TraceTarget, on_update: OnUpdate = lambda probe: None) -> Location:
+    """Train a recipe and record its trace, as `train` does.
+
+    Args:
+        recipe: Recipe to train.
+        target: Destination of the trace.
+        on_update: Function (probe) -> None, called after each update.
+
+    Returns:
+        Folder or URL of the run.
+    """
+    recipe = recipe.resolve()
+    location = target.location(recipe)
+    if target.resume and is_recorded(recipe, location):
+        return location
     if recipe.ghost_by != "ranks":
-        _Training(Experiment(recipe, data_dir, device), begin).run(on_update)
-        return place
+        _Training(Experiment(recipe, target.data_dir, target.device), target).run(on_update)
+        return location
     check_processes(recipe)
-    own = local_device(resolve_device(device).type)
+    own = local_device(resolve_device(target.device).type)
     with process_group(own) as ranks:
-        _Training(Experiment(recipe, data_dir, own, ranks), begin).run(on_update)
-    return place
-
-
-def check_resuming(resume: bool, overwrite: bool, checkpoint_seconds: float) -> None:
-    """Raise a LandscapeError unless these can be asked for together."""
-    if resume and overwrite:
-        raise LandscapeError("resume goes on with a run, and overwrite starts it anew: choose one of them.")
-    if not checkpoint_seconds >= 0:
-        raise LandscapeError(f"checkpoint_seconds={checkpoint_seconds} is out of range; give seconds from 0 on.")
+        _Training(Experiment(recipe, target.data_dir, own, ranks), target).run(on_update)
+    return location
 
 
 def check_processes(recipe: Recipe) -> None:
-    """Raise a LandscapeError unless torchrun has started as many processes as the recipe is trained by."""
+    """Raise a LandscapeError unless torchrun has started enough processes."""
     processes = world_size() or 1
     if recipe.ghost_by == "ranks" and processes != recipe.groups:
         raise LandscapeError(
-            f"ghost_by='ranks' with groups={recipe.groups} takes as many processes, and there are {processes}: "
-            f"`landscape probe --ghost-by ranks` starts them, or `torchrun --nproc-per-node {recipe.groups}`."
+            f"ghost_by='ranks' with groups={recipe.groups}: requires {recipe.groups} processes, got {processes}. Use "
+            f"`landscape probe --ghost-by ranks`, or `torchrun --nproc-per-node {recipe.groups}`."
         )
     if recipe.ghost_by != "ranks" and processes > 1:
         raise LandscapeError(
-            f"torchrun has started {processes} processes, and {recipe.run_name} is trained by one: take norm ghost and "
-            "ghost_by ranks, or leave torchrun out."
+            f"ghost_by={recipe.ghost_by!r}: {recipe.run_name} is trained by 1 process, but torchrun has started "
+            f"{processes}. Use norm='ghost' with ghost_by='ranks', or omit torchrun."
         )
 
 
-@dataclass(frozen=True)
-class TraceTarget:
-    """Where a run is recorded, and what becomes of an earlier one there."""
-
-    place: Location
-    overwrite: bool
-    resume: bool
-    checkpoint_seconds: float
-
-
 class _Training:
-    """An experiment with the probe attached, and how far it has come."""
+    """Experiment with its probe, and its progress.
 
-    def __init__(self, experiment: Experiment, begin: TraceTarget) -> None:
-        self.experiment, self.begin = experiment, begin
+    Order of events, for the checkpoint between updates 7 and 8: update 7, its row, ``on_update``, checkpoint, update 8.
+    """
+
+    def __init__(self, experiment: Experiment, target: TraceTarget) -> None:
+        recipe = experiment.recipe
+        self.experiment, self.resume, self.location = experiment, target.resume, target.location(recipe)
         self.epoch = 1
         self.losses: list[Tensor] = []
-        """Of the updates of this epoch so far."""
-        recipe = experiment.recipe
+        """Losses of the updates of this epoch so far."""
         self.probe = LandscapeProbe(
             experiment.model,
             experiment.optimizer,
             experiment.criterion,
-            step_sizes=recipe.probe_lrs,
+            step_sizes=recipe.step_sizes,
             relative=recipe.relative,
             every=recipe.every,
             overhead=recipe.overhead,
             gradients=recipe.gradients,
             engine=recipe.engine,
-            trace=begin.place,
-            facts=asdict(recipe) | experiment.facts(),
-            overwrite=begin.overwrite,
-            resume=begin.resume,
+            trace=self.location,
+            facts=recipe.metadata() | experiment.metadata(),
+            overwrite=target.overwrite,
+            resume=target.resume,
             steps_per_epoch=experiment.updates,
         )
-        trace, seconds = self.probe.trace, begin.checkpoint_seconds
-        self.checkpoints = Checkpoints(begin.place, trace, recipe, experiment.ranks, seconds)
+        seconds = target.checkpoint_seconds
+        self.checkpoints = Checkpoints(self.location, self.probe.trace, recipe, experiment.ranks, seconds)
 
     def run(self, on_update: OnUpdate) -> None:
-        """Train, from where an earlier process has come to."""
+        """Train to the end, from any checkpoint."""
         recipe = self.experiment.recipe
         with self.probe:
-            restored = self.begin.resume and self.checkpoints.restore(self.load_state_dict)
-            if self.begin.resume and not restored and is_recorded(recipe, self.begin.place):
-                return  # another process has just ended it
+            restored = self.resume and self.checkpoints.restore(self.load_state_dict)
+            if self.resume and not restored and is_recorded(recipe, self.location):
+                return  # Another process has completed the run in the meantime.
             while self.epoch <= recipe.epochs:
                 for loss in self.experiment.epoch(len(self.losses)):
                     self.losses.append(loss)
                     self._between_updates(on_update)
-                self.probe.trace.append(_after(self.epoch, self.losses, self.experiment), table="epochs")
+                self.probe.trace.append(_epoch_row(self.epoch, self.losses, self.experiment), table="epochs")
                 self.epoch, self.losses = self.epoch + 1, []
             if self.probe.trace.flush():
                 self.checkpoints.discard()
@@ -153,13 +160,13 @@ class _Training:
     def _between_updates(self, on_update: OnUpdate) -> None:
         try:
             self.experiment.ranks.run_on_all(lambda: on_update(self.probe))
-        except RankFailedError:  # with whom a checkpoint would be written
+        except RankFailedError:  # A checkpoint needs all ranks.
             raise
         except BaseException:
-            self.checkpoints.keep(self.state_dict)
+            self.checkpoints.save(self.state_dict)
             raise
         if self.checkpoints.due():
-            self.checkpoints.keep(self.state_dict)
+            self.checkpoints.save(self.state_dict)
 
     def state_dict(self) -> dict[str, Any]:
         own = {"experiment": self.experiment.state_dict(), "probe": self.probe.state_dict()}
@@ -181,40 +188,59 @@ def classify(
     """Train a recipe without a probe, for its accuracy.
 
     Args:
-        recipe: As for :func:`train`.
-        data_dir: Likewise.
-        device: Likewise.
-        on_epoch: Called after every epoch, with its row, in which only the last epoch has test columns.
+        recipe: Recipe to train: one of `RECIPES`, or a `dataclasses.replace` of it.
+        data_dir: Folder of data files, to which missing ones are downloaded; the default is the user's cache.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; the default is the GPU if there is one.
+        on_epoch: Function (row) -> None, called after each epoch; only the row of the last epoch has test columns.
 
     Returns:
-        The last epoch's row, as in the table ``epochs`` of a trace (NaN where nothing was held out, or there is no test
-        set), and ``seconds`` since the first update.
+        Row of the last epoch, as in the table ``epochs`` of a trace, and ``seconds`` since the first update. Accuracies
+        are shares from 0 to 1; they are NaN without held-out samples or without a test set.
 
     Raises:
-        LandscapeError: A recipe, device or data set that cannot be used.
+        LandscapeError: The recipe, the device or the data set cannot be used.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> from landscape import RECIPES
+        >>> row = classify(replace(RECIPES["classify-digits"], epochs=2, train_samples=256), device="cpu")
+        >>> row["epoch"], row["step"], 0 < row["test_accuracy"] < 1
+        (2, 4, True)
     """
     experiment, started = Experiment(recipe, data_dir, device), time.perf_counter()
     row: dict[str, float] = {}
     for epoch in range(1, experiment.recipe.epochs + 1):
-        losses, ended = list(experiment.epoch()), epoch == experiment.recipe.epochs
-        row = _after(epoch, losses, experiment, ended) | {"seconds": time.perf_counter() - started}
+        losses, is_last = list(experiment.epoch()), epoch == experiment.recipe.epochs
+        row = _epoch_row(epoch, losses, experiment, is_last) | {"seconds": time.perf_counter() - started}
         on_epoch(row)
     return row
 
 
 def dry_run(recipe: Recipe, data_dir: str | Path | None = None, device: str | None = None) -> None:
-    """Raise the LandscapeError that :func:`train` would raise, as far as it can be known without training.
+    """Raise the LandscapeError of `train` before any training.
+
+    Data and model are loaded, and one batch is evaluated.
 
     Args:
-        recipe: As for :func:`train`, and so are the others.
-        data_dir: Likewise.
-        device: Likewise.
+        recipe: Recipe to train: one of `RECIPES`, or a `dataclasses.replace` of it.
+        data_dir: Folder of data files, to which missing ones are downloaded; the default is the user's cache.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; the default is the GPU if there is one.
+
+    Raises:
+        LandscapeError: The recipe, the device or the data set cannot be used.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> from landscape import RECIPES
+        >>> dry_run(replace(RECIPES["digits"], batch_size=5000), device="cpu")
+        Traceback (most recent call last):
+        landscape.errors.LandscapeError: batch_size=5000: must be at most the 1500 training samples.
     """
     Experiment(recipe, data_dir, device)
 
 
-def _after(epoch: int, losses: list[Tensor], experiment: Experiment, test: bool = True) -> dict[str, float]:
-    """The row of an epoch that has just ended; what is said of the test set is NaN unless it is asked for."""
+def _epoch_row(epoch: int, losses: list[Tensor], experiment: Experiment, test: bool = True) -> dict[str, float]:
+    """Return the row of an epoch, optionally without test columns."""
     data = experiment.data
     validation, tested = experiment.evaluate(data.validation), experiment.evaluate(data.test if test else data.test[:0])
     return {

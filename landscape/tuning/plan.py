@@ -72,7 +72,7 @@ class TuningConfig:
             raise LandscapeError(f"runs={self.runs}: must be a whole number of seeds from 1 to {MOST_RUNS}.")
         if not self.recipe.validation:
             raise LandscapeError(
-                f"recipe={self.recipe.recipe!r}: must hold out samples for validation. Use a recipe whose name begins "
+                f"recipe={self.recipe.name!r}: must hold out samples for validation. Use a recipe whose name begins "
                 "with classify, or set its validation."
             )
 

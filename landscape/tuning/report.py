@@ -80,7 +80,7 @@ def caption(plan: TuningPlan, trials: pd.DataFrame) -> str:
     seeds = _list(range(tuning.runs))
     time, devices = duration(trials["seconds"].to_numpy(float).sum()), _list(sorted(set(trials["device"])))
     sentences = [
-        f"Recipe {recipe.recipe}: {TITLES.get(recipe.model, recipe.model)} on "
+        f"Recipe {recipe.name}: {TITLES.get(recipe.model, recipe.model)} on "
         f"{TITLES.get(recipe.dataset, recipe.dataset)}, {recipe.epochs} epoch{'s' if recipe.epochs != 1 else ''}, "
         f"{samples['train']:,} images to train on and {samples['validation']:,} held out to choose by.",
         f"For the test accuracy the chosen configuration is trained on all {whole:,}." if samples["test"] else "",

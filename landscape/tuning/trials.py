@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from landscape.training.recipe import Recipe
@@ -46,7 +46,7 @@ def study_name(recipe: Recipe) -> str:
     """
     part = "tuning" if recipe.validation else "test"
     settings = json.dumps(_settings(recipe), sort_keys=True).encode()
-    return f"{recipe.recipe} {recipe.norm} {part} {hashlib.sha256(settings).hexdigest()[:8]}"
+    return f"{recipe.name} {recipe.norm} {part} {hashlib.sha256(settings).hexdigest()[:8]}"
 
 
 def run_trials(
@@ -184,7 +184,9 @@ class _Worker:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     parameters = ("groups", "channel_groups", "seed")
-    return {name: value for name, value in asdict(recipe.resolve()).items() if name not in parameters}
+    settings = recipe.resolve().metadata()
+    settings["probe_lrs"] = settings.pop("step_sizes")  # The hash of version 0.1, whose studies are continued.
+    return {name: value for name, value in settings.items() if name not in parameters}
 
 
 def _parameters(recipe: Recipe) -> dict[str, int]:

@@ -1,11 +1,11 @@
-"""The measures of an update against closed forms, and against a loop over rows that is slow and obvious."""
+"""Measures compared with closed forms and with a loop over rows."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from recordings import frame, without
 
-from landscape.analysis.measures import _FORMULAS, measured
+from landscape.analysis.measures import measured
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES
 
@@ -13,7 +13,7 @@ NAN, INF = np.nan, np.inf
 
 
 def quadratic_rows(step_sizes, updates=5, dimensions=7, seed=0):
-    """Updates on ``L(theta) = theta'H theta / 2 + b'theta`` along any direction, and ``(H, d)`` of each."""
+    """Return updates on ``L(theta) = theta'H theta / 2 + b'theta`` along random directions, and ``(H, d)`` of each."""
     generator = np.random.default_rng(seed)
     rows, truths = [], []
     for _ in range(updates):
@@ -43,7 +43,7 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("step_sizes", [[0.1, 0.2, 0.4], [0.3], [-0.5, 0.25, 1.0], [-0.2, -0.1]])
-def test_quadratics_have_closed_forms(step_sizes):
+def test_measured_quadratic(step_sizes):
     rows, truths = quadratic_rows(step_sizes)
     smallest, largest = np.min(np.abs(step_sizes)), np.max(np.abs(step_sizes))
     for measure in MEASURES:
@@ -57,7 +57,7 @@ def test_quadratics_have_closed_forms(step_sizes):
         assert (row.loss_min, row.loss_max) == (min(row.losses), max(row.losses))
 
 
-def test_step_size_zero_says_something_only_where_nothing_is_divided_by_it():
+def test_measured_step_size_zero():
     with_zero, _ = quadratic_rows([0.0, 0.1, 0.2])
     without_zero, _ = quadratic_rows([0.1, 0.2])
     for measure in ("beta", "curvature"):
@@ -67,15 +67,15 @@ def test_step_size_zero_says_something_only_where_nothing_is_divided_by_it():
     assert ((gaps["gap_min"] == 0) | (gaps["gap_max"] == 0)).all()
 
 
-def test_a_ray_that_does_not_move_has_neither_smoothness_nor_curvature():
+def test_measured_step_size_zero_alone():
     rows, _ = quadratic_rows([0.0])
     assert measured(rows, "beta")["beta"].isna().all()
     assert measured(rows, "curvature")[["curvature_min", "curvature_max"]].isna().all(axis=None)
     assert (measured(rows, "gap")["gap_max"] == 0).all()
 
 
-def one_by_one(rows, measure):
-    """The definitions as they are written, a row at a time."""
+def row_by_row(rows, measure):
+    """Compute the definitions row by row."""
     extremes = []
     for row in rows.to_dict("records"):
         lists = [row[name] for name in ("step_sizes", "losses", "gradient_distances")]
@@ -97,7 +97,7 @@ def one_by_one(rows, measure):
     return np.array(extremes)
 
 
-ODD = pd.DataFrame(
+EDGE_CASES = pd.DataFrame(
     [
         ([0.1, 0.2], [1.0, 2.0], [3.0, 4.0], 1.5, 1.0, 1.0),
         ([0.1], [1.0], [3.0], 1.5, 1.0, 2.0),
@@ -117,23 +117,23 @@ ODD = pd.DataFrame(
 
 @pytest.mark.parametrize("kind", ["object", "arrow", "arrays"])
 @pytest.mark.parametrize("measure", MEASURES)
-def test_odd_rays_are_as_one_by_one(measure, kind):
-    rows = ODD.copy()
+def test_measured_row_by_row(measure, kind):
+    rows = EDGE_CASES.copy()
     for name in ("step_sizes", "losses", "gradient_distances"):
         if kind == "arrow":
             rows[name] = rows[name].astype(frame(steps=1)[name].dtype)
         elif kind == "arrays":
-            rows[name] = pd.Series([None if v is None else np.array(v) for v in ODD[name]], dtype=object)
+            rows[name] = pd.Series([None if v is None else np.array(v) for v in EDGE_CASES[name]], dtype=object)
     found = measured(rows, measure)[[f"{measure}_min", f"{measure}_max"]].to_numpy()
-    expected = one_by_one(ODD, measure)
+    expected = row_by_row(EDGE_CASES, measure)
     assert np.isnan(expected).any()
     assert np.isfinite(expected).any()
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_rows_keep_their_place_in_a_part_of_a_frame():
-    rows = pd.concat([frame(steps=9), frame(steps=4, seed=1)])  # an index with repetitions
+def test_measured_keeps_index():
+    rows = pd.concat([frame(steps=9), frame(steps=4, seed=1)])  # an index with duplicates
     part = rows[rows["step"] % 2 == 1]
     for measure in MEASURES:
         whole = measured(rows, measure)
@@ -142,7 +142,7 @@ def test_rows_keep_their_place_in_a_part_of_a_frame():
         )
 
 
-def test_what_was_measured_already_is_kept():
+def test_measured_twice():
     rows = measured(frame(steps=3), "gap")
     assert measured(rows, "gap") is rows
     assert measured(rows, "loss") is rows  # the trace holds the extremes of the losses
@@ -151,29 +151,25 @@ def test_what_was_measured_already_is_kept():
 @pytest.mark.parametrize(
     ("measure", "lacking", "message"),
     [
-        ("predictiveness", "gradient_distances", "predictiveness needs gradient_distances, .*probe --gradients"),
-        ("beta", "gradient_distances", "beta needs gradient_distances and direction_norm, .*gradients=True"),
-        ("gap", "slope", "gap needs slope, .*from format version 2 on, so record the run anew"),
-        ("curvature", "slope", "curvature needs slope and direction_norm, .*another measure, such as loss"),
+        ("predictiveness", "gradient_distances", "predictiveness.* requires gradient_distances.*probe --gradients"),
+        ("beta", "gradient_distances", "beta.* requires gradient_distances and direction_norm.*gradients=True"),
+        ("gap", "slope", "gap.* requires slope.*format version 2"),
+        ("curvature", "slope", "curvature.* requires slope and direction_norm.*loss"),
     ],
 )
-def test_what_a_trace_lacks_is_named(measure, lacking, message):
+def test_measured_missing_column(measure, lacking, message):
     for rows in (without(frame(steps=2), lacking), frame(steps=2).drop(columns=lacking)):
         with pytest.raises(LandscapeError, match=message):
             measured(rows, measure)
 
 
-def test_an_unknown_measure_is_named():
-    with pytest.raises(LandscapeError, match="measure='sharpness': .*loss, predictiveness, beta"):
+def test_measured_unknown_measure():
+    with pytest.raises(LandscapeError, match=r"measure='sharpness': .*loss, predictiveness, beta"):
         measured(frame(steps=2), "sharpness")
 
 
-def test_losses_that_are_not_at_the_step_sizes_are_told():
+def test_measured_wrong_count():
     rows = quadratic_rows([0.1, 0.2])[0]
     rows["losses"] = [losses[: 1 if row == 3 else 2] for row, losses in enumerate(rows["losses"])]
-    with pytest.raises(LandscapeError, match="Row 3 has 1 losses at 2 step sizes"):
+    with pytest.raises(LandscapeError, match=r"Row 3 .*1 losses at 2 step sizes"):
         measured(rows, "gap")
-
-
-def test_every_measure_has_a_formula():
-    assert list(_FORMULAS) == list(MEASURES)

@@ -21,7 +21,7 @@ def run(*arguments):
     return CliRunner().invoke(main, ["figure", *arguments])
 
 
-def test_figure_1_is_two_pictures_and_the_same_every_time(tmp_path):
+def test_figure1_files_are_reproducible(tmp_path):
     pictures = []
     for out in ("figures", "again"):
         result = run("1", "--out", out)
@@ -32,7 +32,7 @@ def test_figure_1_is_two_pictures_and_the_same_every_time(tmp_path):
     assert pictures[0][0].startswith(b"\x89PNG")
 
 
-def test_the_ranking_of_a_recipe_is_a_table_and_two_pictures(tmp_path):
+def test_ranking_with_recipe(tmp_path):
     result = run("ranking", "--recipe", "digits", "--recipe", "digits", "--scale", "small", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert result.stderr == "Training simplenet on digits ...\n"
@@ -47,7 +47,7 @@ def test_the_ranking_of_a_recipe_is_a_table_and_two_pictures(tmp_path):
 
 
 @pytest.mark.skipif(not (REAL_DATA / "mnist").is_dir(), reason=f"no folder mnist in {REAL_DATA}")
-def test_small_is_one_epoch_of_mnist():
+def test_ranking_small_on_mnist():
     result = run("ranking", "--scale", "small", "--data-dir", str(REAL_DATA), "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert result.stderr == "Training simplenet on mnist ...\n"
@@ -57,28 +57,28 @@ def test_small_is_one_epoch_of_mnist():
     assert 15 < last[-1] < 25
 
 
-def test_the_papers_scale_adds_a_resnet_that_needs_nothing_installed():
+def test_ranking_recipes_of_paper():
     request = FigureRequest(Path("figures"), "paper", None, (), None, None)
     first, second = (recipe.resolve() for recipe in _ranking_recipes(request))
     assert first == RECIPES["mnist"].resolve()
     assert (second.model, second.dataset, second.augment) == ("resnet20", "cifar10", ())
-    assert [recipe.recipe for recipe in _ranking_recipes(replace(request, recipes=("digits",)))] == ["digits"]
+    assert [recipe.name for recipe in _ranking_recipes(replace(request, recipes=("digits",)))] == ["digits"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("2", "There is no figure '2'; choose one of 1, ranking"),
-        ("1 --scale huge", "scale is 'huge'; it can be small, paper"),
-        ("1 --out file.txt", "file.txt is a file; give a folder as --out"),
-        ("1 --recipe digits", "trains nothing; leave --recipe out"),
-        ("ranking --recipe mint", "Unknown recipe 'mint'; choose one of mnist, digits"),
-        ("ranking --recipe digits --device abacus", "device 'abacus' cannot be used"),
+        ("2", "'2' is not one of '1', 'ranking'"),
+        ("1 --scale huge", "'huge' is not one of 'small', 'paper'"),
+        ("1 --out file.txt", "--out file.txt: is a file"),
+        ("1 --recipe digits", "Omit --recipe"),
+        ("ranking --recipe mint", "'mint' is not one of 'mnist', 'digits'"),
+        ("ranking --recipe digits --device abacus", "device='abacus'"),
         ("ranking --recipe digits --recipe mnist --data-dir file.txt", "mnist"),
         ("", "Missing argument"),
     ],
 )
-def test_a_mistake_is_one_line_and_no_file(tmp_path, arguments, message):
+def test_usage_error_is_one_line(tmp_path, arguments, message):
     (tmp_path / "file.txt").write_text("kept")
     result = run(*arguments.split())
     assert result.exit_code == 2, result.output
@@ -88,18 +88,18 @@ def test_a_mistake_is_one_line_and_no_file(tmp_path, arguments, message):
     assert [path.name for path in tmp_path.rglob("*")] == ["file.txt"]
 
 
-def test_help_names_every_figure_and_recipe():
+def test_help_lists_figures_and_recipes():
     words = run("--help").output.replace(",", " ").replace(".", " ").replace("-\n", "-").split()
     assert not {*FIGURES} - {*words}
     assert not {name for name in RECIPES if name not in "".join(run("--help").output.split())}
 
 
-def test_figure_4_trains_what_is_missing_and_takes_what_is_there(monkeypatch):
+def test_figure4_trains_missing_runs(monkeypatch):
     runs = comparison(replace(RECIPES["digits"], epochs=1), (8,))
     monkeypatch.setitem(COMPARISONS, ("4", "small"), runs)
     first = run("4", "--scale", "small", "--device", "cpu")
     assert first.exit_code == 0, first.output
-    assert "3 of 3 runs are to be trained, into figures/traces/digits." in first.stderr
+    assert "Training 3 of 3 runs into figures/traces/digits" in first.stderr
     again = run("4", "--scale", "small", "--out", "again", "--traces", "figures/traces/digits")
     assert again.exit_code == 0, again.output
     assert not again.stderr
@@ -108,7 +108,7 @@ def test_figure_4_trains_what_is_missing_and_takes_what_is_there(monkeypatch):
     assert Path("again/figure4-digits.png").read_bytes() == Path("figures/figure4-digits.png").read_bytes()
 
 
-def test_figure_4_goes_on_with_a_run_that_was_stopped(monkeypatch):
+def test_figure4_resumes_run(monkeypatch):
     runs = comparison(replace(RECIPES["digits"], epochs=1), (8,))
     monkeypatch.setitem(COMPARISONS, ("4", "small"), runs)
 
@@ -128,16 +128,12 @@ def test_figure_4_goes_on_with_a_run_that_was_stopped(monkeypatch):
     ]
 
 
-def test_figure_4_has_recipes_of_its_own():
-    result = run("4", "--recipe", "digits")
-    assert (result.exit_code, result.output) == (
-        2,
-        "Error: Figure 4 has recipes of its own, at two scales; leave --recipe out.\n",
-    )
-
-
-def test_figures_that_are_not_drawn_from_traces():
-    for name in ("1", "ranking"):
-        result = run(name, "--traces", "traces")
-        assert result.exit_code == 2
-        assert "not drawn from traces; leave --traces out" in result.output
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [("4 --recipe digits", "--recipe"), ("1 --traces traces", "--traces"), ("ranking --traces traces", "--traces")],
+)
+def test_option_of_other_figure_is_rejected(arguments, option):
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert result.output.startswith(f"Error: {option}: ")
+    assert result.output.endswith(f"Omit {option}.\n") or "use --scale" in result.output

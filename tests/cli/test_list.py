@@ -16,7 +16,7 @@ def listed(*arguments):
     return CliRunner().invoke(main, ["list", *map(str, arguments)])
 
 
-def test_runs_are_listed(tmp_path):
+def test_list_columns(tmp_path):
     record(tmp_path / "a", {"norm": "ghost", "groups": 16, "seed": 1})
     record(tmp_path / "b", {"norm": "batch", "groups": None, "seed": 2}, steps=3)
     (tmp_path / "b" / "checkpoint.pt").write_bytes(b"")
@@ -28,24 +28,22 @@ def test_runs_are_listed(tmp_path):
     assert (lines[0][-1] == "-", lines[1][-1] == "-") == (False, True)
 
 
-def test_what_is_damaged_is_named_in_a_line(tmp_path):
+def test_list_damaged_run(tmp_path):
     record(tmp_path / "a", {"norm": "ghost"})
     (tmp_path / "a" / "run.json").write_text("{")
     result = listed(tmp_path)
     assert result.exit_code == 0
-    assert result.stderr.startswith("Warning: Left out: ")
+    assert result.stderr.startswith("Warning: ")
     assert len(result.stderr.splitlines()) == 1
-    assert "run.json cannot be read as JSON" in result.stderr
+    assert "run.json" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [("nothing", "There is no nothing"), ("", "No updates are recorded"), ("x://y", "x://y cannot be used")],
-)
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, place, message):
+@pytest.mark.parametrize("path", ["nothing", "empty", "x://y"])
+def test_usage_error_is_one_line(tmp_path, monkeypatch, path):
+    (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    result = listed(place or tmp_path)
+    result = listed(path)
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
-    assert message in result.stderr
+    assert path in result.stderr
     assert len(result.stderr.splitlines()) == 1

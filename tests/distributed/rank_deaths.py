@@ -1,4 +1,4 @@
-"""A user's own script, in which one of several processes dies: ``rank_deaths.py MODEL MOMENT RANK FOLDER``."""
+"""A training script in which a process is killed: ``rank_deaths.py MODEL MOMENT RANK FOLDER``."""
 
 import os
 import signal
@@ -14,18 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 from landscape import LandscapeProbe
 
 STEP = 5
-"""The update in which it dies."""
+"""Update in which it is killed."""
 FLUSHED = 3
-"""Updates after which the trace was flushed."""
+"""Updates after which the trace is flushed."""
 
 
 def train(kind, moment, victim, folder):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    if kind == "spread":
+    if kind == "sharded":
         fully_shard(network[0])
         fully_shard(network[2])
-    model = fully_shard(network) if kind == "spread" else DistributedDataParallel(network)
+    model = fully_shard(network) if kind == "sharded" else DistributedDataParallel(network)
     optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
     probe = LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1, 0.4], trace=f"{folder}/run")
 
@@ -33,7 +33,7 @@ def train(kind, moment, victim, folder):
         if (now, dist.get_rank(), probe.step) == (moment, victim, STEP):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    # In the middle of a forward pass of the probe's, which makes no graph.
+    # Within a forward pass of the probe, which is without gradients.
     network[1].register_forward_hook(lambda *_: None if torch.is_grad_enabled() else die("probing"))
     with probe:
         for step in range(20):

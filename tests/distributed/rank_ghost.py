@@ -1,4 +1,4 @@
-"""GhostNorm in three ways, by one process or several: what ``test_ghost_by`` compares."""
+"""Training with GhostNorm in three implementations, for ``test_ghost_by``."""
 
 from contextlib import contextmanager
 
@@ -26,7 +26,7 @@ def batches(samples, updates=3):
 
 
 def trained(build, by, groups, samples, **options):
-    """Three updates with GhostNorm implemented ``by`` layer, accumulation or ranks; all that is to be compared."""
+    """Return the results of three updates with GhostNorm implemented ``by`` layer, accumulation or ranks."""
     torch.manual_seed(0)
     inner = BUILDS[build](make_norm("ghost", groups=groups) if by == "layer" else make_norm("batch")).double()
     model = data_parallel(inner) if by == "ranks" else inner
@@ -36,7 +36,7 @@ def trained(build, by, groups, samples, **options):
         for inputs, targets in batches(samples):
             optimizer.zero_grad()
             for own_inputs, own_targets, weight in parts(inputs, targets, by, groups):
-                with watched(inner, inputs_of):
+                with recorded_inputs(inner, inputs_of):
                     loss = weight * criterion(model(own_inputs), own_targets)
                 loss.backward()
             gradients.append(torch.cat([parameter.grad.flatten() for parameter in inner.parameters()]))
@@ -45,8 +45,8 @@ def trained(build, by, groups, samples, **options):
 
 
 @contextmanager
-def watched(model, inputs_of):
-    """Within it, note what each norm is given."""
+def recorded_inputs(model, inputs_of):
+    """Record the inputs of each norm within the body."""
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda norm, args, into=into: into.append(args[0].detach()))
         for name, into in inputs_of.items()
@@ -57,7 +57,7 @@ def watched(model, inputs_of):
 
 
 def parts(inputs, targets, by, groups):
-    """What is differentiated by itself, with its weight in the mean over the batch."""
+    """Return the parts of the batch with a backward pass of their own, with their weights in the mean loss."""
     if by == "layer":
         return [(inputs, targets, 1.0)]
     pairs = list(zip(inputs.tensor_split(groups), targets.tensor_split(groups), strict=True))
@@ -68,7 +68,7 @@ def parts(inputs, targets, by, groups):
 
 
 def ghost_cases(groups):
-    """What is trained, on how many samples (groups are of one size, or of two), and options of the probe."""
+    """Return models, numbers of samples (divisible by the groups or not), and options of the probe."""
     by_loop, by_affine = {"gradients": True, "engine": "loop"}, {"engine": "affine"}
     return {
         ("SimpleNet", 4 * groups): by_affine,
@@ -86,7 +86,7 @@ def ghost(ranks, folder):
 
 
 def table(probe):
-    """What was measured, as plain lists."""
+    """Return the rows as plain lists."""
     rows = probe.frame()[["step", "loss", "grad_norm", "slope", "losses", "gradient_distances"]].dropna(axis="columns")
     return {name: [list(value) if hasattr(value, "__len__") else value for value in rows[name]] for name in rows}
 

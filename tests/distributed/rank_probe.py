@@ -1,4 +1,4 @@
-"""The probe among ranks that train one model by DistributedDataParallel: what ``test_ranks`` looks at."""
+"""The probe under DistributedDataParallel, for ``test_group``."""
 
 import copy
 import time
@@ -14,7 +14,7 @@ from landscape import LandscapeError, LandscapeProbe
 
 
 class Network(nn.Module):
-    """A network with dropout and running statistics; a forward pass fails when it is told to."""
+    """A network with dropout and running statistics; ``fails`` is called in each forward pass."""
 
     def __init__(self):
         super().__init__()
@@ -33,13 +33,13 @@ def network(**options):
 
 
 def batch(step):
-    """Another one on each rank."""
+    """Return a batch, which differs between ranks."""
     generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
     return torch.randn(8, 6, dtype=torch.float64, generator=generator), torch.randint(0, 3, (8,), generator=generator)
 
 
 def run(model, updates=4, before=lambda step: None, prepare=lambda probe: None, probed=True, **options):
-    """The user's own loop; the rows, and all that training leaves behind."""
+    """Train; return the probe, and the state after training."""
     options = {"step_sizes": STEP_SIZES, "engine": "affine"} | options
     criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), lr=0.01)
     torch.manual_seed(10 + dist.get_rank())
@@ -58,8 +58,8 @@ def run(model, updates=4, before=lambda step: None, prepare=lambda probe: None, 
     return probe, state | {"random": torch.rand(4), "adam": optimizer.state_dict()["state"][0]["exp_avg_sq"]}
 
 
-def told(function):
-    """What a mistake is answered with."""
+def message_of(function):
+    """Return the error message of a function, or ``"nothing"``."""
     try:
         function()
     except LandscapeError as error:
@@ -75,7 +75,7 @@ def bits(ranks, folder):
 
 
 def means(ranks, folder):
-    """Rows, and the plain way to them: every rank's losses along the common gradient, one by one."""
+    """Return rows, and each rank's losses along the common gradient, evaluated one by one."""
     model, expected = network(), []
     replica = copy.deepcopy(model.module)
 
@@ -83,15 +83,15 @@ def means(ranks, folder):
         replica.load_state_dict(model.module.state_dict())
         inputs, targets = batch(step)
         state = torch.get_rng_state()
-        gradient = each(replica, inputs, targets, state, 0.0, None)[1]
-        expected.append([each(replica, inputs, targets, state, eta, gradient) for eta in [0.0, *STEP_SIZES]])
+        gradient = mean_at(replica, inputs, targets, state, 0.0, None)[1]
+        expected.append([mean_at(replica, inputs, targets, state, eta, gradient) for eta in [0.0, *STEP_SIZES]])
 
     probe, _ = run(model, before=before, gradients=True)
     return {"rows": table(probe), "expected": expected}
 
 
-def each(replica, inputs, targets, state, eta, gradient):
-    """Mean loss and mean gradient at one point of the ray."""
+def mean_at(replica, inputs, targets, state, eta, gradient):
+    """Return mean loss and mean gradient at one point of the ray."""
     point = copy.deepcopy(replica)
     with torch.no_grad():
         for parameter, direction in zip(point.parameters(), gradient or [], strict=bool(gradient)):
@@ -106,14 +106,14 @@ def each(replica, inputs, targets, state, eta, gradient):
     return own[0], own[1:]
 
 
-def unlucky(ranks, gradients):
-    """Steps and warnings where one rank cannot measure one of the updates."""
+def run_with_failure(ranks, gradients):
+    """Return steps and warnings of a run in which one rank fails at one update."""
     model, calls = network(), []
 
     def fail():
         calls.append(1)
         if len(calls) > 2:  # the forward pass of training, then points of the ray
-            raise ValueError("out of luck")
+            raise ValueError("failed on purpose")
 
     def before(step):
         calls.clear()
@@ -126,18 +126,18 @@ def unlucky(ranks, gradients):
 
 
 def failures(ranks, folder):
-    """A rank that cannot measure: once training has begun well, and from the start."""
-    found = {gradients: unlucky(ranks, gradients) for gradients in (False, True)}
+    """Return messages of a rank that fails, after good updates and from the start."""
+    found = {gradients: run_with_failure(ranks, gradients) for gradients in (False, True)}
 
     def broken(step):
         if ranks.rank == 1:
             raise LandscapeError("no step sizes")
         return STEP_SIZES
 
-    found["from the start"] = told(lambda: run(network(), step_sizes=broken))
-    found["other points"] = told(lambda: run(network(), step_sizes=lambda step: [0.1 + ranks.rank]))
-    found["other number"] = told(lambda: run(network(), step_sizes=lambda step: [0.1] * (1 + ranks.rank)))
-    found["other options"] = told(lambda: run(network(), every=1 + ranks.rank))
+    found["from the start"] = message_of(lambda: run(network(), step_sizes=broken))
+    found["other points"] = message_of(lambda: run(network(), step_sizes=lambda step: [0.1 + ranks.rank]))
+    found["other number"] = message_of(lambda: run(network(), step_sizes=lambda step: [0.1] * (1 + ranks.rank)))
+    found["other options"] = message_of(lambda: run(network(), every=1 + ranks.rank))
     return found
 
 
@@ -145,12 +145,12 @@ def writing(ranks, folder):
     probe, _ = run(network(), trace=folder / "run", steps_per_epoch=2)
     probe.trace.append({"epoch": 1, "train_loss": 0.5}, table="epochs")
     probe.trace.close()
-    again = told(lambda: run(network(), trace=folder / "run"))
+    again = message_of(lambda: run(network(), trace=folder / "run"))
     return {"rows": len(probe.frame()), "columns": list(probe.frame().columns), "last": probe.last(), "again": again}
 
 
 def wrapping(ranks, folder):
-    """The model inside, a wrapper further in, wrappers that copy outputs, and losses that are observed."""
+    """Return messages for misplaced wrappers, and results of wrappers that copy outputs."""
     found = {}
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -161,9 +161,9 @@ def wrapping(ranks, folder):
             criterion(model(inputs), targets).backward()
             optimizer.step()
 
-    found["inner"] = told(inner)
-    found["nested"] = told(lambda: LandscapeProbe(nn.Sequential(model), optimizer, step_sizes=STEP_SIZES))
-    found["compiled"] = told(
+    found["inner"] = message_of(inner)
+    found["nested"] = message_of(lambda: LandscapeProbe(nn.Sequential(model), optimizer, step_sizes=STEP_SIZES))
+    found["compiled"] = message_of(
         lambda: LandscapeProbe(torch.compile(model, backend="eager"), optimizer, step_sizes=STEP_SIZES)
     )
     plain = table(run(network())[0])
@@ -193,12 +193,12 @@ def observed(plain):
                     optimizer.step()
             found["same"] = table(probe)["losses"] == plain["losses"]
 
-        found[name] = told(loop)
+        found[name] = message_of(loop)
     return found
 
 
 def clocks(ranks, folder):
-    """A rank that by its own clock would not probe again."""
+    """Return the probed steps where one rank's own clock allows no further probe."""
 
     def prepare(probe):
         if ranks.rank == 1:
@@ -209,7 +209,7 @@ def clocks(ranks, folder):
 
 
 def sharing(ranks, folder):
-    """What the ranks have to say is of different length, down to nothing."""
+    """Gather bytes of different length, and none."""
     return ranks.all_gather_bytes(b"word " * ranks.rank), ranks.all_gather_bytes(b"")
 
 

@@ -1,4 +1,4 @@
-"""The probe of a model that ``fully_shard`` has spread over ranks: what ``test_sharded`` compares."""
+"""The probe of a sharded model, for ``test_fsdp``."""
 
 import itertools
 
@@ -9,10 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from landscape import LandscapeProbe, make_norm
+from landscape.distributed.parameter_space import local
 
 
 class Network(nn.Module):
-    """Layers of odd sizes, so that shards are uneven and some are empty; not all of it is trained, or even used."""
+    """Layers of odd sizes, so that shards are uneven or empty, with a frozen and an unused parameter."""
 
     def __init__(self, norm, dropout=0.0):
         super().__init__()
@@ -59,12 +60,12 @@ def batch(step, samples=48):
 
 
 def own(step, rank, size):
-    """This rank's part of the batch."""
+    """Return this rank's part of the batch."""
     return [tensor.chunk(size)[rank] for tensor in batch(step)]
 
 
 def run(model, rank=0, size=1, updates=4, before=lambda step: None, probed=True, accumulate=1, **options):
-    """The user's own loop; the probe, and all that training leaves behind on this rank."""
+    """Train; return the probe, and the state after training on this rank."""
     options = {"step_sizes": STEP_SIZES} | options
     optimizer = options.pop("optimizer", torch.optim.Adam)(model.parameters(), lr=0.01)
     criterion, kind = nn.CrossEntropyLoss(), next(model.parameters()).dtype
@@ -82,16 +83,16 @@ def run(model, rank=0, size=1, updates=4, before=lambda step: None, probed=True,
             (criterion(model(inputs.to(kind)), targets) / len(parts)).backward()
         optimizer.step()
     probe.detach()
-    return probe, left_behind(model, optimizer)
+    return probe, final_state(model, optimizer)
 
 
-def left_behind(model, optimizer):
-    """Everything that a probe could have changed."""
-    let_go(model)
-    held = {name: here(parameter) for name, parameter in model.named_parameters()}
-    grads = {f"{n}.grad": None if p.grad is None else here(p.grad) for n, p in model.named_parameters()}
+def final_state(model, optimizer):
+    """Return all state that a probe could change."""
+    reshard(model)
+    held = {name: local(parameter) for name, parameter in model.named_parameters()}
+    grads = {f"{n}.grad": None if p.grad is None else local(p.grad) for n, p in model.named_parameters()}
     moments = {
-        (at, name): here(value)
+        (at, name): local(value)
         for at, state in enumerate(optimizer.state.values())
         for name, value in state.items()
         if isinstance(value, torch.Tensor)
@@ -99,13 +100,8 @@ def left_behind(model, optimizer):
     return held | grads | moments | dict(model.named_buffers()) | {"random": torch.rand(4)}
 
 
-def here(tensor):
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def bits(ranks, folder):
-    """Training with the probe and without it, in many ways."""
+    """Return final states with and without the probe, by case."""
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     momentum = {"optimizer": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9)}
     cases = {
@@ -126,25 +122,25 @@ def bits(ranks, folder):
 def trained(ranks, build, options, probed):
     model = network(**build)
     kept = build.get("reshard_after_forward") is False
-    model.set_reshard_after_backward(not kept)  # if kept, the optimizer steps while all is gathered
+    model.set_reshard_after_backward(not kept)  # if kept, the optimizer steps with gathered parameters
 
     def before(step):
         if step == 2:
             evaluate(model)
         if kept:
-            let_go(model)
+            reshard(model)
 
     return run(model, ranks.rank, ranks.size, before=before, probed=probed, **options)[1]
 
 
-def let_go(model):
+def reshard(model):
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def evaluate(model):
-    """A forward pass that leaves the outermost parameters gathered."""
+    """Make a forward pass that leaves the outermost parameters gathered."""
     model.eval()
     with torch.no_grad():
         model(batch(99)[0].to(next(model.parameters()).dtype))
@@ -152,7 +148,7 @@ def evaluate(model):
 
 
 def cases(size):
-    """Norms of the model here and by one process, and options; what is recorded has to be the same."""
+    """Return norms of the sharded model and of one process that record the same, and options."""
     return {
         "update": ("layer", "layer", {"direction": "update"}),
         "gradients": ("layer", "layer", {"gradients": True}),
@@ -171,7 +167,7 @@ def rows(ranks, folder):
 
 
 def replicated():
-    """Two halves of the ranks, each of which holds all shards."""
+    """Return a mesh of two halves of the ranks, each of which holds all shards."""
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
 
 

@@ -1,11 +1,11 @@
-"""What can go wrong with the probe of a model that ``fully_shard`` has spread: what ``test_sharded`` looks at."""
+"""Errors of the probe of a sharded model, for ``test_fsdp``."""
 
 import warnings
 
 import torch
 from rank_ghost import STEP_SIZES, table
-from rank_probe import told
-from rank_shards import batch, left_behind, network, own, run
+from rank_probe import message_of
+from rank_shards import batch, final_state, network, own, run
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -13,7 +13,7 @@ from landscape import LandscapeError, LandscapeProbe, ray_losses
 
 
 def writing(ranks, folder):
-    """A trace, and an engine that does not fit."""
+    """Write a trace, with an engine that does not fit."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         options = {"trace": folder / "run", "engine": "affine"}
@@ -22,12 +22,15 @@ def writing(ranks, folder):
 
 
 def failures(ranks, folder):
-    """A rank that cannot measure one of the updates, and mistakes."""
+    """Return results of a rank that fails at one update, and error messages."""
     found = {}
     for gradients, calls_before in ((False, 0), (False, 2), (True, 2)):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            found[gradients, calls_before] = unlucky(ranks, gradients, calls_before), [str(w.message) for w in seen]
+            found[gradients, calls_before] = (
+                run_with_failure(ranks, gradients, calls_before),
+                [str(w.message) for w in seen],
+            )
 
     def broken(step):
         if ranks.rank == 1:
@@ -35,16 +38,16 @@ def failures(ranks, folder):
         return STEP_SIZES
 
     def begun(**options):
-        return told(lambda: run(network(), ranks.rank, ranks.size, **options))
+        return message_of(lambda: run(network(), ranks.rank, ranks.size, **options))
 
     found["from the start"] = begun(step_sizes=broken)
     found["other number"] = begun(step_sizes=lambda step: [0.1] * (1 + ranks.rank))
-    found["at once"] = told(lambda: unlucky(ranks, False, 0, at=0))
+    found["at once"] = message_of(lambda: run_with_failure(ranks, False, 0, at=0))
     return found
 
 
-def unlucky(ranks, gradients, calls_before, at=2):
-    """Steps that were measured, and whether training has gone on as without a probe."""
+def run_with_failure(ranks, gradients, calls_before, at=2):
+    """Return recorded steps, and final states with and without the probe."""
 
     def once(probed):
         model, calls = network("batch", dropout=0.2), []
@@ -52,7 +55,7 @@ def unlucky(ranks, gradients, calls_before, at=2):
         def fail():
             calls.append(1)
             if len(calls) > 1 + calls_before:  # the forward pass of training, then points of the ray
-                raise LandscapeError("out of luck")
+                raise LandscapeError("failed on purpose")
 
         def before(step):
             calls.clear()
@@ -65,7 +68,7 @@ def unlucky(ranks, gradients, calls_before, at=2):
 
 
 def observed(ranks, folder):
-    """Losses that are handed over."""
+    """Return rows of observed and of captured losses."""
     model = network("batch")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     torch.manual_seed(10 + ranks.rank)
@@ -80,21 +83,26 @@ def observed(ranks, folder):
 
 
 def mistakes(ranks, folder):
-    """What cannot be probed this way."""
+    """Return error messages of models that cannot be probed."""
     model = network()
     inner = nn.Linear(2, 2)
-    found = {"ray": told(lambda: ray_losses(model, lambda model: model(batch(0)[0]).sum(), {}, [0.1]))}
+    found = {"ray": message_of(lambda: ray_losses(model, lambda model: model(batch(0)[0]).sum(), {}, [0.1]))}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: it is old
+        warnings.simplefilter("ignore")  # it is deprecated
         old = FullyShardedDataParallel(inner, device_id=torch.device("cpu"))
-    found["old"] = told(lambda: LandscapeProbe(old, torch.optim.SGD(old.parameters(), lr=0.1), step_sizes=STEP_SIZES))
-    for name, spoil in {"hook": listen, "unreduced": lambda model: model.set_requires_gradient_sync(False)}.items():
-        found[name] = spoiled(ranks, spoil)
+    found["old"] = message_of(
+        lambda: LandscapeProbe(old, torch.optim.SGD(old.parameters(), lr=0.1), step_sizes=STEP_SIZES)
+    )
+    for name, spoil in {
+        "hook": draw_with_each_gradient,
+        "unreduced": lambda model: model.set_requires_gradient_sync(False),
+    }.items():
+        found[name] = run_spoiled(ranks, spoil)
     return found
 
 
-def spoiled(ranks, spoil):
-    """Warnings where a backward pass of the probe's would leave something behind, and how training has gone on."""
+def run_spoiled(ranks, spoil):
+    """Return final states, and warnings about side effects of backward passes."""
 
     def once(probed):
         model = network()
@@ -113,14 +121,14 @@ def spoiled(ranks, spoil):
                 if step:
                     spoil(model)
                 optimizer.step()
-        return left_behind(model, optimizer), [str(warning.message) for warning in seen]
+        return final_state(model, optimizer), [str(warning.message) for warning in seen]
 
     (with_probe, words), (without, _) = once(True), once(False)
     return with_probe, without, words
 
 
-def listen(model):
-    """Draw a random number with each gradient, which shows afterwards."""
+def draw_with_each_gradient(model):
+    """Draw a random number with each gradient, which changes the RNG state."""
     model.head.weight.register_post_accumulate_grad_hook(lambda parameter: torch.rand(1))
 
 

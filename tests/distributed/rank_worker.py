@@ -1,4 +1,4 @@
-"""Runs what the processes of a test do: ``torchrun rank_worker.py TASK FOLDER`` is for the module ``rank_TASK``."""
+"""The processes of a test: ``torchrun rank_worker.py TASK FOLDER`` runs the functions of ``rank_TASK``."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ from landscape.distributed.setup import local_device, process_group
 
 
 def launch(task, processes, folder):
-    """What each rank has found out; a test fails, and does not wait for ever, if one of them does not end."""
+    """Return the results of each rank; a rank that does not end fails the test after 300 s."""
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__, task, folder]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, *map(str, command)], check=True, timeout=300, env=environment)

@@ -1,6 +1,6 @@
-"""GhostNorm in three ways, shown equal: the layer, accumulation through BatchNorm, processes with a BatchNorm each.
+"""GhostNorm as a layer, by accumulation with BatchNorm, and by processes with BatchNorm.
 
-Equal are gradients, recorded losses, and losses and gradients along the ray. What the norms keep for evaluation is not.
+Gradients, recorded losses, and losses and gradients along the ray are equal; running statistics are not.
 """
 
 import pytest
@@ -14,7 +14,7 @@ EVEN = {"rtol": 1e-9, "atol": 1e-12}
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} groups".format)
 def runs(request, tmp_path_factory):
-    """By case: how GhostNorm is implemented, to what came out; for ranks, a list of what came out on each."""
+    """Results by case and implementation; a list over the ranks for ranks."""
     groups = request.param
     ranks = rank_worker.launch("ghost", groups, tmp_path_factory.mktemp("ghost"))
     return {
@@ -24,19 +24,19 @@ def runs(request, tmp_path_factory):
     }
 
 
-def test_same_gradients_and_same_rays(runs):
+def test_gradients_and_rays_are_equal(runs):
     assert {"gradient_distances" in by["layer"]["rows"] for by in runs.values()} == {True, False}
     for by in runs.values():
         rows = by["layer"]["rows"]
         assert len(rows["losses"]) == 3
-        assert rows["losses"][0][-1] != pytest.approx(rows["loss"][0], rel=1e-3)  # a ray that leads somewhere
+        assert rows["losses"][0][-1] != pytest.approx(rows["loss"][0], rel=1e-3)  # the loss changes along the ray
         for other in (by["accumulation"], *by["ranks"]):
             torch.testing.assert_close(other["gradients"], by["layer"]["gradients"], **EVEN)
             torch.testing.assert_close(other["rows"], rows, **EVEN)
 
 
-def test_running_statistics_differ_as_stated(runs):
-    """One step by the mean over the groups; one step after the other, so that the last weighs most; each its own."""
+def test_running_statistics_differ(runs):
+    """The layer moves once by the mean over the groups, accumulation once per group, each rank by its own group."""
     for by in runs.values():
         groups = len(by["ranks"])
         for name, batches in by["layer"]["inputs"].items():
@@ -57,7 +57,7 @@ def test_running_statistics_differ_as_stated(runs):
 
 
 def statistics(group):
-    """Mean and unbiased variance of each channel, (2, C)."""
+    """Return mean and unbiased variance of each channel, (2, C)."""
     values = group.transpose(0, 1).flatten(1)
     return torch.stack([values.mean(1), values.var(1)])
 

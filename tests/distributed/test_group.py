@@ -1,4 +1,4 @@
-"""The probe in two real processes that train one model; what they do is in ``rank_probe``."""
+"""The probe in two real processes under DistributedDataParallel, which run ``rank_probe``."""
 
 import re
 
@@ -22,7 +22,7 @@ def test_probing_changes_no_bit_on_any_rank(both):
 
 
 def test_rows_are_means_over_the_ranks(both):
-    """Against every rank's losses and gradients, evaluated one by one along the gradient that they have in common."""
+    """They match losses and gradients of each rank, evaluated one by one."""
     for rank in both[1]:
         rows, expected = rank["means"]["rows"], rank["means"]["expected"]
         for step, ((loss, gradient), *points) in enumerate(expected):
@@ -36,28 +36,28 @@ def test_rows_are_means_over_the_ranks(both):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_rank_that_cannot_measure_is_told_of_and_all_go_on(both, gradients):
+def test_failing_rank_skips_the_update_on_all(both, gradients):
     for rank in both[1]:
         steps, words = rank["failures"][gradients]
         assert steps == [0, 1, 3]
-        assert words[-1] == "Step 2 is not in the trace: rank 1: out of luck"
+        assert words[-1] == "Step 2 is not in the trace: rank 1: failed on purpose"
 
 
 @pytest.mark.parametrize(
     ("cause", "message"),
     [
         ("from the start", "rank 1: no step sizes"),
-        ("other points", "The ranks do not measure the same"),
-        ("other number", "The ranks do not measure the same"),
-        ("other options", "The ranks do not measure the same"),
+        ("other points", "same on all ranks"),
+        ("other number", "same on all ranks"),
+        ("other options", "same on all ranks"),
     ],
 )
-def test_a_mistake_on_one_rank_is_an_error_on_all(both, cause, message):
+def test_error_on_one_rank_is_raised_on_all(both, cause, message):
     for rank in both[1]:
-        assert rank["failures"][cause].startswith(message)
+        assert message in rank["failures"][cause]
 
 
-def test_one_rank_writes(both):
+def test_first_rank_writes(both):
     folder, (first, second) = both
     assert sorted(path.name for path in (folder / "run").glob("[!.]*")) == [
         "epochs-000000000.parquet",
@@ -77,43 +77,43 @@ def test_one_rank_writes(both):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("inner", "not that of the captured loss .* give the probe the model that it returns, not the one inside"),
-        ("nested", "Wrap the model as a whole, outermost"),
-        ("compiled", "Wrap the model as a whole, outermost"),
-        ("wrapper", "call the model that the closure is given"),
+        ("inner", "gradient is not .*DistributedDataParallel"),
+        ("nested", "must be outermost"),
+        ("compiled", "must be outermost"),
+        ("wrapper", "observed loss .*DistributedDataParallel.*probe.observe"),
         ("observed", "nothing"),
     ],
 )
-def test_what_is_wrapped(both, how, message):
+def test_misplaced_wrapper_raises(both, how, message):
     for rank in both[1]:
         assert re.search(message, rank["wrapping"][how])
 
 
-def test_a_wrapper_that_copies_outputs_and_observed_losses_change_nothing(both):
+def test_copied_outputs_and_observed_losses_match(both):
     for rank in both[1]:
         assert rank["wrapping"]["copies"]
         assert rank["wrapping"]["same"]
 
 
 @pytest.mark.parametrize("how", ["engines", "auto"])
-def test_ranks_may_choose_different_engines(both, how):
+def test_ranks_may_use_different_engines(both, how):
     for rank in both[1]:
         losses, expected = rank["wrapping"][how]
         torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
 
 
-def test_the_clock_of_the_first_rank_decides(both):
+def test_first_rank_allows_probes(both):
     first, second = (rank["clocks"] for rank in both[1])
     assert first == second
     assert len(first) > 1
 
 
-def test_ranks_share_what_each_has_to_say(both):
+def test_all_gather_bytes(both):
     for rank in both[1]:
         assert rank["sharing"] == ([b"", b"word "], [b"", b""])
 
 
-def test_a_process_alone_sends_nothing():
+def test_single_process_sends_nothing():
     tensor = torch.ones(3)
     assert SINGLE_PROCESS.all_mean(lambda: {"a": tensor})["a"] is tensor
     assert SINGLE_PROCESS.run_on_all(lambda: 5) == 5

@@ -1,4 +1,4 @@
-"""Real processes, and what becomes of the others and of the trace when one of them is killed."""
+"""Real processes: their devices, and the trace when one of them is killed."""
 
 import os
 import re
@@ -20,7 +20,7 @@ SCRIPT = Path(rank_deaths.__file__)
 ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"} | {"OMP_NUM_THREADS": "1"}
 
 
-def test_what_torchrun_says(monkeypatch):
+def test_environment_of_torchrun(monkeypatch):
     assert world_size() is None
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -31,7 +31,7 @@ def test_what_torchrun_says(monkeypatch):
 
 
 def torchrun(*arguments):
-    """In a process of its own, whose signal handlers torchrun replaces."""
+    """Run a command under torchrun, in a subprocess because torchrun replaces signal handlers."""
     code = f"""
 import sys
 from landscape.errors import LandscapeError
@@ -44,21 +44,21 @@ except LandscapeError as mistake:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
-def test_a_command_in_several_processes_is_seen_once():
+def test_command_prints_once():
     answer = torchrun("--version")
     assert (answer.returncode, answer.stderr) == (0, "")
     assert answer.stdout.count("version") == 1
 
 
-def test_a_mistake_in_several_processes_is_told_once():
+def test_command_prints_an_error_once():
     answer = torchrun("probe", "--recipe", "cats")
-    assert answer.stderr.startswith("Error: Unknown recipe 'cats'; choose one of ")
+    assert answer.stderr.startswith("Error: Invalid value for '--recipe': 'cats' is not one of ")
     assert answer.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("victim", [2, 0])
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a process by its environment in /proc")
-def test_a_command_ends_with_one_line_when_one_of_its_processes_is_killed(tmp_path, victim):
+def test_killed_process_ends_command(tmp_path, victim):
     options = ["--norm", "ghost", "--groups", "4", "--ghost-by", "ranks", "--epochs", "10000"]
     options += ["--checkpoint-seconds", "0.1", "--out", tmp_path]
     command = [sys.executable, "-m", "landscape_cli", "probe", *options]
@@ -67,7 +67,7 @@ def test_a_command_ends_with_one_line_when_one_of_its_processes_is_killed(tmp_pa
         until(lambda: list(tmp_path.glob("*/checkpoint.pt")), running)
         processes = children(running.pid)
         os.kill(processes[victim], signal.SIGKILL)
-        out, err = running.communicate(timeout=25)  # torchrun kills who does not end within 30 seconds
+        out, err = running.communicate(timeout=25)  # torchrun kills processes after 30 s
     assert (running.returncode, out) == (128 + signal.SIGKILL, "")
     assert re.fullmatch(f"Process {victim} was killed by SIGKILL.* others were stopped.*--resume.*{tmp_path}.*\n", err)
     assert not any(Path(f"/proc/{process}").exists() for process in processes.values())
@@ -79,7 +79,7 @@ def test_a_command_ends_with_one_line_when_one_of_its_processes_is_killed(tmp_pa
 
 
 def until(condition, running):
-    """Wait for what a process does."""
+    """Wait until a condition holds, while a process runs."""
     ended = time.monotonic() + 120
     while not condition():
         assert running.poll() is None, running.communicate()
@@ -88,7 +88,7 @@ def until(condition, running):
 
 
 def children(parent):
-    """The processes that torchrun has started there, by their rank."""
+    """Return the processes that torchrun has started, by rank."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -102,10 +102,10 @@ def children(parent):
 
 
 @pytest.mark.parametrize(
-    ("kind", "moment", "victim"), [("copies", "probing", 2), ("spread", "probing", 2), ("copies", "training", 0)]
+    ("kind", "moment", "victim"), [("copies", "probing", 2), ("sharded", "probing", 2), ("copies", "training", 0)]
 )
-def test_a_script_whose_process_is_killed_keeps_its_trace(tmp_path, kind, moment, victim):
-    """Started without torchrun, which would end the others before they have seen it."""
+def test_killed_process_keeps_trace(tmp_path, kind, moment, victim):
+    """Without torchrun, which would end the other processes before they raise."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     command = [sys.executable, SCRIPT, kind, moment, str(victim), tmp_path]
@@ -115,14 +115,14 @@ def test_a_script_whose_process_is_killed_keeps_its_trace(tmp_path, kind, moment
     ]
     words = [process.communicate(timeout=120)[1] for process in ranks]
     assert 0 not in [process.returncode for process in ranks]
-    told = "RankFailedError: Another of the processes that train the model no longer answers"
-    assert [told in word for word in words] == [rank != victim and moment == "probing" for rank in range(3)]
+    failed = "RankFailedError: A process that trains the model no longer responds"
+    assert [failed in word for word in words] == [rank != victim and moment == "probing" for rank in range(3)]
     rows = rank_deaths.STEP if victim else rank_deaths.FLUSHED
     assert list(read_traces(tmp_path).step) == list(range(rows))
     assert sorted(path.name for path in (tmp_path / "run").glob("[!.]*"))[0] == "run.json"
 
 
-def test_a_script_of_torchrun_whose_process_is_killed_keeps_its_trace(tmp_path):
+def test_killed_process_under_torchrun_keeps_trace(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", SCRIPT]
     answer = subprocess.run(
         [*command, "copies", "training", "2", tmp_path], env=ALONE, capture_output=True, text=True, timeout=120

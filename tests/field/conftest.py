@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Models of a few numbers take several threads longer than one."""
+    """Use one thread, because small models are slower with several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

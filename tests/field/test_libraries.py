@@ -1,4 +1,4 @@
-"""Trainers, optimizers and models of other libraries (the extra ``field``), skipped where these are not installed."""
+"""Trainers, optimizers and models of other libraries (the extra ``field``); skipped if not installed."""
 
 import functools
 import importlib
@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from lab import ENGINES, batches, check_rows, check_untouched, mlp
+from lab import ENGINES, batches, check_rows, check_same_training, mlp
 from torch import nn
 
 from landscape import LandscapeProbe
@@ -16,15 +16,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def library(name):
-    """The module; what it warns of when it is imported is its own."""
+def import_library(name):
+    """Import a library, or skip the test."""
     return pytest.importorskip(name)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("clip", [False, True])
 def test_accelerate(accumulate, clip):
-    accelerate = library("accelerate")
+    accelerate = import_library("accelerate")
 
     def trial(lab):
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
@@ -35,7 +35,7 @@ def test_accelerate(accumulate, clip):
             for x, y in batches(4):
                 with accelerator.accumulate(model):
                     if not chunk:
-                        lab.before(model)
+                        lab.copy_modules(model)
                     chunk.append((x, y))
                     loss = CRITERION(model(x), y)
                     accelerator.backward(loss)
@@ -47,39 +47,39 @@ def test_accelerate(accumulate, clip):
                         def total(m, everything=everything):
                             return sum(CRITERION(m(x), y) for x, y in everything) / len(everything)
 
-                        lab.update(0, total)
+                        lab.record_update(0, total)
                         lab.result.losses[-1] = lab.result.references[-1][0]
                     optimizer.step()
                     optimizer.zero_grad()
         lab.optimizer = optimizer.optimizer
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial)
 
 
 def test_fabric():
-    fabric_of = library("lightning.fabric")
+    fabric_module = import_library("lightning.fabric")
 
     def trial(lab):
-        fabric = fabric_of.Fabric(accelerator="cpu", devices=1)
+        fabric = fabric_module.Fabric(accelerator="cpu", devices=1)
         model = mlp().double()
         model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
         with lab.attached(model, optimizer, CRITERION):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 fabric.backward(loss)
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_lightning(accumulate, tmp_path):
-    lightning = library("lightning.pytorch")
+    lightning = import_library("lightning.pytorch")
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -126,43 +126,43 @@ def test_lightning(accumulate, tmp_path):
         )
         trainer.fit(module, data)
         lab.optimizer = trainer.optimizers[0]
-        lab.left(module)
+        lab.record_state(module)
         lab.result.losses = module.kept
         if lab.probed:
             lab.result.frame = probing.probe.frame()
 
-    result = check_untouched(trial)
+    result = check_same_training(trial)
     mean = torch.tensor(result.losses).reshape(-1, accumulate).mean(1).tolist()
     assert list(result.frame["loss"]) == pytest.approx(mean, rel=1e-6)
     assert [row[0] for row in result.frame["losses"]] == pytest.approx(mean, rel=1e-6)
 
 
-def optimized(lab, make, direction="gradient"):
+def train(lab, make, direction="gradient"):
     model = mlp().double()
     optimizer = make(model)
     with lab.attached(model, optimizer, CRITERION, direction=direction, engine="loop"):
         for x, y in batches():
-            lab.before(model)
+            lab.copy_modules(model)
             optimizer.zero_grad()
             loss = CRITERION(model(x), y)
             loss.backward()
             if direction == "gradient":
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
             optimizer.step()
     lab.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    lab.left(model)
+    lab.record_state(model)
 
 
 def schedule_free(name, model):
-    optimizer = getattr(library("schedulefree"), name)(model.parameters(), lr=0.01)
+    optimizer = getattr(import_library("schedulefree"), name)(model.parameters(), lr=0.01)
     optimizer.train()
     return optimizer
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
-def test_schedule_free_optimizers(name):
-    check_rows(functools.partial(optimized, make=functools.partial(schedule_free, name)))
-    check_untouched(functools.partial(optimized, make=functools.partial(schedule_free, name), direction="update"))
+def test_schedulefree(name):
+    check_rows(functools.partial(train, make=functools.partial(schedule_free, name)))
+    check_same_training(functools.partial(train, make=functools.partial(schedule_free, name), direction="update"))
     torch.manual_seed(0)
     model = mlp().double()
     optimizer = schedule_free(name, model)
@@ -175,11 +175,11 @@ def test_schedule_free_optimizers(name):
             assert probe.last()["grad_norm"] == pytest.approx(size, rel=1e-12)
 
 
-OTHERS = ["Lion", "AdaBelief", "Lamb", "Ranger21", "Lookahead", "Muon", "Prodigy", "SOAP"]
+NAMES = ["Lion", "AdaBelief", "Lamb", "Ranger21", "Lookahead", "Muon", "Prodigy", "SOAP"]
 
 
-def of_pytorch_optimizer(name, model):
-    package = library("pytorch_optimizer")
+def make_optimizer(name, model):
+    package = import_library("pytorch_optimizer")
     if name == "Lookahead":
         return package.Lookahead(torch.optim.SGD(model.parameters(), lr=0.1), k=2)
     options = {"Ranger21": {"num_iterations": 10}, "Muon": {"lr": 0.01}}.get(name, {})
@@ -188,17 +188,17 @@ def of_pytorch_optimizer(name, model):
 
 
 @pytest.mark.parametrize("direction", ["gradient", "update"])
-@pytest.mark.parametrize("name", OTHERS)
-def test_optimizers_of_pytorch_optimizer(name, direction):
-    trial = functools.partial(optimized, make=functools.partial(of_pytorch_optimizer, name), direction=direction)
+@pytest.mark.parametrize("name", NAMES)
+def test_pytorch_optimizer(name, direction):
+    trial = functools.partial(train, make=functools.partial(make_optimizer, name), direction=direction)
     if direction == "gradient":
         check_rows(trial)
     else:
-        assert len(check_untouched(trial).frame) == 4
+        assert len(check_same_training(trial).frame) == 4
 
 
-def test_sharpness_aware_minimization_of_pytorch_optimizer():
-    package = library("pytorch_optimizer")
+def test_pytorch_optimizer_sam():
+    package = import_library("pytorch_optimizer")
 
     def trial(lab):
         model = mlp().double()
@@ -211,21 +211,21 @@ def test_sharpness_aware_minimization_of_pytorch_optimizer():
                     loss.backward()
                     return loss
 
-                lab.before(model)
+                lab.copy_modules(model)
                 loss = closure()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step(closure)
                 optimizer.zero_grad()
         lab.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_monai(engine):
-    """Its network has each layer under several names."""
-    networks, losses = library("monai.networks.nets"), library("monai.losses")
+    """MONAI's network has each layer under several names."""
+    networks, losses = import_library("monai.networks.nets"), import_library("monai.losses")
 
     def trial(lab):
         model = networks.DynUNet(
@@ -237,35 +237,35 @@ def test_monai(engine):
             for _ in range(3):
                 x = torch.randn(2, 1, 16, 16, dtype=torch.float64)
                 y = (x > 0).double()
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = criterion(model(x), y)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y: criterion(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: criterion(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial, engine=engine)
 
 
 def language_model():
-    transformers = library("transformers")
+    transformers = import_library("transformers")
     config = transformers.GPT2Config(
         vocab_size=19, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, use_cache=False
     )
     return transformers.GPT2LMHeadModel(config).double()
 
 
-def adapted():
-    peft = library("peft")
+def lora_model():
+    peft = import_library("peft")
     config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1)
     return peft.get_peft_model(language_model(), config)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("make", [language_model, adapted], ids=["transformers", "peft"])
-def test_language_models(make, engine):
-    """The loss is computed inside of the model, with dropout and tied embeddings."""
+@pytest.mark.parametrize("make", [language_model, lora_model], ids=["transformers", "peft"])
+def test_language_model(make, engine):
+    """The model computes the loss, with dropout and tied embeddings."""
 
     def trial(lab):
         model = make().train()
@@ -274,19 +274,19 @@ def test_language_models(make, engine):
         with lab.attached(model, optimizer):
             for _ in range(3):
                 tokens = torch.randint(0, 19, (2, 12))
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = lab.observe(lambda m, tokens: m(input_ids=tokens, labels=tokens).loss, tokens)
                 loss.backward()
-                lab.update(loss, lambda m, tokens=tokens: m(input_ids=tokens, labels=tokens).loss)
+                lab.record_update(loss, lambda m, tokens=tokens: m(input_ids=tokens, labels=tokens).loss)
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial, engine=engine)
 
 
-def test_what_is_installed_is_run():
-    """The extra ``field`` has all of these; CI says so by LANDSCAPE_FIELD."""
+def test_libraries_installed():
+    """CI installs the extra ``field``, and sets LANDSCAPE_FIELD to require it."""
     names = ["accelerate", "lightning", "monai", "peft", "pytorch_optimizer", "schedulefree", "transformers"]
     if not os.environ.get("LANDSCAPE_FIELD"):
         pytest.skip("LANDSCAPE_FIELD is not set, so that other libraries need not be installed")

@@ -1,4 +1,4 @@
-"""Loops as people write them: the losses of an update are those whose gradient the optimizer gets."""
+"""Common training loops: an update has the losses whose gradient the optimizer gets."""
 
 import functools
 import itertools
@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from lab import STEP_SIZES, Lab, batches, check_rows, check_untouched, mlp, run
+from lab import STEP_SIZES, Lab, batches, check_rows, check_same_training, mlp, run
 from torch import nn
 
 from landscape import LandscapeError, LandscapeProbe
@@ -32,8 +32,8 @@ def made(rate=0.1):
     return model, torch.optim.SGD(model.parameters(), lr=rate)
 
 
-def skipping(lab, order, zero, skipped):
-    """An update is skipped by the loop, as where the gradient's norm has a spike."""
+def train_skipping(lab, order, zero, skipped):
+    """Skip updates, as after a spike of the gradient's norm."""
     model, optimizer = made()
     with lab.attached(model, optimizer, CRITERION):
         for step, (x, y) in enumerate(batches(6)):
@@ -41,28 +41,28 @@ def skipping(lab, order, zero, skipped):
                 if letter == "z" and order != "fbz":
                     ZEROS[zero](model, optimizer)
                 elif letter == "f":
-                    lab.before(model)
+                    lab.copy_modules(model)
                     loss = CRITERION(model(x), y)
                 elif letter == "b":
                     loss.backward()
             if step not in skipped:
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
             if order == "fbz":
                 ZEROS[zero](model, optimizer)
-    lab.left(model)
+    lab.record_state(model)
 
 
 @pytest.mark.parametrize("skipped", [(), (0,), (2, 3), (1, 3, 4)], ids=str)
 @pytest.mark.parametrize(("order", "zero"), list(itertools.product(ORDERS, ZEROS)))
-def test_updates_that_the_loop_skips(order, zero, skipped):
-    check_rows(functools.partial(skipping, order=ORDERS[order], zero=zero, skipped=skipped), engine="loop")
+def test_skipped_updates(order, zero, skipped):
+    check_rows(functools.partial(train_skipping, order=ORDERS[order], zero=zero, skipped=skipped), engine="loop")
 
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("zero", ["to None", "in place"])
 @pytest.mark.parametrize("order", ["zfb", "fzb"])
-def test_updates_that_a_loss_scaler_skips(order, zero, clip):
+def test_loss_scaler_skipped_updates(order, zero, clip):
     def trial(lab):
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
         optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -74,7 +74,7 @@ def test_updates_that_a_loss_scaler_skips(order, zero, clip):
                     if letter == "z":
                         ZEROS[zero](model, optimizer)
                     elif letter == "f":
-                        lab.before(model)
+                        lab.copy_modules(model)
                         loss = CRITERION(model(x), y)
                     else:
                         scaler.scale(loss).backward()
@@ -82,20 +82,20 @@ def test_updates_that_a_loss_scaler_skips(order, zero, clip):
                 if clip:
                     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
                 if not overflows:
-                    lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                    lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 scaler.step(optimizer)
                 scaler.update()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial)
 
 
-def scaled(lab, clip, by_hand, **options):
+def train_scaled(lab, clip, by_hand, **options):
     model, optimizer = made()
     scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
     with lab.attached(model, optimizer, CRITERION, **options):
         for x, y in batches():
-            lab.before(model)
+            lab.copy_modules(model)
             optimizer.zero_grad()
             loss = CRITERION(model(x), y)
             if by_hand:
@@ -107,25 +107,25 @@ def scaled(lab, clip, by_hand, **options):
                 scaler.unscale_(optimizer)
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-            lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+            lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
             scaler.step(optimizer) if not by_hand else optimizer.step()
             scaler.update() if not by_hand else None
-    lab.left(model)
+    lab.record_state(model)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
-def test_a_scale_that_is_not_handed_over_is_refused_and_the_remedy_helps(clip, by_hand):
+def test_loss_scale_unknown(clip, by_hand):
     with pytest.raises(LandscapeError, match="grad_scaler="):
-        run(functools.partial(scaled, clip=clip, by_hand=by_hand), True)
+        run(functools.partial(train_scaled, clip=clip, by_hand=by_hand), True)
     remedy = torch.amp.GradScaler("cpu", init_scale=128.0)
-    check_rows(functools.partial(scaled, clip=clip, by_hand=by_hand, grad_scaler=remedy))
+    check_rows(functools.partial(train_scaled, clip=clip, by_hand=by_hand, grad_scaler=remedy))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("zero", ZEROS)
-def test_accumulation(zero, rows):
-    """Each update is the mean over micro-batches, of which the last one may be alone."""
+def test_gradient_accumulation(zero, rows):
+    """Each update is the mean over micro-batches; the last may have only one."""
 
     def trial(lab):
         model, optimizer = made()
@@ -133,7 +133,7 @@ def test_accumulation(zero, rows):
         with lab.attached(model, optimizer, CRITERION, engine="loop"):
             for start in range(0, 7, rows):
                 chunk = data[start : start + rows]
-                lab.before(model)
+                lab.copy_modules(model)
                 ZEROS[zero](model, optimizer)
                 losses = []
                 for x, y in chunk:
@@ -143,51 +143,51 @@ def test_accumulation(zero, rows):
                 def total(m, chunk=chunk):
                     return sum(CRITERION(m(x), y) / len(chunk) for x, y in chunk)
 
-                lab.update(sum(losses), total)
+                lab.record_update(sum(losses), total)
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial)
 
 
-def gradient_sign(model, x, y):
+def sign_by_grad(model, x, y):
     x = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(CRITERION(model(x), y), x)
     return slope.sign()
 
 
-def projected(model, x, y, optimizer):
-    """Attacks by backward(), as those who wrote it before autograd.grad was known."""
+def sign_by_backward(model, x, y, optimizer):
+    """An attack by backward() and zero_grad()."""
     x = x.clone().requires_grad_()
     CRITERION(model(x), y).backward()
     optimizer.zero_grad()
     return x.grad.sign()
 
 
-def with_inputs(model, x, y):
+def sign_by_inputs(model, x, y):
     x = x.clone().requires_grad_()
     CRITERION(model(x), y).backward(inputs=[x])
     return x.grad.sign()
 
 
 @pytest.mark.parametrize("attack", ["autograd.grad", "backward", "inputs"])
-def test_attacks_are_no_losses_of_an_update(attack):
+def test_adversarial_attack(attack):
     def trial(lab):
         model, optimizer = made()
         with lab.attached(model, optimizer, CRITERION):
             for x, y in batches():
                 optimizer.zero_grad()
                 if attack == "backward":
-                    sign = projected(model, x, y, optimizer)
+                    sign = sign_by_backward(model, x, y, optimizer)
                 else:
-                    sign = (gradient_sign if attack == "autograd.grad" else with_inputs)(model, x, y)
+                    sign = (sign_by_grad if attack == "autograd.grad" else sign_by_inputs)(model, x, y)
                 adversarial = x + 0.1 * sign
-                lab.before(model)
+                lab.copy_modules(model)
                 loss = CRITERION(model(adversarial), y)
                 loss.backward()
-                lab.update(loss, lambda m, x=adversarial, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=adversarial, y=y: CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial, engine="loop")
 
@@ -205,30 +205,30 @@ BACKWARDS = {
 
 
 @pytest.mark.parametrize("how", BACKWARDS)
-def test_backward_in_every_way(how):
-    """Each differentiates two times the loss."""
+def test_backward_variants(how):
+    """Each variant differentiates twice the loss."""
 
     def trial(lab):
         model, optimizer = made()
         with lab.attached(model, optimizer, CRITERION):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 value = 2 * loss.item()
                 if how == "torch.autograd":
                     loss = 2 * loss
                 BACKWARDS[how](loss, model)
-                lab.update(value, lambda m, x=x, y=y: 2 * CRITERION(m(x), y))
+                lab.record_update(value, lambda m, x=x, y=y: 2 * CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     result = check_rows(trial)
-    assert not result.said
+    assert not result.warnings
 
 
-def hooked(lab):
-    """A step hook that is registered after the probe clips the gradient."""
+def train_with_step_hook(lab):
+    """Clip the gradient in a step hook that is registered after the probe."""
     model, optimizer = made()
 
     def clip(*_):
@@ -237,35 +237,35 @@ def hooked(lab):
     with lab.attached(model, optimizer, CRITERION):
         optimizer.register_step_pre_hook(clip)
         for x, y in batches():
-            lab.before(model)
+            lab.copy_modules(model)
             optimizer.zero_grad()
             loss = CRITERION(model(x), y)
             loss.backward()
-            clip()  # once more by the hook, which changes a millionth
-            lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+            clip()  # The hook clips again, which changes 1e-6 of it.
+            lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
             optimizer.step()
-    lab.left(model)
+    lab.record_state(model)
 
 
-def test_gradients_that_a_later_hook_changes():
-    result = check_rows(hooked, rel=1e-4)
+def test_step_hook_after_probe():
+    result = check_rows(train_with_step_hook, rel=1e-4)
     assert list(result.frame["grad_norm"]) == pytest.approx([0.01] * 4, rel=1e-3)
 
 
-def test_a_hook_that_comes_between_forward_pass_and_step_leaves_one_update_out():
+def test_step_hook_after_forward():
     def trial(lab):
         model, optimizer = made()
         with lab.attached(model, optimizer, CRITERION):
             for step, (x, y) in enumerate(batches()):
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 loss.backward()
                 if step == 1:
                     optimizer.register_step_pre_hook(lambda *_: None)
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial, missing=[1])
 
@@ -278,26 +278,26 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("how", CHANGED)
-def test_gradients_that_are_changed_after_the_pass_are_followed_and_told(how):
+def test_gradient_changed_after_backward(how):
     def trial(lab):
         model, optimizer = made()
         with lab.attached(model, optimizer, CRITERION):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 loss.backward()
                 CHANGED[how](model)
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     result = check_rows(trial)
-    assert sum("gradient" in words for words in result.said) == 1
+    assert sum("gradient" in message for message in result.warnings) == 1
 
 
-def left_alone(model, loss, step):
-    """No zero_grad between two updates."""
+def without_zero_grad(model, loss, step):
+    """Call no zero_grad between two updates."""
     loss.backward()
 
 
@@ -307,37 +307,41 @@ def separate_penalty(model, loss, step):
         (1e-9 * model[0].weight.square().sum()).backward()
 
 
-def decayed(model, loss, step):
+def decay_before_step(model, loss, step):
     loss.backward()
     if step:
         with torch.no_grad():
             model[0].weight.mul_(0.9)
 
 
-WRONG = {"gradients that stay": left_alone, "another pass": separate_penalty, "written before the step": decayed}
+WRONG = {
+    "no zero_grad": without_zero_grad,
+    "another pass": separate_penalty,
+    "written before the step": decay_before_step,
+}
 
 
 @pytest.mark.parametrize("how", WRONG)
-def test_updates_that_are_of_no_loss_are_left_out_and_told(how):
+def test_update_of_no_loss(how):
     def trial(lab):
         model, optimizer = made()
         with lab.attached(model, optimizer, CRITERION):
             for step, (x, y) in enumerate(batches()):
-                lab.before(model)
-                if how != "gradients that stay":
+                lab.copy_modules(model)
+                if how != "no zero_grad":
                     optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 WRONG[how](model, loss, step)
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     result = check_rows(trial, missing=[1, 2, 3])
-    assert [words for words in result.said if "Step" in words] != []
+    assert any("Step" in message for message in result.warnings)
 
 
-def changing(lab, begin, updates):
-    """What the loss reads is overwritten without a trace, from an update on, so that another loss is evaluated."""
+def train_changing_input(lab, begin, updates):
+    """Overwrite an input through ``.data``, from an update on, so that another loss is evaluated."""
     model, optimizer = made()
     with lab.attached(model, optimizer):
         for step, (x, y) in enumerate(batches(updates)):
@@ -349,29 +353,29 @@ def changing(lab, begin, updates):
             optimizer.step()
 
 
-def test_a_check_that_fails_late_names_the_rows_before_it(monkeypatch):
-    """At step 10, if nothing raises a doubt before."""
-    monkeypatch.setattr(checks, "_falls_as_promised", lambda row: True)
-    result = run(functools.partial(changing, begin=5, updates=14), True, step_sizes=[0.05, 0.1])
+def test_check_fails_late(monkeypatch):
+    """The failed check is that of step 10 if no update before it is suspicious."""
+    monkeypatch.setattr(checks, "_matches_slope", lambda row: True)
+    result = run(functools.partial(train_changing_input, begin=5, updates=14), True, step_sizes=[0.05, 0.1])
     assert list(result.frame["step"]) == [*range(10), 12, 13]
-    (words,) = (words for words in result.said if "Step 10" in words)
-    assert "1 to 9" in words
+    (message,) = (message for message in result.warnings if "Step 10" in message)
+    assert "1 to 9" in message
 
 
-def test_losses_that_do_not_fall_as_the_gradient_says_are_checked():
-    """Long before step 100; no check is due at once after the last one."""
-    result = run(functools.partial(changing, begin=22, updates=28), True, step_sizes=[0.05, 0.1])
+def test_check_suspicious_losses():
+    """An update is suspicious long before the check of step 100."""
+    result = run(functools.partial(train_changing_input, begin=22, updates=28), True, step_sizes=[0.05, 0.1])
     assert list(result.frame["step"]) == [*range(22), 26, 27]
-    (words,) = (words for words in result.said if "Step 22" in words)
-    assert "21" in words
+    (message,) = (message for message in result.warnings if "Step 22" in message)
+    assert "21" in message
 
 
-def test_a_loss_at_step_size_0_that_is_not_the_training_loss_is_left_out_at_once():
-    result = run(functools.partial(changing, begin=3, updates=8), True, step_sizes=[0.0, 0.1])
+def test_check_loss_at_zero():
+    result = run(functools.partial(train_changing_input, begin=3, updates=8), True, step_sizes=[0.0, 0.1])
     assert list(result.frame["step"]) == [0, 1, 2, 6, 7]
 
 
-def test_losses_without_a_step_are_told():
+def test_no_step_warning():
     def trial(lab):
         model, optimizer = made()
         other = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -380,14 +384,14 @@ def test_losses_without_a_step_are_told():
                 other.zero_grad()
                 CRITERION(model(x), y).backward()
                 other.step()
-        lab.left(model)
+        lab.record_state(model)
 
-    result = check_untouched(trial)
+    result = check_same_training(trial)
     assert len(result.frame) == 0
-    assert len(result.said) == 1
+    assert len(result.warnings) == 1
 
 
-def test_a_training_that_ends_by_an_error_is_not_told_of_its_steps():
+def test_no_step_warning_after_error():
     def trial(lab):
         model, optimizer = made()
         with lab.attached(model, optimizer, CRITERION):
@@ -395,13 +399,13 @@ def test_a_training_that_ends_by_an_error_is_not_told_of_its_steps():
             CRITERION(model(x), y).backward()
             raise KeyError
 
-    with warnings.catch_warnings(record=True) as said, pytest.raises(KeyError):  # noqa: PT012
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(KeyError):  # noqa: PT012
         warnings.simplefilter("always")
         trial(Lab(True))
-    assert not said
+    assert not caught
 
 
-def test_autograd_is_what_it_was_after_the_last_probe():
+def test_backward_restored():
     original = torch.autograd.backward
     model, optimizer = made()
     with LandscapeProbe(model, optimizer, CRITERION, step_sizes=STEP_SIZES):

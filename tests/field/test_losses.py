@@ -1,4 +1,4 @@
-"""Losses as people write them: each row is the loss that was trained, or none is written."""
+"""Common losses: each row is measured with the loss that was trained, or there is no row."""
 
 import functools
 
@@ -50,7 +50,7 @@ def hardest(c, m, x, y):
 
 EACH = nn.CrossEntropyLoss(reduction="none")
 MEAN = nn.CrossEntropyLoss()
-SUM_OF_CRITERIA = {
+WEIGHTED_SUMS = {
     "the criterion": (MEAN, lambda c, m, x, y: c(m(x), y)),
     "a half": (MEAN, lambda c, m, x, y: 0.5 * c(m(x), y)),
     "divided": (MEAN, lambda c, m, x, y: c(m(x), y) / torch.tensor(3.0, dtype=torch.float64)),
@@ -59,9 +59,9 @@ SUM_OF_CRITERIA = {
     "dot": (EACH, lambda c, m, x, y: c(m(x), y) @ WEIGHTS),
     "mixup": (MEAN, mixup),
     "stacked": (MEAN, lambda c, m, x, y: torch.stack([c(m(x), y)]).sum()),
-    "of one element": (MEAN, lambda c, m, x, y: c(m(x), y).reshape(1)),
+    "one element": (MEAN, lambda c, m, x, y: c(m(x), y).reshape(1)),
 }
-MORE_THAN_THAT = {
+OTHER_LOSSES = {
     "rmse": (MEAN, lambda c, m, x, y: c(m(x), y).sqrt()),
     "log": (MEAN, lambda c, m, x, y: c(m(x), y).log()),
     "exp": (MEAN, lambda c, m, x, y: c(m(x), y).exp()),
@@ -76,54 +76,54 @@ MORE_THAN_THAT = {
     "tiny penalty": (MEAN, lambda c, m, x, y: c(m(x), y) + 1e-9 * squares(m)),
     "penalty of weight 0": (MEAN, lambda c, m, x, y: c(m(x), y) + 0.0 * squares(m)),
     "entropy": (MEAN, with_entropy),
-    "weight that is learned": (MEAN, lambda c, m, x, y: c(m(x), y) * m[3].bias.exp().mean()),
+    "learned weight": (MEAN, lambda c, m, x, y: c(m(x), y) * m[3].bias.exp().mean()),
     "gradient penalty": (MEAN, gradient_penalty),
     "gradient by parameters": (MEAN, parameter_penalty),
     "two passes": (MEAN, contrastive),
     "the hardest": (EACH, lambda c, m, x, y: c(m(x), y).topk(4).values.mean()),
 }
-BY_HAND = {"functional": (MEAN, lambda c, m, x, y: F.cross_entropy(m(x), y)), "hardest": (MEAN, hardest)}
+WITHOUT_CRITERION = {"functional": (MEAN, lambda c, m, x, y: F.cross_entropy(m(x), y)), "hardest": (MEAN, hardest)}
 
 
 def trial(lab, name, observed):
-    """A training on the loss of this name, which the probe knows by its criterion or because it is handed over."""
-    criterion, total = (SUM_OF_CRITERIA | MORE_THAN_THAT | BY_HAND)[name]
+    """Train on the loss of this name, which the probe gets from the criterion or by `observe`."""
+    criterion, total = (WEIGHTED_SUMS | OTHER_LOSSES | WITHOUT_CRITERION)[name]
     model = mlp().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with lab.attached(model, optimizer, None if observed else criterion):
         for x, y in batches():
-            lab.before(model)
+            lab.copy_modules(model)
             optimizer.zero_grad()
             if observed:
                 loss = lab.observe(lambda m, x, y: total(criterion, m, x, y), x, y)
             else:
                 loss = total(criterion, model, x, y)
             loss.backward()
-            lab.update(loss, lambda m, x=x, y=y: total(criterion, m, x, y))
+            lab.record_update(loss, lambda m, x=x, y=y: total(criterion, m, x, y))
             optimizer.step()
-    lab.left(model)
+    lab.record_state(model)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", SUM_OF_CRITERIA)
-def test_weighted_sums_of_criteria_need_no_more_than_the_criterion(name, engine):
+@pytest.mark.parametrize("name", WEIGHTED_SUMS)
+def test_criterion_weighted_sum(name, engine):
     check_rows(functools.partial(trial, name=name, observed=False), engine=engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", SUM_OF_CRITERIA | MORE_THAN_THAT | BY_HAND)
-def test_every_loss_can_be_observed(name, engine):
+@pytest.mark.parametrize("name", WEIGHTED_SUMS | OTHER_LOSSES | WITHOUT_CRITERION)
+def test_observe_any_loss(name, engine):
     check_rows(functools.partial(trial, name=name, observed=True), engine=engine)
 
 
-@pytest.mark.parametrize("name", MORE_THAN_THAT | BY_HAND)
-def test_every_other_loss_is_refused_before_a_row_and_observe_is_named(name):
+@pytest.mark.parametrize("name", OTHER_LOSSES | WITHOUT_CRITERION)
+def test_criterion_other_loss(name):
     with pytest.raises(LandscapeError, match=r"probe\.observe"):
         run(functools.partial(trial, name=name, observed=False), True)
 
 
 @pytest.mark.parametrize("rest", ["penalty", "rmse"])
-def test_what_is_done_to_an_observed_loss_outside_of_it_is_refused(rest):
+def test_observe_changed_result(rest):
     def trial(lab):
         model, criterion = mlp().double(), MEAN
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -137,45 +137,45 @@ def test_what_is_done_to_an_observed_loss_outside_of_it_is_refused(rest):
         run(trial, True)
 
 
-def test_a_term_that_joins_later_ends_the_rows_and_not_the_training():
+def test_criterion_later_penalty():
     def trial(lab):
         model, criterion = mlp().double(), MEAN
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with lab.attached(model, optimizer, criterion):
             for step, (x, y) in enumerate(batches()):
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = criterion(model(x), y) + (1e-12 * squares(model) if step == 2 else 0)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y: criterion(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: criterion(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     result = check_rows(trial, missing=[2])
-    assert sum("Step 2" in words for words in result.said) == 1
+    assert sum("Step 2" in message for message in result.warnings) == 1
 
 
-def test_a_part_that_does_not_move_is_told_and_is_not_in_the_rows():
-    """The losses of two models are differentiated together; each has an optimizer."""
+def test_differentiated_constant_part():
+    """The sum of the losses of two models is differentiated; each model has an optimizer."""
 
     def trial(lab):
         model, other, criterion = mlp().double(), mlp().double(), MEAN
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with lab.attached(model, optimizer, criterion):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = criterion(model(x), y)
                 (loss + F.cross_entropy(other(x), y)).backward()
-                lab.update(loss, lambda m, x=x, y=y: criterion(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: criterion(m(x), y))
                 optimizer.step()
-        lab.left(model, other)
+        lab.record_state(model, other)
 
     result = check_rows(trial)
-    assert any("differentiated" in words for words in result.said)
+    assert any("differentiated" in message for message in result.warnings)
 
 
-def test_a_loss_in_data_types_of_half_precision():
+def test_criterion_penalty_under_autocast():
     def trial(lab):
         model, criterion = mlp(), MEAN
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,10 +1,10 @@
-"""Optimizers as people use them: the gradient is what they get, the update what they make of it."""
+"""Common optimizers: rays along the gradient that they get, and along the update that they make."""
 
 import functools
 
 import pytest
 import torch
-from lab import STEP_SIZES, batches, check_rows, check_untouched, mlp, run
+from lab import STEP_SIZES, batches, check_rows, check_same_training, mlp, run
 from torch import nn
 
 from landscape import LandscapeError, LandscapeProbe
@@ -13,7 +13,7 @@ CRITERION = nn.CrossEntropyLoss()
 
 
 class Plain(torch.optim.Optimizer):
-    """Has no learning rate."""
+    """An optimizer without a learning rate."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})
@@ -26,7 +26,7 @@ class Plain(torch.optim.Optimizer):
 
 
 class Scribbling(torch.optim.SGD):
-    """Uses gradients as memory of its own, as schedule-free optimizers do."""
+    """An optimizer that writes to gradients, as schedule-free optimizers do."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -37,7 +37,7 @@ class Scribbling(torch.optim.SGD):
 
 
 class Failing(torch.optim.SGD):
-    """Fails at its third step, in the middle."""
+    """An optimizer that fails in its third step."""
 
     steps = 0
 
@@ -48,7 +48,7 @@ class Failing(torch.optim.SGD):
         super().step()
 
 
-class Sharpness(torch.optim.Optimizer):
+class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimization, by ``step(closure)`` or in two calls."""
 
     def __init__(self, parameters, rho=0.05):
@@ -81,7 +81,7 @@ class Sharpness(torch.optim.Optimizer):
 
 
 class Wrapping(torch.optim.Optimizer):
-    """A trainer's wrapper, which does not make itself an optimizer."""
+    """A trainer's wrapper, which does not call ``Optimizer.__init__``."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -103,9 +103,9 @@ OPTIMIZERS = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
-    "rate in a tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
-    "without a rate": Plain,
-    "scribbling": Scribbling,
+    "learning rate as tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
+    "no learning rate": Plain,
+    "writes to gradients": Scribbling,
     "wrapped": lambda p: Wrapping(torch.optim.SGD(p, lr=0.1)),
     "two groups": lambda p: (lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:], "lr": 0.01}], lr=0.1))(
         list(p)
@@ -118,25 +118,25 @@ def trial(lab, make, by_closure=False, **options):
     optimizer = make(model.parameters())
     with lab.attached(model, optimizer, CRITERION, **options):
         for x, y in batches():
-            lab.before(model)
+            lab.copy_modules(model)
             optimizer.zero_grad()
             loss = CRITERION(model(x), y)
             loss.backward()
             if options.get("direction") != "update":
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
             optimizer.step()
     lab.optimizer = optimizer
-    lab.left(model)
+    lab.record_state(model)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_gradient_is_what_the_optimizer_gets(name):
+def test_gradient_direction(name):
     check_rows(functools.partial(trial, make=OPTIMIZERS[name]))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_update_is_what_it_makes_of_it(name):
-    """The gradient's norm is that of the gradient, and at the learning rate the loss is that after the step."""
+def test_update_direction(name):
+    """Compare the norms of the gradient and of the update."""
     model = mlp().double()
     optimizer = OPTIMIZERS[name](model.parameters())
     with LandscapeProbe(model, optimizer, CRITERION, step_sizes=[1.0], direction="update") as probe:
@@ -151,13 +151,13 @@ def test_the_update_is_what_it_makes_of_it(name):
             rate = 1.0 if row["lr"] != row["lr"] else row["lr"]
             assert row["grad_norm"] == pytest.approx(size, rel=1e-12)
             assert row["direction_norm"] * rate == pytest.approx(torch.nn.utils.get_total_norm(moves).item(), rel=1e-9)
-    check_untouched(functools.partial(trial, make=OPTIMIZERS[name], direction="update"))
+    check_same_training(functools.partial(trial, make=OPTIMIZERS[name], direction="update"))
 
 
 @pytest.mark.parametrize(
     "make", [lambda p: torch.optim.SGD(p, 0.1), lambda p: torch.optim.LBFGS(p, 0.1, 3)], ids=["SGD", "LBFGS"]
 )
-def test_steps_that_compute_the_loss_themselves(make):
+def test_step_closure(make):
     def by_closure(lab):
         model = mlp().double()
         optimizer = make(model.parameters())
@@ -168,46 +168,46 @@ def test_steps_that_compute_the_loss_themselves(make):
                 def closure(x=x, y=y, first=first):
                     optimizer.zero_grad()
                     if not first:
-                        lab.before(model)
+                        lab.copy_modules(model)
                     loss = CRITERION(model(x), y)
                     loss.backward()
                     if not first:
-                        lab.update(loss, lambda m: CRITERION(m(x), y))
+                        lab.record_update(loss, lambda m: CRITERION(m(x), y))
                         first.append(loss)
                     return loss
 
                 optimizer.step(closure)
         lab.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(by_closure)
 
 
-def test_a_step_that_fails_is_no_update():
+def test_failed_step():
     def trial(lab):
         model = mlp().double()
         optimizer = Failing(model.parameters(), lr=0.1)
         with lab.attached(model, optimizer, CRITERION):
             for x, y in batches(6):
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 try:
                     optimizer.step()
                 except MemoryError:
                     lab.result.losses.pop()
                     lab.result.references.pop()
-        lab.left(model)
+        lab.record_state(model)
 
-    torch.optim.SGD([torch.zeros(1)])  # so that hooks are called for the step of the class itself, too
+    torch.optim.SGD([torch.zeros(1)])  # Makes torch call hooks for the step of the base class, too.
     check_rows(trial)
 
 
-def sharpness(lab, how):
+def train_sam(lab, how):
     model = mlp().double()
-    optimizer = Sharpness(model.parameters())
+    optimizer = SAM(model.parameters())
     given = optimizer.base_optimizer if how == "base" else optimizer
     with lab.attached(model, given, CRITERION):
         for x, y in batches():
@@ -217,42 +217,42 @@ def sharpness(lab, how):
                 loss.backward()
                 return loss
 
-            lab.before(model)
+            lab.copy_modules(model)
             if how == "closure alone":
                 closure()
                 optimizer.zero_grad()
             else:
                 loss = closure()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
             if how in ("closure", "closure alone"):
                 optimizer.step(closure)
             else:
                 optimizer.first_step()
                 closure()
                 optimizer.second_step()
-    lab.left(model)
+    lab.record_state(model)
 
 
-def test_sharpness_aware_minimization_by_a_closure():
-    """The gradient of the update is that at its start, which was computed before."""
+def test_sam_closure():
+    """The gradient at the start of the update was computed before the step."""
     torch.manual_seed(0)
-    check_rows(functools.partial(sharpness, how="closure"))
+    check_rows(functools.partial(train_sam, how="closure"))
 
 
-def test_sharpness_aware_minimization_in_two_calls_is_told():
-    result = check_untouched(functools.partial(sharpness, how="two calls"))
+def test_sam_two_calls():
+    result = check_same_training(functools.partial(train_sam, how="two calls"))
     assert len(result.frame) == 0
-    assert len(result.said) == 1
+    assert len(result.warnings) == 1
 
 
-def test_sharpness_aware_minimization_seen_from_inside_is_refused():
+def test_sam_base_optimizer():
     with pytest.raises(LandscapeError, match="sharpness-aware"):
-        run(functools.partial(sharpness, how="base"), True)
+        run(functools.partial(train_sam, how="base"), True)
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_one_of_two_optimizers_of_a_model(first):
-    """The one that steps first moves along a ray of the loss; the other one starts elsewhere."""
+def test_two_optimizers(first):
+    """Only the optimizer that steps first starts at the parameters of the forward pass."""
 
     def trial(lab):
         model = mlp().double()
@@ -261,17 +261,17 @@ def test_one_of_two_optimizers_of_a_model(first):
         given, other = (one, two) if first else (two, one)
         with lab.attached(model, given, CRITERION):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 one.zero_grad()
                 two.zero_grad()
                 loss = CRITERION(model(x), y)
                 loss.backward()
                 if first:
-                    lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                    lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 one.step()
                 two.step()
         lab.optimizer = other
-        lab.left(model)
+        lab.record_state(model)
 
     if first:
         check_rows(trial)
@@ -280,8 +280,8 @@ def test_one_of_two_optimizers_of_a_model(first):
             run(trial, True)
 
 
-def test_losses_of_two_networks_in_one_model():
-    """As actor and critic: each has a loss, a backward pass and an optimizer of its own."""
+def test_two_networks():
+    """An actor and a critic have a loss, a backward pass and an optimizer each."""
 
     def trial(lab):
         model = nn.ModuleDict({"actor": mlp(), "critic": mlp()}).double()
@@ -289,21 +289,21 @@ def test_losses_of_two_networks_in_one_model():
         critic = torch.optim.SGD(model["critic"].parameters(), lr=0.1)
         with lab.attached(model["actor"], actor, CRITERION):
             for x, y in batches():
-                lab.before(model["actor"])
+                lab.copy_modules(model["actor"])
                 actor.zero_grad()
                 critic.zero_grad()
                 loss = CRITERION(model["actor"](x), y)
                 loss.backward()
                 nn.functional.mse_loss(model["critic"](x), model["actor"](x).detach()).backward()
                 critic.step()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 actor.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial)
 
 
-def test_steps_within_the_backward_pass_are_refused():
+def test_step_in_backward():
     def trial(lab):
         model = mlp().double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -316,13 +316,13 @@ def test_steps_within_the_backward_pass_are_refused():
         run(trial, True)
 
 
-def test_relative_step_sizes_without_a_learning_rate_are_refused():
+def test_relative_without_learning_rate():
     model = mlp()
     with pytest.raises(LandscapeError, match="relative=True"):
         LandscapeProbe(model, Plain(model.parameters()), CRITERION, step_sizes=STEP_SIZES, relative=True)
 
 
-def test_an_optimizer_whose_steps_cannot_be_seen_is_refused():
+def test_optimizer_without_init():
     class Bare(torch.optim.Optimizer):
         def __init__(self, parameters):
             self.param_groups = [{"params": list(parameters), "lr": 0.1}]
@@ -332,14 +332,14 @@ def test_an_optimizer_whose_steps_cannot_be_seen_is_refused():
         LandscapeProbe(model, Bare(model.parameters()), CRITERION, step_sizes=STEP_SIZES)
 
 
-def test_complex_parameters_are_refused():
+def test_complex_parameters():
     model = nn.Linear(2, 1, dtype=torch.complex128)
     with pytest.raises(LandscapeError, match="view_as_real"):
         LandscapeProbe(model, torch.optim.SGD(model.parameters()), step_sizes=STEP_SIZES)
 
 
 @pytest.mark.parametrize("how", ["step", "method", "whole", "whole by observe"])
-def test_compiled_steps(how):
+def test_compiled_step(how):
     torch.compiler.reset()
 
     def compiled(lab):
@@ -372,8 +372,8 @@ def test_compiled_steps(how):
                     loss.backward()
                     lab.result.losses.append(loss.item())
                     optimizer.step() if how == "method" else step()
-        lab.left(model)
+        lab.record_state(model)
 
-    result = check_untouched(compiled, engine="loop")
+    result = check_same_training(compiled, engine="loop")
     assert list(result.frame["loss"]) == pytest.approx(result.losses, rel=1e-12)
     assert [row[0] for row in result.frame["losses"]] == pytest.approx(result.losses, rel=1e-9)

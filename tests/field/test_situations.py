@@ -1,4 +1,4 @@
-"""Situations of real trainings: schedules, checkpoints, sparse gradients, caught errors, layers that join later."""
+"""Features of real trainings: schedules, checkpoints, sparse gradients, caught errors, layers added later."""
 
 import copy
 import functools
@@ -24,7 +24,10 @@ def sgd(model):
 
 
 def trial(lab, make=lambda: mlp().double(), optimize=sgd, begin=None, after=None, total=None, updates=5, **options):
-    """A plain loop; ``begin`` is called before each update, ``after`` between its backward pass and its step."""
+    """Train in a plain loop.
+
+    ``begin`` is called before each update, ``after`` between its backward pass and its step.
+    """
     model = make()
     optimizer = optimize(model)
     total = total or (lambda m, x, y: CRITERION(m(x), y))
@@ -32,19 +35,19 @@ def trial(lab, make=lambda: mlp().double(), optimize=sgd, begin=None, after=None
         for step, (x, y) in enumerate(batches(updates)):
             if begin:
                 begin(step, model, optimizer)
-            lab.before(model)
+            lab.copy_modules(model)
             optimizer.zero_grad()
             loss = total(model, x, y)
             loss.backward()
             if after:
                 after(model, x, y)
-            lab.update(loss, lambda m, x=x, y=y: total(m, x, y))
+            lab.record_update(loss, lambda m, x=x, y=y: total(m, x, y))
             optimizer.step()
-    lab.left(model)
+    lab.record_state(model)
 
 
 class Checkpointed(nn.Module):
-    """Computes a layer with dropout again in the backward pass."""
+    """A model with a checkpointed layer with dropout."""
 
     def __init__(self, reentrant):
         super().__init__()
@@ -56,7 +59,7 @@ class Checkpointed(nn.Module):
         return self.head(checkpoint(self.inner, x, use_reentrant=self.reentrant))
 
 
-class Words(nn.Module):
+class SparseEmbedding(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding, self.head = nn.Embedding(50, 8, sparse=True), nn.Linear(8, 3)
@@ -99,31 +102,34 @@ def norm_in_evaluation():
     return model
 
 
-SITUATIONS = {
+FEATURES = {
     "checkpoints": {"make": lambda: Checkpointed(False).double()},
     "reentrant checkpoints": {"make": lambda: Checkpointed(True).double()},
-    "sparse gradients": {"make": lambda: Words().double()},
+    "sparse gradients": {"make": lambda: SparseEmbedding().double()},
     "cumulative averages": {"make": lambda: nn.Sequential(nn.BatchNorm1d(6, momentum=None), nn.Linear(6, 3)).double()},
     "a norm in evaluation mode": {"make": norm_in_evaluation},
     "frozen later": {"begin": freeze},
-    "trained later": {"optimize": lambda model: torch.optim.SGD(model[3].parameters(), lr=0.1), "begin": join},
-    "states that are loaded": {"begin": load},
+    "added to the optimizer later": {
+        "optimize": lambda model: torch.optim.SGD(model[3].parameters(), lr=0.1),
+        "begin": join,
+    },
+    "loaded states": {"begin": load},
     "copies": {"begin": copied},
     "evaluation between": {"after": evaluate},
 }
 
 
-@pytest.mark.parametrize("name", SITUATIONS)
-def test_situations(name):
-    check_rows(functools.partial(trial, **SITUATIONS[name]))
+@pytest.mark.parametrize("name", FEATURES)
+def test_training_features(name):
+    check_rows(functools.partial(trial, **FEATURES[name]))
 
 
-def test_gradients_along_the_ray_are_refused_under_reentrant_checkpoints():
+def test_gradients_with_reentrant_checkpoints():
     with pytest.raises(LandscapeError, match="use_reentrant=False"):
         run(functools.partial(trial, make=lambda: Checkpointed(True).double(), gradients=True), True)
 
 
-def test_a_schedule_of_the_learning_rate():
+def test_learning_rate_schedule():
     def scheduled(lab):
         model = mlp().double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -131,15 +137,15 @@ def test_a_schedule_of_the_learning_rate():
         rates = []
         with lab.attached(model, optimizer, CRITERION):
             for x, y in batches(6):
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 rates.append(optimizer.param_groups[0]["lr"])
                 optimizer.step()
                 schedule.step()
-        lab.left(model)
+        lab.record_state(model)
         lab.result.rates = rates
 
     result = check_rows(scheduled)
@@ -161,27 +167,27 @@ class FirstOutput(nn.Module):
         return F.cross_entropy(outputs[0], targets)
 
 
-def test_a_hidden_state_that_is_carried_on():
+def test_detached_hidden_state():
     def truncated(lab):
         model, criterion, hidden = Recurrent().double(), FirstOutput(), None
         optimizer = sgd(model)
         with lab.attached(model, optimizer, criterion):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 outputs = model(x, hidden)
                 loss = criterion(outputs, y)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y, hidden=hidden: criterion(m(x, hidden), y))
+                lab.record_update(loss, lambda m, x=x, y=y, hidden=hidden: criterion(m(x, hidden), y))
                 hidden = outputs[1].detach()
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(truncated)
 
 
-def test_errors_that_the_loop_catches():
-    """In the forward pass of one update and in the backward pass of another."""
+def test_errors_caught_by_the_loop():
+    """Fail in the forward pass of one update and in the backward pass of another."""
 
     def catching(lab):
         model = mlp().double()
@@ -192,7 +198,7 @@ def test_errors_that_the_loop_catches():
 
         with lab.attached(model, optimizer, CRITERION):
             for step, (x, y) in enumerate(batches(8)):
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad(set_to_none=False)
                 hook = model[3].weight.register_hook(fail) if step == 4 else None
                 try:
@@ -203,14 +209,14 @@ def test_errors_that_the_loop_catches():
                 finally:
                     if hook is not None:
                         hook.remove()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(catching)
 
 
-def test_a_probe_that_is_detached_for_a_while():
+def test_detach_and_attach():
     def pausing(lab):
         model = mlp().double()
         optimizer = sgd(model)
@@ -220,19 +226,19 @@ def test_a_probe_that_is_detached_for_a_while():
                     lab.probe.detach()
                 if lab.probe and step == 5:
                     lab.probe.attach()
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 loss.backward()
                 if step not in (3, 4):
-                    lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                    lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(pausing)
 
 
-def test_a_critic_with_a_gradient_penalty_and_clipped_weights():
+def test_critic_with_gradient_penalty():
     def total(model, real, false):
         mixed = (0.3 * real + 0.7 * false).requires_grad_()
         (slope,) = torch.autograd.grad(model(mixed).sum(), mixed, create_graph=True)
@@ -244,45 +250,45 @@ def test_a_critic_with_a_gradient_penalty_and_clipped_weights():
         with lab.attached(model, optimizer):
             for real, _ in batches():
                 false = torch.randn_like(real)
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = lab.observe(total, real, false)
                 loss.backward()
-                lab.update(loss, lambda m, real=real, false=false: total(m, real, false))
+                lab.record_update(loss, lambda m, real=real, false=false: total(m, real, false))
                 optimizer.step()
                 with torch.no_grad():
                     for parameter in model.parameters():
                         parameter.clamp_(-0.5, 0.5)
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(critic)
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-def test_graphs_that_are_kept_or_made():
-    """A loss is differentiated, forgotten, and differentiated again, with a graph of the gradient."""
+def test_retained_graph():
+    """A loss is differentiated, its gradient cleared, and differentiated again with a graph."""
 
     def keeping(lab):
         model = mlp().double()
         optimizer = sgd(model)
         with lab.attached(model, optimizer, CRITERION):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 loss.backward(retain_graph=True)
                 optimizer.zero_grad()
                 loss.backward(create_graph=True)
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
             optimizer.zero_grad()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(keeping)
 
 
-def test_gradients_that_the_loop_puts_in_place_itself_are_refused():
-    """Nothing tells them from those of an attack."""
+def test_gradients_set_by_the_loop():
+    """They cannot be distinguished from gradients of an attack."""
 
     def by_hand(lab):
         model = mlp().double()
@@ -298,7 +304,7 @@ def test_gradients_that_the_loop_puts_in_place_itself_are_refused():
         run(by_hand, True)
 
 
-def test_trainings_in_threads_leave_each_other_alone():
+def test_trainings_in_threads():
     def train(results, number, probed):
         torch.manual_seed(number)
         model, criterion = results[number]["model"], nn.CrossEntropyLoss()
@@ -339,7 +345,7 @@ def test_trainings_in_threads_leave_each_other_alone():
         assert [row[0] for row in probed["frame"]["losses"]] == pytest.approx(probed["losses"], rel=1e-9)
 
 
-class Recurring(nn.Module):
+class RecurrentCell(nn.Module):
     def __init__(self):
         super().__init__()
         self.cell, self.head = nn.Linear(9, 3), nn.Linear(3, 3)
@@ -357,7 +363,7 @@ def unrolled(criterion, model, x, y, steps=3):
 
 
 @pytest.mark.parametrize("how", ["hidden state", "features", "twice"])
-def test_inputs_that_were_computed_from_parameters_are_refused_and_measured_as_a_whole(how):
+def test_inputs_computed_from_parameters(how):
     def total(m, x, y):
         if how == "hidden state":
             return unrolled(CRITERION, m, x, y)
@@ -367,15 +373,15 @@ def test_inputs_that_were_computed_from_parameters_are_refused_and_measured_as_a
 
     def make():
         torch.manual_seed(0)
-        kinds = {"hidden state": Recurring, "features": lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))}
+        kinds = {"hidden state": RecurrentCell, "features": lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))}
         return kinds.get(how, lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)))().double()
 
-    def carrying(lab, whole):
+    def with_derived_input(lab, whole):
         model = make()
         optimizer = sgd(model)
         with lab.attached(model, optimizer, None if whole or how == "features" else CRITERION):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 if whole:
                     loss = lab.observe(total, x, y)
@@ -384,18 +390,18 @@ def test_inputs_that_were_computed_from_parameters_are_refused_and_measured_as_a
                 else:
                     loss = total(model, x, y)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y: total(m, x, y))
+                lab.record_update(loss, lambda m, x=x, y=y: total(m, x, y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
-    check_rows(functools.partial(carrying, whole=True))
+    check_rows(functools.partial(with_derived_input, whole=True))
     with pytest.raises(LandscapeError, match=r"probe\.observe"):
-        run(functools.partial(carrying, whole=False), True)
+        run(functools.partial(with_derived_input, whole=False), True)
 
 
 @pytest.mark.parametrize("how", ["outputs from outside", "an object around outputs"])
-def test_losses_that_do_not_depend_on_what_is_moved_are_refused(how):
-    """Every point would be the training loss."""
+def test_loss_without_dependence(how):
+    """All points of the ray would be equal to the training loss."""
 
     class Likelihood(nn.Module):
         def forward(self, distribution, targets):
@@ -419,8 +425,8 @@ def test_losses_that_do_not_depend_on_what_is_moved_are_refused(how):
         run(flat, True)
 
 
-def test_a_target_network_that_is_moved_before_the_step():
-    """It lies outside of the model; the updates at which it moves are left out."""
+def test_target_network_moved_before_step():
+    """The target is outside of the model; updates at which it moves are skipped."""
 
     def learning(lab):
         model, target = mlp().double(), mlp().double().eval()
@@ -428,23 +434,23 @@ def test_a_target_network_that_is_moved_before_the_step():
         optimizer = sgd(model)
         with lab.attached(model, optimizer):
             for step, (x, _) in enumerate(batches(8)):
-                lab.before(model, target)
+                lab.copy_modules(model, target)
                 optimizer.zero_grad()
                 loss = lab.observe(lambda m, x: F.mse_loss(m(x), 1 + 0.9 * target(x + 1)), x)
                 loss.backward()
-                lab.update(loss, lambda m, t, x=x: F.mse_loss(m(x), 1 + 0.9 * t(x + 1)))
+                lab.record_update(loss, lambda m, t, x=x: F.mse_loss(m(x), 1 + 0.9 * t(x + 1)))
                 if step in (3, 6):
                     with torch.no_grad():
                         for parameter, source in zip(target.parameters(), model.parameters(), strict=True):
                             parameter.copy_(source)
                 optimizer.step()
-        lab.left(model, target)
+        lab.record_state(model, target)
 
     check_rows(learning, missing=[3, 6])
 
 
-def test_a_part_of_an_accumulated_gradient_that_is_zero():
-    """A hinge loss that no sample violates is a term, and no cleared gradient."""
+def test_accumulated_zero_gradient():
+    """The zero gradient of a hinge loss is not mistaken for a cleared one."""
 
     def hinge(m, x, margin):
         return (margin - 100 + m(x).squeeze(1)).clamp(min=0).mean()
@@ -454,20 +460,20 @@ def test_a_part_of_an_accumulated_gradient_that_is_zero():
         optimizer = sgd(model)
         with lab.attached(model, optimizer):
             for x, _ in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 losses = []
                 for margin in (0.0, 100.0):
                     losses.append(lab.observe(hinge, x, margin))
                     losses[-1].backward()
-                lab.update(sum(losses), lambda m, x=x: hinge(m, x, 0.0) + hinge(m, x, 100.0))
+                lab.record_update(sum(losses), lambda m, x=x: hinge(m, x, 0.0) + hinge(m, x, 100.0))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(accumulating)
 
 
-def test_gradients_that_are_there_when_a_probe_is_attached():
+def test_attach_with_gradients():
     model = mlp()
     optimizer = sgd(model)
     x, y = next(batches())
@@ -478,26 +484,26 @@ def test_gradients_that_are_there_when_a_probe_is_attached():
             optimizer.step()
 
 
-def test_a_batch_that_the_loop_throws_away_at_first():
+def test_first_batch_skipped():
     def throwing(lab):
         model = mlp().double()
         optimizer = sgd(model)
         with lab.attached(model, optimizer, CRITERION):
             for step, (x, y) in enumerate(batches()):
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 loss.backward()
                 if step == 0:
                     optimizer.zero_grad()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(throwing, missing=[0])
 
 
-def test_losses_that_the_loop_keeps_hold_no_batch():
+def test_kept_losses_hold_no_batch():
     model = mlp()
     optimizer = sgd(model)
     with LandscapeProbe(model, optimizer, CRITERION, step_sizes=[0.1], engine="loop"):
@@ -516,7 +522,7 @@ def test_losses_that_the_loop_keeps_hold_no_batch():
         assert total.isfinite()
 
 
-def test_another_stand_in_for_backward_is_called_and_put_back(monkeypatch):
+def test_backward_patched_twice(monkeypatch):
     calls, original = [], torch.autograd.backward
 
     def counting(*args, **kwargs):
@@ -529,8 +535,8 @@ def test_another_stand_in_for_backward_is_called_and_put_back(monkeypatch):
     assert torch.autograd.backward is counting
 
 
-def test_attention_in_evaluation_mode_with_padding():
-    """Without gradients torch would take a path of its own."""
+def test_attention_evaluation_mode():
+    """Without gradients torch would use its fast path."""
 
     class Padded(nn.Module):
         def __init__(self):
@@ -539,14 +545,14 @@ def test_attention_in_evaluation_mode_with_padding():
             self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(6, 3)
 
         def forward(self, x):
-            words = x.reshape(4, 3, 6)
+            tokens = x.reshape(4, 3, 6)
             padding = torch.tensor([[False, False, True]]).expand(4, 3)
-            return self.head(self.encoder(words, src_key_padding_mask=padding)).flatten(0, 1)
+            return self.head(self.encoder(tokens, src_key_padding_mask=padding)).flatten(0, 1)
 
     check_rows(functools.partial(trial, make=lambda: Padded().double().eval()))
 
 
-def test_an_optimizer_of_another_model_is_told():
+def test_optimizer_of_another_model():
     model, other = mlp(), mlp()
     optimizer = sgd(other)
     with warnings.catch_warnings():
@@ -560,7 +566,7 @@ def test_an_optimizer_of_another_model_is_told():
 
 
 class Smoothing(nn.Module):
-    """A criterion with a weight that the loop changes, a buffer that it writes to, and noise."""
+    """A criterion with an attribute, a buffer and noise."""
 
     def __init__(self, noise):
         super().__init__()
@@ -582,8 +588,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("when", ["before both", "between"])
 @pytest.mark.parametrize("how", CHANGES)
-def test_a_criterion_that_the_loop_changes(how, when):
-    """Before the model's call it is a part of the state; after it, a replay does not know of it."""
+def test_criterion_changed_by_the_loop(how, when):
+    """A change before the model's call is in the snapshot; a later one is not."""
 
     def changing(lab):
         model, criterion = mlp().double(), Smoothing(noise=how == "numbers drawn")
@@ -592,16 +598,16 @@ def test_a_criterion_that_the_loop_changes(how, when):
             for step, (x, y) in enumerate(batches()):
                 if when == "before both":
                     CHANGES[how](criterion, step)
-                lab.before(model, criterion)
+                lab.copy_modules(model, criterion)
                 optimizer.zero_grad()
                 outputs = model(x)
                 if when == "between":
                     CHANGES[how](criterion, step)
                 loss = criterion(outputs, y)
                 loss.backward()
-                lab.update(loss, lambda m, c, x=x, y=y: c(m(x), y))
+                lab.record_update(loss, lambda m, c, x=x, y=y: c(m(x), y))
                 optimizer.step()
-        lab.left(model, criterion)
+        lab.record_state(model, criterion)
 
     if when == "before both":
         check_rows(changing)

@@ -1,4 +1,4 @@
-"""Nonsense on the command line: every option of every command, in combinations, with values that nobody means."""
+"""Invalid command lines: combinations of all options of all commands with random values."""
 
 import os
 import shutil
@@ -9,7 +9,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from landscape_cli.main import main
+from landscape_cli.params import RENAMED
 from nonsense import TEXTS, also, cases, soon, texts, tree
+from processes import PATIENCE
 from recordings import rows
 
 from landscape.names import MEASURES, NORMS
@@ -23,12 +25,12 @@ TINY = {
     "figure": "--data-dir a_folder",
     "table": "--data-dir a_folder --plan",
 }
-"""What each command begins with, so that a case that is no mistake ends soon; options that follow may overrule it."""
+"""First options of each command, so that a valid case ends soon; later options may override them."""
 RIGHT = {
     "recipe": [*RECIPES],
     "recipes": ["mnist", "cifar10"],
     "norms": [*NORMS],
-    "ghost_by": ["layer", "accumulation"],  # ranks start as many processes as there are groups
+    "ghost_by": ["layer", "accumulation"],  # ranks starts a process per group
     "precision": [*PRECISIONS],
     "device": ["cpu", "meta", "cuda", "cuda:99", "mps", "xpu"],
     "measures": [*MEASURES],
@@ -36,12 +38,12 @@ RIGHT = {
     "scale": ["auto", "log", "symlog", "linear", "small"],
     "layout": ["auto", "overlay", "multiples"],
     "storage": ["sqlite://", "sqlite:////dev/full", "sqlite:///x/y/z", "sqlite:///.", "mysql://a/b", "postgresql://"],
-    "name": ["1", "5", "ranking"],  # 4 would be trained, on the digits
+    "name": ["1", "5", "ranking"],  # 4 would train on digits
     "number": ["1", "2"],
-    "epochs": ["1", "0", "-1", "nan", "1.5"],  # many are no mistake
+    "epochs": ["1", "0", "-1", "nan", "1.5"],  # many other values are valid
     "jobs": ["1", "0", "-1", "9" * 30],
 }
-"""What is allowed for an option of this name, and some of what is not; other options go by their type."""
+"""Values by the name of an option, valid and invalid; other options have values by type."""
 INTEGERS = ["1", "2", "4", "128", "0", "-1", "9" * 30, "-" + "9" * 30, "1.5", "1e3", "٣", str(2**63 - 1), str(2**63)]
 FLOATS = ["0.1", "0", "-0.0", "nan", "inf", "-inf", "1e400", "1e-400", "1e308", "5e-324", "0,1", "10%", "nan%", "%"]
 PATHS = [
@@ -50,7 +52,8 @@ PATHS = [
     *("x.png", "a_folder/x.svg", "new/x.pdf", "x.gif", "pipe/x.png", "\udcff.png", "$HOME\n.png", "s3://", "no://x"),
 ]
 WRITTEN = ("out", "data_dir", "traces", "storage")
-"""Options that name what is written to."""
+"""Options whose values are paths that are written to."""
+ALIASES = {new.replace("-", "_"): [f"--{old}"] for old, new in RENAMED.items()}
 DEFAULTS = ("traces", "landscape.png", "figures", "tuning", "home", "a_folder")
 
 
@@ -62,7 +65,7 @@ def values(parameter):
         "Share": FLOATS,
         "Numbers": [*FLOATS, "0.1,0.2", "0.1,,1", "1,nan", "1e39", ",".join(["0.1"] * 500)],
         "Path": PATHS,
-        "PlaceType": ["runs"] * 20 + PATHS,
+        "LocationType": ["runs"] * 20 + PATHS,
     }
     fitting = RIGHT.get(parameter.name) or list(getattr(parameter.type, "choices", [])) or by_type.get(kind, PATHS)
     return st.one_of([st.sampled_from(fitting)] * 5 + [texts])
@@ -70,13 +73,13 @@ def values(parameter):
 
 @st.composite
 def command_lines(draw):
-    """Arguments of ``landscape``, and what they allow to be written."""
+    """Arguments of ``landscape``, and the paths that may be written."""
     name = draw(st.sampled_from(main.list_commands(click.Context(main))))
     words, written = TINY.get(name, "").split(), [*DEFAULTS]
     parameters = main.get_command(click.Context(main), name).params
     options = [each for each in parameters if isinstance(each, click.Option)]
     for option in draw(st.lists(st.sampled_from(options), max_size=5)) if options else []:
-        flag = draw(st.sampled_from(option.opts))
+        flag = draw(st.sampled_from([*option.opts, *ALIASES.get(option.name, [])]))
         if option.is_flag:
             words.append(flag)
             continue
@@ -94,11 +97,11 @@ def command_lines(draw):
 
 @pytest.fixture
 def refresh(tmp_path, monkeypatch):
-    """Makes a folder of files that commands may be pointed to, and goes into it; nothing beside it is to be touched."""
+    """Return a function that creates a folder of files and enters it; nothing outside may be changed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "in" / "work" / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "in" / "work" / "home"))
-    for scheme in ("HTTP", "HTTPS", "http", "https"):  # what is to be fetched is refused at once
+    for scheme in ("HTTP", "HTTPS", "http", "https"):  # every download is refused at once
         monkeypatch.setenv(f"{scheme}_PROXY" if scheme.isupper() else f"{scheme}_proxy", "http://127.0.0.1:9")
     work, pattern = tmp_path / "in" / "work", tmp_path / "pattern"
     for norm in ("batch", "none"):
@@ -110,7 +113,7 @@ def refresh(tmp_path, monkeypatch):
     (pattern / "loop").symlink_to("loop")
     (pattern / "dangling").symlink_to("nowhere/x")
 
-    def anew():
+    def create():
         os.chdir(tmp_path)
         shutil.rmtree(tmp_path / "in", ignore_errors=True)
         shutil.copytree(pattern, work, symlinks=True)
@@ -118,7 +121,7 @@ def refresh(tmp_path, monkeypatch):
         os.chdir(work)
         return tmp_path
 
-    return anew
+    return create
 
 
 @cases(0.25)
@@ -126,11 +129,11 @@ def refresh(tmp_path, monkeypatch):
 @also("line", (["plot", "runs", "--out", "\udcff.png"], ["\udcff.png"]), (["plot", "runs", "pipe"], [*DEFAULTS]))
 @also("line", (["plot", "loop"], []), (["probe", "new\nline"], []), (["table"], []))
 @also("line", ([*f"tune {TINY['tune']} --runs {10**12}".split()], [*DEFAULTS]))
-def test_every_line_ends_well_or_in_one_line_that_says_why(refresh, line):
+def test_command_line_random(refresh, line):
     words, written = line
     folder = refresh()
     before = tree(folder)
-    with soon("command lines"):
+    with soon("command lines", PATIENCE):
         result = CliRunner().invoke(main, words)
     assert result.exception is None or isinstance(result.exception, SystemExit), (words, result.exc_info)
     assert result.exit_code in (0, 2), result.output

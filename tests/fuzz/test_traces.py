@@ -1,4 +1,4 @@
-"""Nonsense in trace folders: what can be read is read as it was recorded, and what cannot is named."""
+"""Damaged trace folders: intact rows are read as recorded, and the rest is named."""
 
 import io
 import json
@@ -30,7 +30,7 @@ COLUMNS = [column.name for column in UPDATES]
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Three runs, each of three parts."""
+    """Return a folder of three runs, each with three parts."""
     folder = tmp_path_factory.mktemp("recorded")
     for seed, norm in enumerate(NORMS):
         with TraceWriter(folder / norm, {"norm": norm, "groups": 8, "seed": seed}, flush_rows=4) as trace:
@@ -77,7 +77,7 @@ def pipe(path, share):
 
 
 def content_of(path):
-    return path.read_bytes() if path.is_file() else b""  # a pipe would be waited for
+    return path.read_bytes() if path.is_file() else b""  # Reading a pipe would block.
 
 
 def foreign(path, share):
@@ -105,7 +105,7 @@ def of_the_future(path, share):
 
 
 def unreadable(path, share):
-    path.chmod(0)  # which does not stop root
+    path.chmod(0)  # Root can still read it.
 
 
 def gone(path, share):
@@ -127,7 +127,7 @@ shares = st.floats(0, 1, exclude_max=True)
 
 
 def read(folder):
-    """What is read, without the warning of what is left out, and that."""
+    """Return the frame, without the warning, and its entries of what is left out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         frame = read_traces(folder)
@@ -135,14 +135,14 @@ def read(folder):
 
 
 def values(frame):
-    """Rows by run and step; NaN is equal to itself."""
+    """Return rows by run and step as text, because NaN differs from itself."""
     lists = frame[["run", *COLUMNS]].astype(object).map(lambda value: list(value) if np.ndim(value) else value)
     return {(row[0], row[1]): repr(row) for row in lists.itertuples(index=False, name=None)}
 
 
 @cases(0.3)
 @given(done=st.lists(st.tuples(damages, shares), min_size=1, max_size=3))
-def test_what_is_undamaged_is_read_and_the_rest_is_named(recorded, done):
+def test_intact_rows_are_read_and_damage_is_named(recorded, done):
     folder = recorded.with_name("damaged")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(recorded, folder)
@@ -193,22 +193,22 @@ NAMES += [
     "band",
 ]
 NAMES += ["step", "loss", "beta", "loss_min", "recipe"]
-said = anything | st.sampled_from(["ghost", "seq", "\ud800", 16, 0.4, "{" * 5000])
-lies = st.dictionaries(st.sampled_from(NAMES) | texts, said, max_size=4)
+fact_values = anything | st.sampled_from(["ghost", "seq", "\ud800", 16, 0.4, "{" * 5000])
+any_facts = st.dictionaries(st.sampled_from(NAMES) | texts, fact_values, max_size=4)
 
 
 @cases(0.1)
-@given(facts=st.tuples(lies, lies), layout=st.sampled_from(["overlay", "multiples"]))
+@given(facts=st.tuples(any_facts, any_facts), layout=st.sampled_from(["overlay", "multiples"]))
 @example(facts=({"norm": "$$", "model": "\ud800"}, {"norm": "\x1b[2J", "seed": 10**400}), layout="overlay")
 @example(facts=({"norm": "$$", "groups": 2**63}, {"norm": "x" * 6000, "model": "x" * 6000}), layout="multiples")
 @example(facts=({"norm": "ghost", "groups": "auto"}, {"norm": "ghost", "groups": 4}), layout="overlay")
 @example(facts=({"samples": "many", "epochs": "1", "model": "m", "dataset": "d"},) * 2, layout="overlay")
-def test_runs_are_listed_and_drawn_whatever_is_said_of_them(recorded, tmp_path, facts, layout):
+def test_list_and_plot_any_metadata(recorded, tmp_path, facts, layout):
     for norm, own in zip(NORMS, facts, strict=False):
         shutil.copytree(recorded / norm, tmp_path / norm, dirs_exist_ok=True)
         (tmp_path / norm / "run.json").write_text(json.dumps({"norm": norm} | own, default=str))
     with warnings.catch_warnings(), soon("facts"):
-        warnings.filterwarnings("ignore", "Left out|Glyph")  # some signs are in no font
+        warnings.filterwarnings("ignore", "Left out|Glyph")  # Some characters are in no font.
         list_runs(tmp_path)
         if any(known.get("version", 3) not in (0, 1, 2, 3) or "id" in known for known in facts):
             return
@@ -235,7 +235,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_facts_that_are_none_leave_the_rows(recorded, tmp_path, name):
+def test_invalid_metadata_keeps_rows(recorded, tmp_path, name):
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     (tmp_path / "batch" / "run.json").write_bytes(CONTENTS[name])
     frame, _ = read(tmp_path)

@@ -1,4 +1,4 @@
-"""A small training, run with a probe and without one, beside references that are computed in the obvious way."""
+"""A small training, run with a probe and without, and compared with a naive reference."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def mlp():
 
 
 def batches(updates=UPDATES, seed=2):
-    """Inputs and targets of every update."""
+    """Yield the inputs and targets of each update."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(updates):
         yield torch.randn(12, 6, dtype=torch.float64, generator=generator), torch.arange(12) % 3
@@ -31,23 +31,27 @@ def batches(updates=UPDATES, seed=2):
 
 @dataclass
 class Result:
-    """What a training leaves behind: its losses and its bits, and what the probe has recorded and said."""
+    """The result of a training: losses, final state, and the rows and warnings of the probe."""
 
     frame: pd.DataFrame | None = None
     losses: list[float] = field(default_factory=list)
-    """Of every update that was made, as the loop computed them."""
+    """Losses of all updates, as the loop computed them."""
     references: list[list[float]] = field(default_factory=list)
-    """Of every update, the losses along the ray, by moved copies of the model."""
+    """Losses along the ray of each update, computed with moved copies of the model."""
     state: dict[str, Any] = field(default_factory=dict)
     objects: dict[str, list[int]] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Lab:
-    """What a trial trains in: it attaches a probe, or none, and looks at what is left.
+    """The environment of a trial: it attaches a probe, or none, and records what the training does.
 
-    A trial calls ``before(*modules)`` before the forward pass of an update and ``update(loss, total)`` before its step,
-    with ``total(*modules)`` the loss that is differentiated, as a function of the modules.
+    A trial is a function that trains, and calls for each update::
+
+        lab.copy_modules(model, ...)         # before the forward pass
+        lab.record_update(loss, total)       # before the step; total(model, ...) is the loss
+
+    and at the end ``lab.record_state(model, ...)``.
     """
 
     def __init__(self, probed, **options):
@@ -70,12 +74,12 @@ class Lab:
             return closure(self.model, *args, **kwargs)
         return self.probe.observe(closure, *args, **kwargs)
 
-    def before(self, *modules):
-        """Copy the modules, the first of which is the probed model, and the random stream."""
-        self._copies, self._stream = copy.deepcopy(modules), torch.get_rng_state()
+    def copy_modules(self, *modules):
+        """Copy the modules, of which the first is the probed model, and the RNG state."""
+        self._copies, self._rng_state = copy.deepcopy(modules), torch.get_rng_state()
 
-    def update(self, loss, total):
-        """The update that is about to be made: its loss, and what that is as a function of the modules."""
+    def record_update(self, loss, total):
+        """Record the loss of an update, and the losses along its ray by moved copies."""
         self.result.losses.append(float(loss))
         now, held = torch.get_rng_state(), {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None and id(p) in held}
@@ -86,13 +90,13 @@ class Lab:
             with torch.no_grad():
                 for name, gradient in gradients.items():
                     named[name] -= eta * gradient.detach().to_dense()
-            torch.set_rng_state(self._stream)
+            torch.set_rng_state(self._rng_state)
             row.append(total(*moved).item())
         torch.set_rng_state(now)
         self.result.references.append(row)
 
-    def left(self, *modules):
-        """Remember all that the modules and the optimizer hold."""
+    def record_state(self, *modules):
+        """Record all tensors of the modules and the optimizer, and which names share an object."""
         state, objects = self.result.state, self.result.objects
         seen = {id(self.optimizer): 0}
         for place, module in enumerate(modules):
@@ -110,22 +114,22 @@ class Lab:
         for place, parameter in enumerate(held):
             for name, value in self.optimizer.state[parameter].items():
                 state[f"optimizer.{place}.{name}"] = value
-        state["stream"] = torch.get_rng_state()
+        state["rng_state"] = torch.get_rng_state()
 
 
 def run(trial, probed, **options):
-    """The result of ``trial(lab)``, in which warnings are heard and not raised."""
+    """Return the result of ``trial(lab)``, with warnings recorded instead of raised."""
     torch.manual_seed(0)
     lab = Lab(probed, **options)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trial(lab)
-    lab.result.said = [str(warning.message) for warning in said if "landscape" in warning.filename or probed]
+    lab.result.warnings = [str(warning.message) for warning in caught if "landscape" in warning.filename or probed]
     return lab.result
 
 
-def check_untouched(trial, **options):
-    """Every bit, and every object that a name leads to, is as in a training without a probe."""
+def check_same_training(trial, **options):
+    """Check that all bits, and the object of each name, are those of a training without a probe."""
     probed, bare = run(trial, True, **options), run(trial, False, **options)
     assert probed.objects == bare.objects
     assert probed.state.keys() == bare.state.keys()
@@ -138,8 +142,8 @@ def check_untouched(trial, **options):
 
 
 def check_rows(trial, missing=(), rel=1e-9, **options):
-    """The training is untouched, and each row but the ``missing`` ones is what the references say."""
-    result = check_untouched(trial, **options)
+    """Check that the training is the same, and that all rows but the ``missing`` ones equal the references."""
+    result = check_same_training(trial, **options)
     steps = [step for step in range(len(result.losses)) if step not in missing]
     assert list(result.frame["step"]) == steps
     for step, (_, row) in zip(steps, result.frame.iterrows(), strict=True):

@@ -10,7 +10,7 @@ STEP_SIZES = [0.0, 0.7, -0.2, 3.0, 0.7]
 
 
 def moved_losses(case, direction, step_sizes):
-    """The obvious way: a copy of the model for each point, its parameters moved by hand."""
+    """Losses of copies of the model, one for each point; the reference for all engines."""
     losses = []
     for eta in step_sizes:
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Runs made by formula, for the tests of the table side."""
+"""Runs from a formula, for tests without training."""
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ STEP_SIZES = [0.1, 0.2, 0.4]
 
 
 def rows(steps=40, width=0.5, seed=0):
-    """Updates of a run whose loss falls from 2 towards 0.1, with a band above it that is ``width`` times as high."""
+    """Return updates whose loss falls from 2 to 0.1, with a band of ``width`` times the loss above it."""
     noise = np.random.default_rng(seed).uniform(0.5, 1.5, steps)
     loss = 0.1 + 1.9 * np.exp(-np.arange(steps) / (steps / 5))
     return [
@@ -31,7 +31,7 @@ def rows(steps=40, width=0.5, seed=0):
 
 
 def frame(norm="batch", seed=0, **options):
-    """One run as ``read_traces`` gives it."""
+    """Return one run as ``read_traces`` does."""
     with TraceWriter(None) as trace:
         for row in rows(seed=seed, **options):
             trace.append(row)
@@ -39,10 +39,10 @@ def frame(norm="batch", seed=0, **options):
 
 
 def without(run, *columns):
-    """A frame with missing values in some columns, as in traces that were recorded without them."""
+    """Return a frame with missing values in some columns, as if recorded without them."""
     return run.assign(**{name: pd.Series(None, run.index, dtype=run[name].dtype) for name in columns})
 
 
 def frames(*norms, seeds=(0, 1), **options):
-    """Several runs in one frame."""
+    """Return several runs in one frame."""
     return pd.concat([frame(norm, seed, **options) for norm in norms for seed in seeds], ignore_index=True)

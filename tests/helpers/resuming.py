@@ -1,11 +1,10 @@
-"""Processes that train and are killed, and what must be true of what they leave behind."""
+"""Trainings in processes that are killed, and comparisons of their traces."""
 
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from contextlib import suppress
@@ -13,34 +12,35 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from processes import PATIENCE, landscape
 
 from landscape import read_traces, train
 from landscape.traces.schema import TABLES
 
 VARYING = {"seconds", "id", "started", "ended", "resumed", "engine_seconds", "environment"}
-"""Columns and facts that differ from one process to the next."""
+"""Columns and metadata that differ between processes."""
 
 
-def trained(recipe, out):
-    """What a process does: train, or go on, with as many checkpoints as their cost allows."""
+def resume_training(recipe, out):
+    """Train or resume, with as many checkpoints as their cost allows."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     train(recipe, out, device="cpu", resume=True, checkpoint_seconds=0)
 
 
 def process(recipe, out):
-    """A fresh process that trains; it stems from one that has imported torch already, so that lives are cheap."""
+    """Start a process that trains, forked from one that has imported torch, which saves time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["landscape.training.train", "landscape.training.models", "landscape.norms.registry"]
     )
-    started = context.Process(target=trained, args=(recipe, out))
+    started = context.Process(target=resume_training, args=(recipe, out))
     started.start()
     return started
 
 
-def survived(recipe, out, reference, longest, kills, chance):
-    """Train to the end in processes that are killed at random moments, at most ``kills``; how many were."""
+def train_with_kills(recipe, out, reference, longest, kills, chance):
+    """Train to the end in processes that are killed at random times; return the number of kills, at most ``kills``."""
     run, killed = out / recipe.run_name, 0
     started = process(recipe, out)
     while killed < kills:
@@ -59,7 +59,7 @@ def survived(recipe, out, reference, longest, kills, chance):
 
 
 def check_same(folder, reference):
-    """The same rows and facts, bit for bit; and nothing in the folder but a run."""
+    """Assert that two runs have the same rows and metadata, bit for bit, and that the folder holds nothing else."""
     for table in (table for table in TABLES if any(reference.glob(f"{table}-*.parquet"))):
         found, expected = (
             frame.drop(columns=[*VARYING.intersection(frame)])
@@ -73,7 +73,7 @@ def check_same(folder, reference):
 
 
 def check_beginning(folder, reference):
-    """What is there after a kill are the first rows, without a gap and without a wrong number."""
+    """Assert that the rows of a killed run are the first rows of the reference."""
     for table, columns in TABLES.items():
         if any(folder.glob(f"{table}-*.parquet")):
             names = [column.name for column in columns if column.name not in VARYING]
@@ -81,18 +81,16 @@ def check_beginning(folder, reference):
             pd.testing.assert_frame_equal(found, expected[: len(found)], check_exact=True)
 
 
-def command(*options, out):
-    """``landscape probe`` in a process of its own."""
-    words = [sys.executable, "-W", "error::UserWarning", "-m", "landscape_cli", "probe", "--out", str(out), *options]
+def start_probe(*options, out):
+    """Start ``landscape probe``."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, **pipes, text=True, env=environment, start_new_session=True)
+    return landscape("probe", "--out", str(out), *options, env=environment, start_new_session=True)
 
 
-def ended(started):
-    """Exit code, output and errors of a command, which has to end by itself."""
+def finish(started):
+    """Return exit code, output and errors of a process."""
     try:
-        output, errors = started.communicate(timeout=240)
+        output, errors = started.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         kill_tree(started.pid)
         raise
@@ -100,17 +98,17 @@ def ended(started):
 
 
 def wait_for_checkpoint(run, started):
-    """Until the process has written a checkpoint of its own."""
-    path, patience = run / "checkpoint.pt", time.monotonic() + 60
+    """Block until the process has written a checkpoint."""
+    path, deadline = run / "checkpoint.pt", time.monotonic() + PATIENCE
     before = path.stat().st_mtime_ns if path.exists() else None
     while not path.exists() or path.stat().st_mtime_ns == before:
         assert started.poll() is None, started.communicate()
-        assert time.monotonic() < patience
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def kill_tree(root):
-    """Kill a process and all that it has started, at once."""
+    """Kill a process and its descendants."""
     parents = {int(stat.parent.name): parent_of(stat) for stat in Path("/proc").glob("[0-9]*/stat")}
     doomed = {root}
     while more := {child for child, parent in parents.items() if parent in doomed} - doomed:

@@ -1,3 +1,5 @@
+"""Figure 1: values that are normalized together."""
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,8 @@ SHAPE, PLACES = (8, 6, 3), [(0, 0, 0), (3, 4, 1), (7, 5, 2)]
 OPTIONS = {"groups": 4, "channel_groups": 3}
 
 
-def together(name, a, b):
-    """Whether the equations put two values of a batch of SHAPE into a slice, or into slices that share a step."""
+def in_one_slice(name, a, b):
+    """Return True if two values of a batch of SHAPE share a slice in the equations of a norm."""
     sample, channel = a[0] == b[0], a[1] == b[1]
     group, channel_group = a[0] // 2 == b[0] // 2, a[1] // 2 == b[1] // 2
     return {
@@ -33,7 +35,7 @@ def together(name, a, b):
         "group": sample and channel_group,
         "ghost": group and channel,
         "ghost-ws": group and channel,
-        "ghost-mean": channel,  # the variance is that of the whole batch
+        "ghost-mean": channel,  # The variance is that of the batch.
         "batch-group": group and channel_group,
         "seq": group and channel_group,
         "seq-ws": group and channel_group,
@@ -42,7 +44,7 @@ def together(name, a, b):
 
 
 def slices(name, at):
-    return torch.tensor([together(name, at, place) for place in np.ndindex(SHAPE)]).view(SHAPE)
+    return torch.tensor([in_one_slice(name, at, place) for place in np.ndindex(SHAPE)]).view(SHAPE)
 
 
 def options_of(name):
@@ -51,14 +53,14 @@ def options_of(name):
 
 @pytest.mark.parametrize("at", PLACES)
 @pytest.mark.parametrize("name", NORMS)
-def test_what_changes_is_what_the_equations_put_into_a_slice(name, at):
+def test_dependence_equations(name, at):
     norm = make_norm(name, **options_of(name))(6).double()
     assert torch.equal(dependence(norm, SHAPE, at), slices(name, at))
 
 
 @pytest.mark.parametrize("at", PLACES)
 @pytest.mark.parametrize("name", NORMS)
-def test_where_the_derivative_is_not_zero(name, at):
+def test_dependence_derivative(name, at):
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     norm = make_norm(name, **options_of(name))(6).double()
     derivatives = torch.autograd.functional.jacobian(norm, x)
@@ -66,7 +68,7 @@ def test_where_the_derivative_is_not_zero(name, at):
     assert torch.equal(dependence(norm, SHAPE, at), derivatives[(..., *at)].abs() > 1e-12)
 
 
-def test_any_function_and_any_number_of_positions():
+def test_dependence_any_function():
     moved = dependence(lambda x: x.roll(1, 0), (4, 2), (3, 1))
     assert moved.nonzero().tolist() == [[0, 1]]
     norm = make_norm("ghost", groups=4, layout="interleaved")(2).double()
@@ -74,7 +76,7 @@ def test_any_function_and_any_number_of_positions():
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_the_first_step_counts(name):
+def test_normalization_steps(name):
     first = {"seq": "group", "seq-ws": "group", "seq-reversed": "ghost"}.get(name, name)
     expected = slices(name, PLACES[1]).long() * 2
     expected[slices(first, PLACES[1])] = 1
@@ -82,18 +84,18 @@ def test_the_first_step_counts(name):
 
 
 @pytest.mark.parametrize("at", [(0, 0), (0, 0, 3), (-1, 0, 0)])
-def test_a_value_that_is_not_there(at):
-    with pytest.raises(LandscapeError, match=r"no value at .* in a batch of shape \(8, 6, 3\)"):
+def test_dependence_invalid_index(at):
+    with pytest.raises(LandscapeError, match=r"at=\(.*no value in a batch of shape \(8, 6, 3\)"):
         dependence(lambda x: x, SHAPE, at)
 
 
-def test_norms_that_do_not_fit_say_so():
+def test_normalization_steps_invalid_groups():
     with pytest.raises(LandscapeError, match="channel_groups=4 on 6 channels"):
         normalization_steps("seq", SHAPE, (0, 0, 0), groups=2, channel_groups=4)
 
 
-def shown(axes):
-    """Colours of the small squares by the centre that they are drawn at."""
+def squares_of(axes):
+    """Return the colours of the small squares by their centres."""
     faces = [
         artist for artist in axes.collections if isinstance(artist, PolyCollection) and len(artist.get_paths()) > 1
     ]
@@ -104,16 +106,16 @@ def shown(axes):
     }
 
 
-def test_each_norm_has_a_panel_and_each_visible_value_its_colour():
+def test_plot_blocks():
     blocks = {title: steps.numpy() for title, steps in figure1_blocks().items()}
     figure = plot_blocks(blocks)
     assert [axes.get_title() for axes in figure.axes] == list(blocks)
     assert list(blocks)[3:] == ["GroupNorm (G_C=2)", "GhostNorm (G=3)", "SeqNorm (G_C=2, G_M=3)"]
     right, left, down = np.array([3**0.5 / 2, 0.5]), np.array([-(3**0.5) / 2, 0.5]), np.array([0, -1])
     for axes, steps in zip(figure.axes, blocks.values(), strict=True):
-        squares = shown(axes)
+        squares = squares_of(axes)
         assert len(squares) == 6 * 6 + 6 * 4 + 6 * 4
-        for m, c in np.ndindex(6, 6):  # the upper face, as bright as its colours
+        for m, c in np.ndindex(6, 6):  # the top, where colours have full brightness
             colour = squares[tuple(np.round((m + 0.5) * right + (c + 0.5) * left, 6))]
             np.testing.assert_allclose(colour, (UNREACHED, FIRST, LATER)[steps[m, c, 0]])
         for m, f in np.ndindex(6, 4):
@@ -124,19 +126,19 @@ def test_each_norm_has_a_panel_and_each_visible_value_its_colour():
             assert (red < 0.9 * blue) == bool(steps[0, c, f])
 
 
-def test_colours_differ_in_grey():
+def test_colours_in_grey():
     greys = [np.dot(colour, [0.2126, 0.7152, 0.0722]) for colour in (FIRST, LATER, UNREACHED)]
     assert np.diff(greys).min() > 0.1
 
 
-def test_panels_without_a_block_stay_empty(tmp_path):
+def test_plot_blocks_empty_panels(tmp_path):
     figure = plot_blocks({"BatchNorm": normalization_steps("batch", (2, 2, 1), (0, 0, 0)).numpy()})
     assert [bool(axes.collections) for axes in figure.axes] == [True, False, False]
     save_figure(figure, tmp_path / "one.png")
 
 
-def test_the_first_step_has_the_options_of_the_norm():
+def test_normalization_steps_options():
     options = {"groups": 2, "channel_groups": 2, "layout": "interleaved"}
     reached = normalization_steps("seq-reversed", (6, 4, 2), (0, 0, 0), **options)
-    assert (reached == 1)[:, 0].all(1).tolist() == [True, False] * 3  # every second sample is in the group
+    assert (reached == 1)[:, 0].all(1).tolist() == [True, False] * 3  # Every second sample is in the group.
     assert not (reached == 1)[:, 1:].any()

@@ -5,7 +5,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from landscape import LandscapeError
-from landscape.probe.checks import GradientCheck, LossCheck, judged
+from landscape.probe.checks import collect_warnings
+from landscape.probe.comparison import GradientCheck, LossCheck
 from landscape.ray.objective import Objective
 
 NAN = float("nan")
@@ -22,8 +23,8 @@ def check(alter=lambda gradient: gradient, penalty=0.0, weight=None):
     return GradientCheck.of(objective, dict(model.named_parameters()), gradient)
 
 
-def verdict(recorded=1.0, evaluated=1.0, differentiated=None, gradient=None, others=False):
-    return judged(LossCheck(recorded, evaluated, 1e-5, differentiated), gradient, others)
+def warnings_of(recorded=1.0, evaluated=1.0, differentiated=None, gradient=None, others=False):
+    return collect_warnings(LossCheck(recorded, evaluated, 1e-5, differentiated), gradient, others)
 
 
 @pytest.mark.parametrize(
@@ -37,36 +38,36 @@ def verdict(recorded=1.0, evaluated=1.0, differentiated=None, gradient=None, oth
         ((1.0, 1.5, 2.0), {"loss", "constant"}),
     ],
 )
-def test_a_loss_that_is_not_the_recorded_one_is_told(losses, kinds):
-    assert set(verdict(*losses)) == kinds
+def test_warnings_of_losses(losses, kinds):
+    assert set(warnings_of(*losses)) == kinds
 
 
-def test_a_changed_gradient_is_told_where_the_loss_is_right_and_refused_where_it_is_not():
+def test_warnings_of_changed_gradient():
     changed = check(torch.sign)
-    assert set(verdict(gradient=changed)) == {"gradient"}
+    assert set(warnings_of(gradient=changed)) == {"gradient"}
     for options in ({"evaluated": 1.5}, {"others": True}):
         with pytest.raises(LandscapeError):
-            verdict(gradient=changed, **options)
+            warnings_of(gradient=changed, **options)
 
 
-def test_a_parameter_that_the_loss_does_not_see_is_refused():
+def test_parameter_without_effect():
     with pytest.raises(LandscapeError, match="'weight'"):
-        verdict(gradient=GradientCheck(1.0, 1.0, 1.0, 1, 1e-3, ("weight",)))
+        warnings_of(gradient=GradientCheck(1.0, 1.0, 1.0, 1, 1e-3, ("weight",)))
 
 
-def test_the_gradient_of_the_loss_agrees():
+def test_gradient_agrees():
     result = check()
     assert result.agrees
     assert result.scale == pytest.approx(1, rel=1e-5)
 
 
-def test_a_clipped_gradient_agrees():
+def test_gradient_clipped():
     result = check(lambda gradient: 0.01 * gradient)
     assert result.agrees
     assert result.scale == pytest.approx(0.01, rel=1e-5)
 
 
-def test_another_gradient_does_not_agree():
+def test_gradient_differs():
     assert not check(penalty=0.01).agrees
     assert not check(torch.sign).agrees
 
@@ -83,11 +84,11 @@ def test_another_gradient_does_not_agree():
         (1.0, 0.01, False),
     ],
 )
-def test_a_loss_scale_is_found(weight, scale, is_scaled):
+def test_loss_scale_detected(weight, scale, is_scaled):
     assert GradientCheck(scale, 0.0, weight, 1, 1e-3).is_scaled == is_scaled
 
 
-def test_sparse_gradients_are_judged():
+def test_gradient_sparse():
     model, tokens = nn.Embedding(5, 3, sparse=True), torch.tensor([1, 2, 1])
     objective = Objective.of(model, lambda model: model(tokens).square().sum())
     loss = model(tokens).square().sum()
@@ -95,12 +96,12 @@ def test_sparse_gradients_are_judged():
     assert GradientCheck.of(objective, dict(model.named_parameters()), gradient).agrees
 
 
-def test_a_gradient_that_is_not_finite_is_not_judged():
+def test_gradient_not_finite():
     assert check(lambda gradient: gradient * float("nan")) is None
     assert check(lambda gradient: gradient * 0) is None
 
 
-def test_a_loss_that_cannot_be_differentiated_again_is_not_judged():
+def test_gradient_of_reentrant_checkpoint():
     model = nn.Linear(4, 1)
     inputs = torch.randn(2, 4, requires_grad=True)
     objective = Objective.of(model, lambda model: checkpoint(model, inputs, use_reentrant=True).sum())

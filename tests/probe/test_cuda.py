@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped elsewhere. One command runs it: ``pytest tests/probe/test_cuda.py``."""
+"""Tests that need a GPU: ``pytest tests/probe/test_cuda.py``."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 @pytest.mark.filterwarnings("ignore:The engine .* does not fit")
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name not in OPT_IN])
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("unseen use", "writes")])
-def test_engines_give_the_losses_of_moved_copies(name, engine):
-    """But for a use that no TorchFunctionMode sees: to look for its NaN would be to wait for the device."""
+def test_engines_against_moved_copies(name, engine):
+    """The case "unseen use" is excluded, because finding its NaN would block until the device is done."""
     with torch.device("cuda"):
         case = CASES[name]()
         direction = case.direction()
@@ -30,7 +30,7 @@ def test_engines_give_the_losses_of_moved_copies(name, engine):
 
 @pytest.mark.parametrize("engine", ["loop", "affine", "stacked"])
 @pytest.mark.parametrize("norm", ["none", "batch", "ghost"])
-def test_no_step_waits_for_the_device(norm, engine):
+def test_steps_without_synchronization(norm, engine):
     model = SimpleNet(784, 10, make_norm(norm, **({"groups": 8} if norm == "ghost" else {}))).cuda()
     optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
     inputs, targets = torch.randn(512, 784, device="cuda"), torch.randint(0, 10, (512,), device="cuda")

@@ -1,4 +1,4 @@
-"""Models that could deceive an engine or be changed by the probe: each row is the loop's, each bit as without it."""
+"""Models that could mislead an engine or be changed by the probe: rows equal the loop's, the training is unchanged."""
 
 import functools
 from contextlib import nullcontext
@@ -22,11 +22,11 @@ def mlp():
 def train(
     make, engine, updates=4, closure=None, before=lambda model, step: None, between=lambda model: None, **options
 ):
-    """Losses of every update, and all that training leaves behind; ``engine=None`` trains without a probe."""
+    """Return the losses of each update, and the final state; ``engine=None`` trains without a probe."""
     torch.manual_seed(0)
     model, criterion = make().double(), nn.CrossEntropyLoss()
-    walked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(walked, lr=0.1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
     probe = LandscapeProbe(
         model, optimizer, None if closure else criterion, step_sizes=STEP_SIZES, engine=engine or "loop", **options
     )
@@ -40,12 +40,12 @@ def train(
         between(model)
         optimizer.step()
     probe.detach()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()} | {"stream": torch.get_rng_state()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()} | {"rng_state": torch.get_rng_state()}
     return probe.frame().set_index("step")["losses"].map(list).to_dict() if engine else {}, state
 
 
 class Momentum(nn.Module):
-    """A momentum encoder that is written to in its forward pass, through ``.data`` or as a trained parameter is."""
+    """A momentum encoder that its forward pass writes to, in place or through ``.data``."""
 
     def __init__(self, how, frozen):
         super().__init__()
@@ -71,12 +71,12 @@ class Momentum(nn.Module):
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("how", ["rebound", "through data", "in place"])
 @pytest.mark.parametrize("engine", ["loop", "affine", "auto"])
-def test_what_the_forward_pass_writes_to_is_written_to_once(engine, how, frozen):
+def test_parameters_written_by_forward(engine, how, frozen):
     make = functools.partial(Momentum, how, frozen)
     losses, state = train(make, engine)
     _, expected = train(make, None)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    assert len(losses) == 3  # one tells that there is something to be copied
+    assert len(losses) == 3  # At the first update the write is detected.
 
 
 def rebind_forward(model, step):
@@ -120,7 +120,7 @@ CHANGES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("engine", ["affine", "stacked"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_layers_that_change_during_training(name, engine):
+def test_layers_changed_during_training(name, engine):
     losses, _ = train(mlp, engine, closure=lambda m, x, y: F.cross_entropy(m(x), y), **CHANGES[name])
     expected, _ = train(mlp, "loop", closure=lambda m, x, y: F.cross_entropy(m(x), y), **CHANGES[name])
     assert losses.keys() == expected.keys() == set(range(4))
@@ -128,8 +128,8 @@ def test_layers_that_change_during_training(name, engine):
         assert losses[step] == pytest.approx(expected[step], rel=1e-10), step
 
 
-def test_parameters_that_are_written_before_the_step_are_refused():
-    """Neither the loss nor the gradient is that of where the update starts; through ``.data``, values alone tell."""
+def test_parameters_written_before_step():
+    """A write through ``.data`` does not change versions, but the loss at step size 0."""
 
     def shrink(model):
         model[0].weight.data.mul_(0.9)
@@ -138,7 +138,7 @@ def test_parameters_that_are_written_before_the_step_are_refused():
         train(mlp, "loop", between=shrink)
 
 
-def test_a_mean_teacher_in_the_loss():
+def test_mean_teacher():
     """The same layer on the same input with other weights."""
     torch.manual_seed(1)
     other = {name: torch.randn_like(tensor, dtype=torch.float64) for name, tensor in mlp().named_parameters()}
@@ -162,7 +162,7 @@ class Renormalized(nn.Module):
 
 
 class Remembering(nn.Module):
-    """Feeds a layer from memory that is written to without a trace."""
+    """A model whose layer reads a tensor that is written to through ``.data``."""
 
     def __init__(self):
         super().__init__()
@@ -197,8 +197,8 @@ class Dropping(nn.Module):
         return self.head(self.layers(x).flatten(1))
 
 
-class OwnStream(nn.Module):
-    """Moves the random stream by itself between two draws."""
+class ReseedingWithin(nn.Module):
+    """A model that changes the RNG state between two draws."""
 
     def __init__(self):
         super().__init__()
@@ -225,7 +225,7 @@ class Transposed(nn.Module):
 
 
 class Normalized(nn.Module):
-    """Drops what is contiguous by itself, but need not be where points are stacked."""
+    """Dropout of a tensor that is contiguous, but need not be so where points are stacked."""
 
     def __init__(self):
         super().__init__()
@@ -236,7 +236,7 @@ class Normalized(nn.Module):
 
 
 class Reseeding(nn.Module):
-    """Draws from another state of the stream far from the origin."""
+    """A model that seeds the RNG far from the origin."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,7 @@ MODELS = {
     "remembering": Remembering,
     "conjugate": Conjugate,
     "dropping": Dropping,
-    "own stream": OwnStream,
+    "seeding within": ReseedingWithin,
     "normalized": Normalized,
     "reseeding": Reseeding,
     **{
@@ -279,7 +279,7 @@ MODELS = {
 @pytest.mark.filterwarnings("ignore:The engine .* does not fit")
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name not in OPT_IN and name != "loop"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_that_could_deceive(name, engine):
+def test_engines_on_misleading_models(name, engine):
     torch.manual_seed(0)
     model, x = MODELS[name]().double(), torch.randn(12, 6, dtype=torch.float64)
     direction = {key: 0.3 * torch.randn_like(parameter) for key, parameter in model.named_parameters()}
@@ -292,7 +292,7 @@ def test_models_that_could_deceive(name, engine):
 
 @pytest.mark.parametrize("engine", ["affine", "stacked"])
 @pytest.mark.parametrize("points", [1, 2, 5])
-def test_losses_with_derivatives_by_the_input(points, engine):
+def test_loss_with_input_gradient(points, engine):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double(), torch.randn(12, 6).double()
     direction = {key: torch.randn_like(parameter) for key, parameter in model.named_parameters()}
@@ -312,8 +312,8 @@ def test_losses_with_derivatives_by_the_input(points, engine):
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
 
 
-def test_autocast_around_the_whole_loop_with_gradients():
-    """The cache of weights that were cast would give all points the same ones."""
+def test_gradients_under_autocast():
+    """The cache of cast weights must not be shared by the points."""
     torch.manual_seed(0)
     model, criterion = mlp(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -327,7 +327,7 @@ def test_autocast_around_the_whole_loop_with_gradients():
     assert min(row["gradient_distances"]) > 0
 
 
-def test_sparse_tensors_pass_the_meter():
+def test_sparse_tensors():
     class Graph(nn.Module):
         def __init__(self):
             super().__init__()
@@ -341,10 +341,10 @@ def test_sparse_tensors_pass_the_meter():
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_lazy_modules_are_probed_once_they_are_made():
+def test_lazy_modules():
     model, criterion = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(3)), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.warns(UserWarning, match="parameters that the model does not have"):
+    with pytest.warns(UserWarning, match="optimizer holds parameters"):
         probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES)
     x, y = torch.randn(12, 6), torch.arange(12) % 3
     with probe:
@@ -353,7 +353,7 @@ def test_lazy_modules_are_probed_once_they_are_made():
             criterion(model(x), y).backward()
             if step == 0:
                 optimizer.add_param_group({"params": list(model.parameters())})
-                with pytest.warns(UserWarning, match="Step 0 is not in the trace: The forward pass has made"):
+                with pytest.warns(UserWarning, match="Step 0 is not in the trace.*lazy"):
                     optimizer.step()
             else:
                 optimizer.step()
@@ -363,31 +363,31 @@ def test_lazy_modules_are_probed_once_they_are_made():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overhead": "10%"}, "overhead='10%': give the share"),
-        ({"every": None}, "every=None: probe each n-th update"),
-        ({"every": "2"}, "every='2': probe each n-th update"),
-        ({"max_memory": "1GB"}, "max_memory='1GB': give the bytes"),
+        ({"overhead": "10%"}, "overhead='10%'.*share"),
+        ({"every": None}, "every=None.*whole number"),
+        ({"every": "2"}, "every='2'.*whole number"),
+        ({"max_memory": "1GB"}, "max_memory='1GB'.*bytes"),
         ({"max_memory": -1}, "max_memory=-1"),
         ({"steps_per_epoch": "a"}, "steps_per_epoch='a'"),
-        ({"gradients": "no"}, "gradients='no': give True or False"),
+        ({"gradients": "no"}, "gradients='no'.*True or False"),
         ({"grad_scaler": 1}, "grad_scaler=1"),
-        ({"engine": ["affine"]}, "Unknown engine"),
+        ({"engine": ["affine"]}, "engine=.*must be one of"),
     ],
 )
-def test_mistakes(options, message):
+def test_options_out_of_range(options, message):
     model = nn.Linear(1, 1)
     with pytest.raises(LandscapeError, match=message):
         LandscapeProbe(model, torch.optim.SGD(model.parameters()), **{"step_sizes": [1.0]} | options)
 
 
-def test_a_direction_with_nothing_for_a_parameter():
+def test_direction_none():
     model = nn.Linear(1, 1)
-    with pytest.raises(LandscapeError, match="direction of 'weight' is a NoneType; give a tensor, or leave it out"):
+    with pytest.raises(LandscapeError, match="direction\\['weight'\\] must be a tensor, got NoneType"):
         ray_losses(model, lambda m: m(torch.ones(1)), {"weight": None, "bias": torch.ones(1)}, [1.0])
 
 
 @pytest.mark.parametrize("engine", ["affine", "stacked", "loop", "auto"])
-def test_training_that_diverges_goes_on_and_is_recorded(engine):
+def test_diverging_training(engine):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 2))
     optimizer, criterion = torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss()

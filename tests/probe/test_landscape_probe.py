@@ -33,7 +33,7 @@ def batch():
 
 
 def train(model, optimizer, criterion, updates=5, accumulate=1, autocast=False, after=lambda: None):
-    """The user's own loop."""
+    """Train as a user does."""
     torch.manual_seed(1)
     for _ in range(updates):
         optimizer.zero_grad()
@@ -47,7 +47,7 @@ def train(model, optimizer, criterion, updates=5, accumulate=1, autocast=False, 
 
 
 def probed(norm="batch", optimizer="sgd", loop=None, **options):
-    """A model that was trained with a probe attached, and the rows."""
+    """Train a model with a probe, and return the probe."""
     model, criterion = make_model(norm), nn.CrossEntropyLoss()
     made = OPTIMIZERS[optimizer](model.parameters())
     with LandscapeProbe(model, made, criterion, **{"step_sizes": STEP_SIZES, "engine": "affine"} | options) as probe:
@@ -58,7 +58,7 @@ def probed(norm="batch", optimizer="sgd", loop=None, **options):
 @pytest.mark.parametrize("direction", ["gradient", "update"])
 @pytest.mark.parametrize("loop", [{}, {"accumulate": 3}, {"autocast": True}], ids=["plain", "accumulation", "autocast"])
 @pytest.mark.parametrize(("norm", "optimizer"), list(itertools.product(NORMS, OPTIMIZERS)))
-def test_probing_changes_no_bit(norm, optimizer, loop, direction):
+def test_probe_changes_no_bit(norm, optimizer, loop, direction):
     def run(with_probe):
         model, criterion = make_model(norm), nn.CrossEntropyLoss()
         made = OPTIMIZERS[optimizer](model.parameters())
@@ -81,8 +81,8 @@ def test_probing_changes_no_bit(norm, optimizer, loop, direction):
         assert torch.equal(tensor, with_probe[key]), key
 
 
-def test_rows_are_the_rays_of_the_users_batches():
-    """Each row against ``ray_losses`` on a copy of the model as it was before the forward pass."""
+def test_rows_against_ray_losses():
+    """Compare each row with ``ray_losses`` of a copy of the model from before the forward pass."""
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     expected = []
@@ -108,7 +108,7 @@ def test_rows_are_the_rays_of_the_users_batches():
     assert list(frame.step) == [0, 1, 2]
 
 
-def test_accumulation_measures_all_micro_batches_with_their_weights():
+def test_accumulation_weights():
     model = nn.Linear(2, 1, bias=False).double()
     optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss()
     inputs, targets = torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(3, 4, 1, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_accumulation_measures_all_micro_batches_with_their_weights():
     torch.testing.assert_close(torch.tensor([row.loss, *row.losses]), torch.stack(expected), rtol=1e-12, atol=0)
 
 
-def test_a_loss_that_is_changed_in_place():
+def test_loss_changed_in_place():
     def losses(in_place):
         model, criterion = make_model(), nn.CrossEntropyLoss()
         optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -143,7 +143,7 @@ def test_a_loss_that_is_changed_in_place():
     assert losses(True).equals(losses(False))
 
 
-def test_update_direction_at_the_learning_rate_is_the_update():
+def test_update_direction():
     torch.manual_seed(0)
     model, inputs, targets = make_model().double().eval(), torch.randn(16, 6).double(), torch.arange(16) % 3
     optimizer, criterion = torch.optim.Adam(model.parameters(), lr=0.02), nn.CrossEntropyLoss()
@@ -159,7 +159,7 @@ def test_update_direction_at_the_learning_rate_is_the_update():
     assert list(probe.frame().step_sizes[0]) == [0.02, 0.01]
 
 
-def test_step_sizes_relative_and_as_a_function():
+def test_step_sizes():
     assert [list(s) for s in probed(step_sizes=[0.5, 2], relative=True).frame().step_sizes] == [[0.05, 0.2]] * 5
     growing = probed(step_sizes=lambda step: [0.1 * (k + 1) for k in range(step + 1)]).frame()
     assert [len(losses) for losses in growing.losses] == [1, 2, 3, 4, 5]
@@ -171,8 +171,8 @@ def test_every_and_epoch():
     assert list(frame.epoch) == [0, 0.5, 1]
 
 
-def test_step_with_a_closure():
-    """Optimizers that compute the gradient themselves, once or several times in a step."""
+def test_step_closure():
+    """The optimizer computes the gradient, once or several times in a step."""
 
     def run(make, with_closure):
         model, criterion = make_model(), nn.CrossEntropyLoss()
@@ -196,7 +196,7 @@ def test_step_with_a_closure():
     assert len(run(lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=3), True)) == 3
 
 
-def test_evaluation_between_updates_is_not_taken_for_training():
+def test_evaluation_between_updates():
     def after():
         probe.model.eval()
         probe.criterion(probe.model(evaluation[0]), evaluation[1])
@@ -235,7 +235,7 @@ def test_observe():
     assert run(True) == run(False)
 
 
-def test_observe_measures_a_penalty():
+def test_observe_penalty():
     model = nn.Linear(2, 1).double()
     optimizer, inputs = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(4, 2).double()
     with LandscapeProbe(model, optimizer, step_sizes=[0.1]) as probe:
@@ -245,7 +245,7 @@ def test_observe_measures_a_penalty():
     assert probe.frame().losses[0][0] == pytest.approx(after.item(), rel=1e-12)
 
 
-def test_dropped_update_of_a_loss_scaler_is_forgotten():
+def test_loss_scaler_skipped_update():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -264,7 +264,7 @@ def test_dropped_update_of_a_loss_scaler_is_forgotten():
     assert probe.frame().loss.tolist() == pytest.approx(recorded)
 
 
-def test_clipped_gradient_is_what_is_walked_along():
+def test_clipped_gradient():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
@@ -292,18 +292,18 @@ REFUSED = {
     ),
     "computed from outputs": (lambda m, c, x, y: c(2 * m(x), y), "computed from the model's outputs"),
     "written outputs": (lambda m, c, x, y: c(m(x).mul_(2), y), "output of the model was changed in place"),
-    "function": (lambda m, c, x, y: F.cross_entropy(m(x), y), "No loss was captured since the last step"),
+    "function": (lambda m, c, x, y: F.cross_entropy(m(x), y), "No loss was captured"),
     "without model": (lambda m, c, x, y: c(m[4](torch.zeros(16, 12)), y), "without a call of the model before it"),
 }
 
 
 @pytest.mark.parametrize(("loss_of", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_capture_that_is_not_the_training_loss_is_refused(loss_of, message):
+def test_refused_losses(loss_of, message):
     with pytest.raises(LandscapeError, match=f"{message}.*probe.observe"):
         step_after(loss_of)
 
 
-def test_a_batch_that_is_overwritten_before_the_step_is_refused():
+def test_overwritten_batch():
     def reuse(model, criterion, inputs, targets):
         def overwrite(parameter):
             inputs.zero_()
@@ -315,7 +315,7 @@ def test_a_batch_that_is_overwritten_before_the_step_is_refused():
         step_after(reuse)
 
 
-def test_after_the_first_row_a_bad_capture_is_left_out_with_a_warning():
+def test_refused_update_after_first_row():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
@@ -326,7 +326,7 @@ def test_after_the_first_row_a_bad_capture_is_left_out_with_a_warning():
     assert list(probe.frame().step) == [0, 1, 3]
 
 
-def test_an_error_in_the_middle_of_a_run_does_not_end_it():
+def test_error_after_first_row():
     calls = []
 
     def closure(model, inputs, targets):
@@ -350,7 +350,7 @@ def test_an_error_in_the_middle_of_a_run_does_not_end_it():
     assert "is not in the trace: out of memory" in str(seen[-1].message)
 
 
-def test_a_loss_that_cannot_be_repeated_is_noticed():
+def test_loss_not_repeatable():
     class Noisy(nn.Module):
         calls = 0
 
@@ -362,14 +362,14 @@ def test_a_loss_that_cannot_be_repeated_is_noticed():
         step_after(lambda m, c, x, y: c(m(x), y), Noisy(), engine="loop")
 
 
-def test_an_engine_that_gives_other_losses_is_not_trusted(monkeypatch):
+def test_wrong_engine(monkeypatch):
     monkeypatch.setitem(ENGINES, "wrong", lambda: lambda ray: 1.1 * loop(ray))
     with pytest.warns(UserWarning, match="engine 'wrong' does not fit this model .it gives other losses than the loop"):
         probe = probed(engine="wrong")
     assert probe.frame().losses.map(list).tolist() == probed(engine="loop").frame().losses.map(list).tolist()
 
 
-def test_criterion_with_buffers_and_keyword_arguments_is_left_alone():
+def test_criterion_with_buffers_and_keywords():
     class Counting(nn.Module):
         def __init__(self):
             super().__init__()
@@ -392,7 +392,7 @@ def test_criterion_with_buffers_and_keyword_arguments_is_left_alone():
 
 
 class Momentum(nn.Module):
-    """A frozen copy of a layer that follows it in every forward pass, counts its calls, and is checkpointed."""
+    """A checkpointed layer with a frozen copy that follows it in each forward pass, and a counter of calls."""
 
     def __init__(self):
         super().__init__()
@@ -407,7 +407,7 @@ class Momentum(nn.Module):
         return checkpoint(self.layer, inputs, use_reentrant=False) + self.follower(inputs) / self.calls
 
 
-def test_frozen_parameters_and_attributes_that_the_forward_pass_writes_to():
+def test_written_frozen_parameters():
     def run(with_probe):
         torch.manual_seed(0)
         model, criterion = Momentum(), nn.CrossEntropyLoss()
@@ -429,7 +429,7 @@ def test_frozen_parameters_and_attributes_that_the_forward_pass_writes_to():
         assert torch.equal(tensor, model.state_dict()[key]), key
 
 
-def test_flags_that_a_closure_sets_come_back():
+def test_flags_set_by_closure():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     inputs, targets = batch()
@@ -441,7 +441,7 @@ def test_flags_that_a_closure_sets_come_back():
     assert not any(module.training for module in model.modules())
 
 
-def test_a_copy_of_a_probed_model_is_not_probed(tmp_path):
+def test_copied_model(tmp_path):
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with LandscapeProbe(model, optimizer, criterion, step_sizes=lambda step: STEP_SIZES, engine="affine") as probe:
@@ -452,7 +452,7 @@ def test_a_copy_of_a_probed_model_is_not_probed(tmp_path):
     assert len(probe.frame()) == 1
 
 
-def test_two_probes_on_one_model():
+def test_two_probes():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     arguments = {
@@ -469,7 +469,7 @@ def test_two_probes_on_one_model():
     assert first.frame().losses.map(list).tolist() == probed().frame().losses.map(list).tolist()
 
 
-def test_fused_optimizer_with_a_loss_scale():
+def test_fused_optimizer_with_loss_scale():
     model, criterion = make_model().eval(), nn.CrossEntropyLoss()
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1, fused=True), torch.amp.GradScaler("cpu")
     inputs, targets = batch()
@@ -479,7 +479,7 @@ def test_fused_optimizer_with_a_loss_scale():
     assert probe.frame().losses[0][0] == pytest.approx(criterion(model(inputs), targets).item(), rel=1e-5)
 
 
-def test_outputs_of_any_kind():
+def test_outputs_in_object():
     class Holder:
         def __init__(self, logits):
             self.logits = logits
@@ -501,7 +501,7 @@ def test_outputs_of_any_kind():
     assert probe.frame().losses[0][0] == pytest.approx(criterion(model(inputs), targets).item(), rel=1e-5)
 
 
-def test_checks_wait_for_an_update_that_says_something():
+def test_first_check_of_zero_gradient():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine"):
@@ -510,11 +510,11 @@ def test_checks_wait_for_an_update_that_says_something():
         optimizer.step()
         optimizer.zero_grad()
         (criterion(model(inputs), targets) + model[0].weight.square().sum()).backward()
-        with pytest.warns(UserWarning, match="Step 1 is not in the trace: What was differentiated depends on"):
+        with pytest.warns(UserWarning, match=r"Step 1 is not in the trace.*0\.weight"):
             optimizer.step()
 
 
-def test_losses_without_a_backward_pass_are_not_held():
+def test_losses_without_backward_freed():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     held = []
@@ -528,7 +528,7 @@ def test_losses_without_a_backward_pass_are_not_held():
     assert not any(reference() is not None for reference in held)
 
 
-def test_only_parameters_of_the_optimizer_move():
+def test_parameters_outside_of_optimizer():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
     with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1]) as probe:
@@ -542,7 +542,7 @@ def test_only_parameters_of_the_optimizer_move():
     assert probe.frame().losses[0][0] == pytest.approx(after, rel=1e-6)
 
 
-def test_compiled_model_is_probed_without_compiling_again():
+def test_compiled_model():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     compiled = torch.compile(model, backend="eager")
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -566,7 +566,7 @@ def test_trace_and_facts(tmp_path):
     assert frame.losses.map(list).tolist() == probe.frame().losses.map(list).tolist()
 
 
-def test_a_refused_probe_does_not_block_its_folder(tmp_path):
+def test_folder_after_refusal(tmp_path):
     with pytest.raises(LandscapeError, match="No loss was captured"):
         step_after(lambda m, c, x, y: F.cross_entropy(m(x), y), trace=tmp_path / "run")
     assert len(probed(trace=tmp_path / "run").frame()) == 5
@@ -580,7 +580,7 @@ def test_last_row():
     assert LandscapeProbe(model, OPTIMIZERS["sgd"](model.parameters()), step_sizes=[1]).last() == {}
 
 
-def test_detached_probe_listens_no_more():
+def test_detach():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine")
@@ -601,11 +601,11 @@ def test_detached_probe_listens_no_more():
         ({"step_sizes": []}, "one finite number or more"),
         ({"every": 0}, "every=0"),
         ({"direction": "sideways"}, "direction='sideways'.*gradient, update"),
-        ({"engine": "warp"}, "Unknown engine 'warp'"),
+        ({"engine": "warp"}, "engine='warp': must be one of"),
         ({"criterion": F.cross_entropy}, "nn.Module.*probe.observe"),
     ],
 )
-def test_mistakes(options, message):
+def test_arguments_out_of_range(options, message):
     model = make_model()
     arguments = {"criterion": nn.CrossEntropyLoss(), "step_sizes": STEP_SIZES} | options
     with pytest.raises(LandscapeError, match=message):

@@ -39,7 +39,7 @@ def test_step_sizes_default_needs_a_learning_rate():
             """Stay."""
 
     model = nn.Linear(2, 1)
-    with pytest.raises(LandscapeError, match="learning rate.*step_sizes"):
+    with pytest.raises(LandscapeError, match=r"learning rate.*step_sizes"):
         train(model, WithoutRate(model.parameters()))
 
 

@@ -12,19 +12,19 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 3.0])
 @pytest.mark.parametrize("first", [1.0, 10.0])
-def test_five_hundred_steps_cost_the_share(share, first):
-    """Probes of one and a half steps, the first of them dearer by its checks."""
+def test_budget_of_500_steps(share, first):
+    """A probe takes 1.5 steps, and the first one longer because of its checks."""
     budget, probes = OverheadBudget(share), 0
     for _ in range(500):
         if budget.allows_probe():
-            budget.probe(first if probes == 0 else 1.5)
+            budget.add_probe(first if probes == 0 else 1.5)
             probes += 1
-        budget.train(1.0)
+        budget.add_training(1.0)
     assert budget.training == 500
     assert 0.8 * min(share, 1.5 + (first - 1.5) / 500) <= budget.probing / budget.training <= share
 
 
-def test_every_nth_update():
+def test_every():
     schedule, due = ProbeSchedule(3, None, CPU), []
     for _ in range(7):
         due.append(schedule.due)
@@ -33,7 +33,7 @@ def test_every_nth_update():
     assert schedule.facts() == {}
 
 
-def test_what_is_probed_is_not_training():
+def test_probing_is_not_training():
     schedule = ProbeSchedule(1, 0.5, CPU)
     with schedule.probing():
         time.sleep(0.05)
@@ -45,25 +45,25 @@ def test_what_is_probed_is_not_training():
     assert not schedule.due
 
 
-def test_a_stopwatch_that_is_left_by_an_error():
-    watch = DeviceTimer(CPU)
-    with pytest.raises(KeyError), watch.running():
+def test_timer_after_error():
+    timer = DeviceTimer(CPU)
+    with pytest.raises(KeyError), timer.running():
         raise KeyError
-    assert len(watch.take()) == 1
-    assert watch.take() == []
+    assert len(timer.pop()) == 1
+    assert timer.pop() == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_stopwatch_on_a_gpu_does_not_wait():
-    watch = DeviceTimer(torch.device("cuda"))
-    with watch.running():
+def test_timer_gpu():
+    timer = DeviceTimer(torch.device("cuda"))
+    with timer.running():
         torch.cuda._sleep(100_000_000)
-    assert watch.pending()
+    assert timer.pending()
     torch.cuda.synchronize()
-    assert watch.take()[0] > 0.01
+    assert timer.pop()[0] > 0.01
 
 
-def test_a_probe_with_a_budget_skips_updates_and_says_so():
+def test_probe_overhead():
     torch.manual_seed(0)
     model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -77,7 +77,7 @@ def test_a_probe_with_a_budget_skips_updates_and_says_so():
 
 
 @pytest.mark.parametrize("overhead", [0, -0.1, float("nan"), float("inf")])
-def test_no_share(overhead):
+def test_overhead_out_of_range(overhead):
     model = nn.Linear(1, 1)
-    with pytest.raises(LandscapeError, match="share of the training time"):
+    with pytest.raises(LandscapeError, match=r"overhead=.*share"):
         LandscapeProbe(model, torch.optim.SGD(model.parameters()), step_sizes=[1.0], overhead=overhead)

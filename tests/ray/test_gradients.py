@@ -17,7 +17,7 @@ CURVATURE = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
 
 
 class Quadratic(nn.Module):
-    """0.5 (theta - target)' H (theta - target), so that everything along a ray is known."""
+    """0.5 (theta - target)' H (theta - target), whose loss and gradient along a ray are known."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ def ray_of(model, closure, direction, step_sizes):
     return Ray(Objective.of(model, closure), origin, direction, step_sizes)
 
 
-def test_a_quadratic_is_exact():
+def test_quadratic_exact():
     model, target = Quadratic(), torch.tensor([1.0, 1.0], dtype=torch.float64)
     direction = torch.tensor([0.3, -0.4], dtype=torch.float64)
     there = gradients_along(ray_of(model, lambda model: model(target), {"theta": direction}, STEP_SIZES))
@@ -46,8 +46,8 @@ def test_a_quadratic_is_exact():
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("direction", ["gradient", "update"])
-def test_all_measures_of_a_training_run_on_a_quadratic(direction, clip):
-    """From the probe to the measures: beta and curvature are those of the matrix, whatever the direction."""
+def test_measures_of_a_quadratic(direction, clip):
+    """Beta and curvature are those of the matrix, in any direction."""
     model, criterion = Quadratic(), nn.Identity()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     options = {"step_sizes": [0.1, 0.5], "direction": direction, "gradients": True}
@@ -72,7 +72,7 @@ def test_all_measures_of_a_training_run_on_a_quadratic(direction, clip):
 
 
 @pytest.mark.parametrize("name", ["batch norm", "dropout", "transformer", "ResNet-20 batch", "branching", "frozen"])
-def test_gradients_are_those_of_moved_copies(name):
+def test_gradients_match_moved_copies(name):
     case = CASES[name]()
     direction = case.direction()
 
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_moved_copies(name):
     assert all(torch.equal(tensor, before[key]) for key, tensor in case.model.state_dict().items())
 
 
-def test_accumulated_batches_are_one_objective():
+def test_accumulation_equals_one_batch():
     def rows(parts):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -115,7 +115,7 @@ def test_accumulated_batches_are_one_objective():
         assert accumulated[name] == pytest.approx(whole[name], rel=1e-10), name
 
 
-def test_without_gradients_there_are_none():
+def test_no_distances_without_gradients():
     model = nn.Linear(4, 3)
     optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
     with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.5]) as probe:

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from landscape.ray.linear_cache import CachedLinear
+from landscape.ray.loss_module import ForwardTraits, LossModule
 from landscape.ray.objective import LossTerm, Objective
-from landscape.ray.snapshot import Autocast, ForwardSnapshot, LossModule
+from landscape.ray.snapshot import Autocast, ForwardSnapshot
 
 
 class Restless(nn.Module):
-    """Draws from every random stream and rebinds a buffer instead of writing to it."""
+    """Draws from every RNG, and rebinds a buffer instead of writing to it."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +37,7 @@ def draw():
     return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
 
 
-def test_calling_the_objective_changes_nothing_and_repeats_itself():
+def test_call_changes_nothing_and_is_repeatable():
     model = Restless()
     seed(0)
     objective = Objective.of(model, lambda model: model())
@@ -56,14 +57,14 @@ def test_calling_the_objective_changes_nothing_and_repeats_itself():
     assert [loss.item() for loss in losses] == [pytest.approx(2 * model().item(), rel=1e-6)] * 3
 
 
-def test_parameters_that_are_not_given_stay():
+def test_missing_parameters_stay():
     model = nn.Linear(2, 1)
     objective = Objective.of(model, lambda model: model(torch.ones(2)))
     loss = objective({"weight": torch.zeros(1, 2)})
     assert loss.item() == model.bias.item()
 
 
-def test_modes_of_single_modules_are_those_of_the_forward_pass():
+def test_train_flags_of_the_forward_pass():
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)).train()
     model[1].eval()
     modes = []
@@ -75,7 +76,7 @@ def test_modes_of_single_modules_are_those_of_the_forward_pass():
     assert [module.training for module in model.modules()] == [False, False, False]
 
 
-def test_modes_come_back_after_an_error():
+def test_train_flags_restored_after_error():
     model = nn.Dropout(0.5)
     objective = Objective.of(model, lambda model: 1 / 0)
     model.eval()
@@ -84,7 +85,7 @@ def test_modes_come_back_after_an_error():
     assert not model.training
 
 
-def test_autocast_is_that_of_the_forward_pass():
+def test_autocast_of_the_forward_pass():
     model, inputs = nn.Linear(8, 1), torch.randn(4, 8)
     dtypes = []
 
@@ -102,12 +103,15 @@ def test_autocast_is_that_of_the_forward_pass():
     assert Autocast.capture(["cpu"]) == (Autocast("cpu", False, torch.bfloat16),)
 
 
-def test_terms_are_summed_with_their_weights():
-    scene = LossModule(nn.Linear(1, 1))
+def test_terms_are_weighted():
+    loss_module = LossModule(nn.Linear(1, 1))
     losses, weights = (3.0, 5.0), (torch.tensor(0.5), None)
     terms = [
         LossTerm(
-            lambda model, loss=loss: torch.tensor(loss), ForwardSnapshot.capture(scene), torch.tensor(loss), weight
+            lambda model, loss=loss: torch.tensor(loss),
+            ForwardSnapshot.capture(loss_module),
+            torch.tensor(loss),
+            weight,
         )
         for loss, weight in zip(losses, weights, strict=True)
     ]
@@ -115,7 +119,7 @@ def test_terms_are_summed_with_their_weights():
 
 
 @pytest.mark.parametrize("change", ["inputs", "outputs", "weight", "rebound"])
-def test_a_layer_that_was_written_to_since_is_not_current(change):
+def test_cached_linear_invalid_after_write(change):
     layer, inputs = nn.Linear(3, 2), torch.randn(4, 3)
     outputs = layer(inputs).detach()
     base = CachedLinear.of({"weight": layer.weight, "bias": layer.bias}, inputs, outputs)
@@ -126,3 +130,20 @@ def test_a_layer_that_was_written_to_since_is_not_current(change):
         else:
             {"inputs": inputs, "outputs": outputs, "weight": layer.weight}[change][1:].add_(1)
     assert not base.is_valid()
+
+
+def test_traits_survive_a_checkpoint():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    saved = ForwardTraits(
+        {id(model[0].weight)}, True, True, streamed={"1.weight"}, shared={"0.weight"}, overwritten={"0.bias"}
+    )
+    state, loaded = saved.state_dict(model), ForwardTraits()
+    loaded.load_state_dict(state, model)
+    assert state["written_parameters"] == ["0.weight"]
+    assert loaded == saved
+
+
+def test_traits_of_an_old_checkpoint():
+    model, traits = nn.Linear(2, 3), ForwardTraits()
+    traits.load_state_dict({"moving": ["bias"], "draws": True, "streamed": [], "shared": ["weight"]}, model)
+    assert traits == ForwardTraits({id(model.bias)}, True, shared={"weight"})

@@ -29,7 +29,7 @@ time.sleep(60)
 
 @pytest.fixture
 def other(tmp_path):
-    """Another process, which writes a trace in ``tmp_path / "run"``."""
+    """Another process that writes a trace in ``tmp_path / "run"``."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
@@ -39,14 +39,14 @@ def other(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
-def test_a_second_writer_is_refused_with_the_owners_host_and_process(tmp_path, other, options):
-    expected = rf"run is being written by process {other.pid} on host {platform.node()}\. Wait until it has ended"
+def test_lock_refuses_second_writer(tmp_path, other, options):
+    expected = rf"run: is being written by process {other.pid} on host {platform.node()}\. Stop it"
     with pytest.raises(LandscapeError, match=expected):
         TraceWriter(tmp_path / "run", **options)
     assert len(read_traces(tmp_path)) == 1
 
 
-def test_a_dead_process_holds_nothing(tmp_path, other):
+def test_lock_of_dead_process(tmp_path, other):
     other.kill()
     other.wait()
     assert (tmp_path / "run" / ".owner.json").exists()
@@ -56,7 +56,7 @@ def test_a_dead_process_holds_nothing(tmp_path, other):
     assert not (tmp_path / "run" / ".owner.json").exists()
 
 
-def test_a_process_is_told_of_itself(tmp_path):
+def test_lock_refuses_second_writer_of_same_process(tmp_path):
     first = TraceWriter(tmp_path)
     with pytest.raises(LandscapeError, match=rf"process {os.getpid()} on host .*Close its writer"):
         TraceWriter(tmp_path, overwrite=True)
@@ -65,55 +65,55 @@ def test_a_process_is_told_of_itself(tmp_path):
 
 
 class Lockless(Memory):
-    """A place without locks, as object stores are."""
+    """A store without locks, like an object store."""
 
-    def note(self, **owner):
+    def write_owner(self, **owner):
         self.write(".owner.json", json.dumps(owner).encode())
 
 
 ELSEWHERE = {"host": "node17", "process": 4711, "token": "theirs"}
 
 
-def test_without_locks_a_note_says_who_writes():
+def test_lease_expires():
     store = Lockless()
-    store.note(**ELSEWHERE, time=time.time() - LEASE_SECONDS / 2)
+    store.write_owner(**ELSEWHERE, time=time.time() - LEASE_SECONDS / 2)
     with pytest.raises(LandscapeError, match="process 4711 on host node17"):
         Lock(store)
-    store.note(**ELSEWHERE, time=time.time() - LEASE_SECONDS - 1)
+    store.write_owner(**ELSEWHERE, time=time.time() - LEASE_SECONDS - 1)
     Lock(store).release()
     assert store.names() == []
 
 
-def test_without_locks_a_dead_process_of_this_host_is_known():
+def test_lease_of_dead_process():
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     store = Lockless()
-    store.note(host=platform.node(), process=process.pid, token="theirs", time=time.time())
+    store.write_owner(host=platform.node(), process=process.pid, token="theirs", time=time.time())
     Lock(store).release()
-    store.note(host=platform.node(), process=os.getpid(), token="theirs", time=time.time())
+    store.write_owner(host=platform.node(), process=os.getpid(), token="theirs", time=time.time())
     with pytest.raises(LandscapeError, match="Close its writer"):
         Lock(store)
 
 
-@pytest.mark.parametrize("note", [b"", b"[]", b'{"process": "x"}', b'{"time": "soon"}', b"[" * 100_000])
-def test_without_locks_a_note_that_cannot_be_read_holds_nothing(note):
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"process": "x"}', b'{"time": "soon"}', b"[" * 100_000])
+def test_lease_damaged_owner_file(content):
     store = Lockless()
-    store.write(".owner.json", note)
+    store.write(".owner.json", content)
     Lock(store).release()
 
 
-def test_without_locks_a_run_that_was_taken_over_is_left_alone():
+def test_lease_taken_over():
     store = Lockless()
     lock = Lock(store)
     lock.refresh()
-    store.note(**ELSEWHERE, time=time.time())
+    store.write_owner(**ELSEWHERE, time=time.time())
     with pytest.raises(OSError, match="taken over by process 4711 on host node17"):
         lock.refresh()
     lock.release()
     assert store.names() == [".owner.json"]
 
 
-def test_a_folder_that_was_made_anew_belongs_to_who_has_it_now(tmp_path, recwarn):
+def test_lock_of_recreated_folder(tmp_path, recwarn):
     first = TraceWriter(tmp_path / "run", {"norm": "first"}, flush_rows=1)
     shutil.rmtree(tmp_path / "run")
     second = TraceWriter(tmp_path / "run", {"norm": "second"}, flush_rows=1)
@@ -126,11 +126,11 @@ def test_a_folder_that_was_made_anew_belongs_to_who_has_it_now(tmp_path, recwarn
     assert list(read_traces(tmp_path).norm) == ["second", "second"]
     (tmp_path / "run").rename(tmp_path / "away")
     (tmp_path / "run").mkdir()
-    first.close()  # nobody has it any more
+    first.close()  # The new folder is not locked.
     assert list(read_traces(tmp_path / "run").norm) == ["first"] * 3
 
 
-def test_a_lock_of_a_folder_outlives_its_note(tmp_path):
+def test_lock_without_owner_file(tmp_path):
     lock = Lock(Folder(tmp_path))
     (tmp_path / ".owner.json").unlink()
     with pytest.raises(LandscapeError, match=r"being written by process \(unknown\)"):

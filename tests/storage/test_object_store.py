@@ -1,4 +1,4 @@
-"""Traces on object storage, against a real server that speaks S3, on loopback."""
+"""Traces on object storage, tested with a local server of the S3 protocol."""
 
 import logging
 import os
@@ -25,12 +25,12 @@ TRACES = "s3://bucket/traces"
 @pytest.fixture(scope="module")
 def server():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the server imports
+        warnings.simplefilter("ignore")  # Dependencies of the server warn.
         moto = pytest.importorskip("moto.server")
     logging.getLogger("werkzeug").disabled = True
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    # Started again it has the same address, and what it keeps is still there.
+    # A restarted server has the same address and the same objects.
     server._ip_address, server._port = server.get_host_and_port()
     yield server
     server.stop()
@@ -54,7 +54,7 @@ def bucket(server, monkeypatch):
 
 
 def names(bucket):
-    """Without those that stand for folders."""
+    """Return the names of objects, without those that represent folders."""
     return sorted(found.key for found in bucket.objects.all() if not found.key.endswith("/"))
 
 
@@ -63,7 +63,7 @@ def record(trace, steps):
         trace.append({**rows(steps=100)[step], "step": step})
 
 
-def test_what_is_written_is_read_listed_and_drawn(bucket):
+def test_s3_round_trip(bucket):
     for name in ("a", "b"):
         with TraceWriter(f"{TRACES}/{name}", {"norm": name}, flush_rows=4) as trace:
             record(trace, range(10))
@@ -77,14 +77,14 @@ def test_what_is_written_is_read_listed_and_drawn(bucket):
     assert plot_landscape(frame).axes
 
 
-def test_a_run_is_held_overwritten_and_goes_on(bucket):
+def test_s3_lock_overwrite_resume(bucket):
     trace = TraceWriter(f"{TRACES}/run")
     record(trace, range(3))
     trace.flush()
     with pytest.raises(LandscapeError, match=rf"process {os.getpid()} on host {platform.node()}"):
         TraceWriter(f"{TRACES}/run", resume=True)
     trace.close()
-    with pytest.raises(LandscapeError, match="holds a run already"):
+    with pytest.raises(LandscapeError, match="holds a run"):
         TraceWriter(f"{TRACES}/run")
     with TraceWriter(f"{TRACES}/run", resume=True) as trace:
         trace.truncate({"updates": 2})
@@ -99,8 +99,8 @@ def test_a_run_is_held_overwritten_and_goes_on(bucket):
     assert list(read_traces(TRACES).step) == [0]
 
 
-def test_a_server_that_stops_in_the_middle_of_a_run(server, bucket):
-    """Training goes on, and its rows arrive when the server is back."""
+def test_s3_outage_during_training(server, bucket):
+    """Training continues, and its rows are written when the server is back."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
     criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1)
@@ -117,11 +117,11 @@ def test_a_server_that_stops_in_the_middle_of_a_run(server, bucket):
         assert probe.trace.flush()
         server.stop()
         train(5)
-        with pytest.warns(UserWarning, match="s3://bucket/traces/run cannot be written to: .*training goes on"):
+        with pytest.warns(UserWarning, match="s3://bucket/traces/run: cannot be written to: .*Training continues"):
             assert not probe.trace.flush()
         train(5)
         assert not probe.trace.flush()
-        with pytest.raises(LandscapeError, match="s3://bucket/traces/run cannot be read now"):
+        with pytest.raises(LandscapeError, match="s3://bucket/traces/run: cannot be read now"):
             probe.frame()
         server.start()
         assert len(probe.frame()) == 15
@@ -130,7 +130,7 @@ def test_a_server_that_stops_in_the_middle_of_a_run(server, bucket):
     assert list(read_traces(TRACES).step) == list(range(20))
 
 
-def test_a_server_that_stays_away_is_told_at_the_end(server, bucket):
+def test_s3_outage_at_end(server, bucket):
     trace = TraceWriter(f"{TRACES}/run")
     record(trace, range(2))
     trace.flush()
@@ -141,7 +141,7 @@ def test_a_server_that_stays_away_is_told_at_the_end(server, bucket):
         pytest.raises(LandscapeError, match="3 rows of updates could not be written"),
     ):
         trace.close()
-    with pytest.raises(LandscapeError, match="s3://bucket/traces cannot be read: "):
+    with pytest.raises(LandscapeError, match="s3://bucket/traces: cannot be read"):
         read_traces(TRACES)
     server.start()
     trace.close()
@@ -149,26 +149,26 @@ def test_a_server_that_stays_away_is_told_at_the_end(server, bucket):
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("location", "message"),
     [
         ("s3://", "names no bucket"),
-        ("s4://bucket/run", "s4://bucket/run cannot be used"),
-        ("s3://missing/run", "No trace can be written in s3://missing/run: .*bucket does not exist"),
+        ("s4://bucket/run", "s4://bucket/run: cannot be used"),
+        ("s3://missing/run", "s3://missing/run: .*bucket does not exist"),
     ],
 )
-def test_places_that_cannot_be_written_to(bucket, place, message):
+def test_s3_unusable_url(bucket, location, message):
     with pytest.raises(LandscapeError, match=message):
-        TraceWriter(place)
+        TraceWriter(location)
 
 
-def test_places_where_nothing_is(bucket):
-    with pytest.raises(LandscapeError, match="There is no s3://bucket/nothing"):
+def test_s3_nothing_there(bucket):
+    with pytest.raises(LandscapeError, match="s3://bucket/nothing: does not exist"):
         read_traces("s3://bucket/nothing")
 
 
-def test_a_store_does_what_a_folder_does(bucket, tmp_path):
-    """The same calls on both, with the same answers."""
-    answers = []
+def test_s3_store_equals_folder(bucket, tmp_path):
+    """The same calls return the same results."""
+    results = []
     for store in (store_at(tmp_path / "place"), store_at(f"{TRACES}/place")):
         store.create()
         inner = store.inside("inner")
@@ -181,12 +181,12 @@ def test_a_store_does_what_a_folder_does(bucket, tmp_path):
         store.remove("never")
         with pytest.raises(FileNotFoundError):
             store.read("b")
-        answers.append((store.kind(), store.names(), store.tree(print), store.read("a"), inner.read("b")))
+        results.append((store.kind(), store.names(), store.tree(print), store.read("a"), inner.read("b")))
         assert (store.inside("none").kind(), store.inside("none").names()) == (None, [])
-    assert answers[0] == answers[1]
+    assert results[0] == results[1]
 
 
-def test_the_command_goes_on_with_a_run_in_a_bucket(bucket):
+def test_s3_command_resumes(bucket):
     recipe = replace(RECIPES["digits"], epochs=1)
 
     def stop(probe):

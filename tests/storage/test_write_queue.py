@@ -1,4 +1,4 @@
-"""Places that do not take what is written, all of them real: full disks, vanished folders, withdrawn permissions."""
+"""Writes that fail on real file systems: full disk, deleted folder, withdrawn permission."""
 
 import os
 import shutil
@@ -18,11 +18,11 @@ from landscape.traces.writer import TraceWriter
 
 @contextmanager
 def mounted(folder, size="200k"):
-    """A small file system of its own, in memory; the test is skipped where one cannot be mounted."""
+    """Mount a small file system in memory; skip the test if that is not permitted."""
     folder.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if made.returncode:
-        pytest.skip("no file system can be mounted here (it takes root): " + made.stderr.decode().strip())
+        pytest.skip("no file system can be mounted (root only): " + made.stderr.decode().strip())
     try:
         yield folder
     finally:
@@ -30,7 +30,7 @@ def mounted(folder, size="200k"):
 
 
 def fill(folder):
-    """Leave no byte free; the file that does it."""
+    """Fill the file system to the last byte; return the file that does."""
     with (folder / "filler").open("wb", buffering=0) as file:
         for size in (4096, 1):
             try:
@@ -46,14 +46,16 @@ def record(trace, steps):
         trace.append({**rows(steps=100)[step], "step": step})
 
 
-def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(tmp_path):
+def test_full_disk_is_retried(tmp_path):
     with mounted(tmp_path / "disk") as disk:
         trace = TraceWriter(disk / "run", flush_rows=5)
         record(trace, range(10))
         filler = fill(disk)
-        with pytest.warns(UserWarning, match="cannot be written to: No space left on device.*training goes on") as told:
+        with pytest.warns(
+            UserWarning, match="cannot be written to: No space left on device.*Training continues"
+        ) as caught:
             record(trace, range(10, 40))
-        assert len(told) == 1
+        assert len(caught) == 1
         assert not trace.flush()
         assert list(read_traces(disk).step) == list(range(10))
         assert not [name for name in os.listdir(disk / "run") if name.endswith(".tmp")]
@@ -65,26 +67,24 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(tmp_path):
         assert list(read_traces(disk).step) == list(range(50))
 
 
-def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path):
+def test_full_disk_at_end(tmp_path):
     with mounted(tmp_path / "disk") as disk:
         trace = TraceWriter(disk / "run", flush_rows=5)
         record(trace, range(10))
         filler = fill(disk)
         with pytest.warns(UserWarning, match="No space left"):
             record(trace, range(10, 23))
-        message = (
-            "Not all that was recorded is in .*run: 13 rows of updates could not be written .No space left on device"
-        )
+        message = "run: .* 13 rows of updates could not be written .No space left on device"
         with pytest.raises(LandscapeError, match=message):
             trace.close()
         assert list(read_traces(disk).step) == list(range(10))
         filler.unlink()
         trace.close()
         assert list(read_traces(disk).step) == list(range(23))
-        TraceWriter(disk / "run", resume=True).close()  # nobody holds it any more
+        TraceWriter(disk / "run", resume=True).close()  # The lock was released.
 
 
-def test_the_error_that_ended_a_run_is_not_replaced_by_that_of_the_disk(tmp_path):
+def test_full_disk_keeps_error_of_training(tmp_path):
     def train():
         with TraceWriter(disk / "run") as trace:
             record(trace, range(3))
@@ -93,14 +93,14 @@ def test_the_error_that_ended_a_run_is_not_replaced_by_that_of_the_disk(tmp_path
 
     with (
         mounted(tmp_path / "disk") as disk,
-        pytest.warns(UserWarning, match="No space left.*training goes on"),
+        pytest.warns(UserWarning, match="No space left.*Training continues"),
         pytest.warns(UserWarning, match="3 rows of updates could not be written"),
         pytest.raises(ZeroDivisionError),
     ):
         train()
 
 
-def test_a_disk_that_becomes_read_only(tmp_path):
+def test_read_only_disk(tmp_path):
     with mounted(tmp_path / "disk") as disk:
         trace = TraceWriter(disk / "run", flush_rows=5)
         record(trace, range(5))
@@ -113,8 +113,8 @@ def test_a_disk_that_becomes_read_only(tmp_path):
         assert list(read_traces(disk).step) == list(range(12))
 
 
-def test_a_disk_that_goes_and_comes_back(tmp_path):
-    """As a server of files does; what is written meanwhile must not land under the place where it was mounted."""
+def test_unmounted_disk(tmp_path):
+    """Nothing is written to the mount point while the file system is not mounted."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with mounted(tmp_path / "disk") as disk:
@@ -131,7 +131,7 @@ def test_a_disk_that_goes_and_comes_back(tmp_path):
         subprocess.run(["umount", "-l", elsewhere], check=True)
 
 
-def test_a_folder_that_was_deleted_gets_what_is_left_and_the_rest_is_named(tmp_path):
+def test_deleted_folder(tmp_path):
     trace = TraceWriter(tmp_path / "run", flush_rows=5)
     record(trace, range(10))
     shutil.rmtree(tmp_path / "run")
@@ -160,11 +160,11 @@ trace.close()
 """
 
 
-def test_permission_that_is_withdrawn(tmp_path):
+def test_withdrawn_permission(tmp_path):
     command = [sys.executable, "-c", WITHDRAWN, str(tmp_path)]
-    if os.geteuid() == 0:  # root may write anywhere, unless it gives that right up
+    if os.geteuid() == 0:  # Root may write anywhere, unless it drops that capability.
         if shutil.which("setpriv") is None:
-            pytest.skip("root cannot give up its rights here (setpriv)")
+            pytest.skip("root cannot drop its capabilities (needs setpriv)")
         command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -173,9 +173,9 @@ def test_permission_that_is_withdrawn(tmp_path):
     assert list(read_traces(tmp_path).step) == list(range(20))
 
 
-def test_memory_is_bounded_and_what_is_lost_is_told(tmp_path, monkeypatch):
+def test_queue_memory_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(write_queue, "WAITING_BYTES", 30_000)
-    monkeypatch.setattr(write_queue, "REST", 0)
+    monkeypatch.setattr(write_queue, "BACK_OFF", 0)
     trace = TraceWriter(tmp_path / "run", flush_rows=5)
     record(trace, range(5))
     (tmp_path / "run").rename(tmp_path / "away")
@@ -183,16 +183,16 @@ def test_memory_is_bounded_and_what_is_lost_is_told(tmp_path, monkeypatch):
         record(trace, range(5, 60))
     (tmp_path / "away").rename(tmp_path / "run")
     record(trace, range(60, 65))
-    with pytest.raises(LandscapeError, match="rows of updates were more than memory may hold while nothing"):
+    with pytest.raises(LandscapeError, match="rows of updates exceeded the memory limit"):
         trace.close()
     with pytest.warns(UserWarning, match="lacks the updates in rows"):
         steps = list(read_traces(tmp_path).step)
     assert 10 < len(steps) < 55
-    assert steps[: len(steps) - 5] == list(range(len(steps) - 5))  # the beginning is whole
+    assert steps[: len(steps) - 5] == list(range(len(steps) - 5))  # The beginning is complete.
     assert steps[-5:] == list(range(60, 65))
 
 
-def test_facts_wait_too(tmp_path):
+def test_queued_metadata(tmp_path):
     trace = TraceWriter(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "away")
     with pytest.warns(UserWarning, match="No such file"):
@@ -205,8 +205,8 @@ def test_facts_wait_too(tmp_path):
     assert set(read_traces(tmp_path).engine) == {"affine"}
 
 
-def test_a_place_that_takes_long_to_refuse_is_let_alone_for_a_while(tmp_path, monkeypatch):
-    monkeypatch.setattr(write_queue, "REST", 1e9)
+def test_back_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_queue, "BACK_OFF", 1e9)
     trace = TraceWriter(tmp_path / "run", flush_rows=5)
     (tmp_path / "run").rename(tmp_path / "away")
     with pytest.warns(UserWarning, match="No such file or directory"):
@@ -214,6 +214,6 @@ def test_a_place_that_takes_long_to_refuse_is_let_alone_for_a_while(tmp_path, mo
     (tmp_path / "away").rename(tmp_path / "run")
     record(trace, range(7, 12))
     assert not list((tmp_path / "run").glob("updates-*"))
-    assert trace.flush()  # whoever asks for it gets it tried
+    assert trace.flush()  # An explicit flush retries at once.
     trace.close()
     assert list(read_traces(tmp_path).step) == list(range(12))

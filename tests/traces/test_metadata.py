@@ -23,14 +23,14 @@ from landscape.traces.metadata import environment, plain
         ({"lr": {1: np.int64(3)}}, {"lr": {"1": 3}}),
     ],
 )
-def test_facts_become_what_json_holds(fact, expected):
+def test_plain_values(fact, expected):
     result = plain(fact)
     assert result == expected
     assert json.loads(json.dumps(result, allow_nan=False)) == expected
 
 
-def test_a_fact_that_json_cannot_hold_is_named():
-    with pytest.raises(LandscapeError, match=r"recipe\.layers\[1\] is a object"):
+def test_plain_names_unsupported_value():
+    with pytest.raises(LandscapeError, match=r"recipe\.layers\[1\]: .*object"):
         plain({"recipe": {"layers": [1, object()]}})
 
 
@@ -39,19 +39,19 @@ def git(*arguments):
     subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
 
 
-def test_the_commit_is_that_of_the_current_directory(tmp_path, monkeypatch):
+def test_environment_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert environment()["git"] is None
     git("init")
     Path("code.py").write_text("1")
     git("add", "code.py")
     git("commit", "-m", "first")
-    Path("trace.parquet").write_text("an untracked file does not make the code dirty")
+    Path("trace.parquet").write_text("untracked files do not count as changes")
     assert environment()["git"]["dirty"] is False
     assert len(environment()["git"]["commit"]) == 40
     Path("code.py").write_text("2")
     assert environment()["git"]["dirty"] is True
 
 
-def test_the_versions_are_those_installed():
+def test_environment_versions():
     assert environment()["versions"]["numpy"] == np.__version__

@@ -1,4 +1,4 @@
-"""No code from data: nothing is unpickled, and what could be is refused without being run."""
+"""No code from data: nothing is unpickled, and files that need it are refused."""
 
 import ast
 import io
@@ -35,11 +35,11 @@ RUNS_CODE = {
 }
 MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml", "code", "runpy"}
 BETWEEN_RANKS = {"broadcast_object_list"}
-"""Unpickles what another process of the same training has sent, and no file."""
+"""Unpickles messages of other processes of the same training, but no file."""
 
 
 def unsafe(tree):
-    """What a file imports or calls that may run code which its input holds."""
+    """Yield imports and calls in a file that may run code from their input."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
@@ -59,7 +59,7 @@ def unsafe(tree):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_nothing_is_called_that_runs_what_it_reads(path):
+def test_package_runs_no_input(path):
     assert list(unsafe(ast.parse(path.read_text()))) == []
 
 
@@ -76,12 +76,12 @@ dist.all_gather_object(x, y)"""
 
 
 @pytest.mark.parametrize("line", UNSAFE.splitlines())
-def test_the_test_sees(line):
+def test_unsafe_is_found(line):
     assert list(unsafe(ast.parse(line)))
 
 
 class Touch:
-    """Once unpickled, it has written a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -92,7 +92,7 @@ class Touch:
 
 @pytest.fixture
 def planted(tmp_path):
-    """A pickle that writes ``ran``; that it does is seen first."""
+    """A pickle that writes ``ran`` when loaded, which is checked first."""
     content = pickle.dumps(Touch(tmp_path / "ran"))
     pickle.loads(content)
     assert (tmp_path / "ran").exists()
@@ -111,14 +111,14 @@ PROBE = "probe --norm batch --epochs 2 --every 100 --train-samples 256 --out"
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
-def test_a_checkpoint_is_no_code(planted, tmp_path, kind):
+def test_checkpoint_runs_no_code(planted, tmp_path, kind):
     arguments = [*PROBE.split(), str(tmp_path / "traces"), "--checkpoint-seconds", "0"]
     assert CliRunner().invoke(main, arguments).exit_code == 0
     checkpoint = tmp_path / "traces" / "digits-batch-seed0" / "checkpoint.pt"
     checkpoint.write_bytes(planted if kind == "pickle" else saved(tmp_path / "ran"))
     result = CliRunner().invoke(main, [*arguments, "--resume"])
     assert result.exit_code == 2
-    assert "checkpoint.pt cannot be gone on from" in result.stderr
+    assert "checkpoint.pt: cannot be loaded" in result.stderr
 
 
 def record(folder):
@@ -127,15 +127,15 @@ def record(folder):
             trace.append(row)
 
 
-def test_traces_are_no_code(planted, tmp_path):
+def test_traces_run_no_code(planted, tmp_path):
     record(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_bytes(planted)
     (tmp_path / "run" / "updates-000000000.parquet").write_bytes(planted)
-    with pytest.warns(UserWarning, match=r"run\.json cannot be read as JSON.*cannot be read as Parquet"):
+    with pytest.warns(UserWarning, match=r"run\.json: cannot be read as JSON.*cannot be read as Parquet"):
         assert list(read_traces(tmp_path / "run").step) == [2, 3]
 
 
-def test_types_that_arrow_would_unpickle_are_no_code(planted, tmp_path):
+def test_arrow_extension_types_run_no_code(planted, tmp_path):
     record(tmp_path / "run")
     path = tmp_path / "run" / "updates-000000000.parquet"
     part = pq.read_table(path)
@@ -146,7 +146,7 @@ def test_types_that_arrow_would_unpickle_are_no_code(planted, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist"])
-def test_files_of_data_sets_are_no_code(planted, tmp_path, monkeypatch, name):
+def test_data_files_run_no_code(planted, tmp_path, monkeypatch, name):
     for scheme in ("HTTP", "HTTPS", "http", "https"):
         monkeypatch.setenv(f"{scheme}_PROXY" if scheme.isupper() else f"{scheme}_proxy", "http://127.0.0.1:9")
     with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:

@@ -11,7 +11,7 @@ from recordings import rows
 from landscape.errors import LandscapeError
 from landscape.storage.filesystem import inside
 from landscape.traces.reader import list_runs, read_traces
-from landscape.traces.schema import UPDATES, VERSION
+from landscape.traces.schema import EPOCHS, UPDATES, VERSION
 from landscape.traces.writer import TraceWriter
 
 
@@ -21,7 +21,7 @@ def record(folder, facts=None, steps=10, **options):
             trace.append(row)
 
 
-def test_runs_are_found_at_any_depth_and_named_by_their_place(tmp_path):
+def test_read_at_any_depth(tmp_path):
     for name in ("a/0", "a/1", "b"):
         record(tmp_path / name, {"seed": 0} if name == "a/0" else {}, steps=2)
     frame = read_traces(tmp_path)
@@ -33,14 +33,14 @@ def test_runs_are_found_at_any_depth_and_named_by_their_place(tmp_path):
     assert len(read_traces([tmp_path, tmp_path / "a", tmp_path / "b"])) == 6
 
 
-def test_runs_of_one_name_are_kept_apart(tmp_path):
+def test_read_runs_of_same_name(tmp_path):
     paths = [tmp_path / "mnist" / "ghost", tmp_path / "digits" / "ghost"]
     for path in paths:
         record(path, steps=2)
     assert list(read_traces(paths)["run"].unique()) == [path.as_posix() for path in paths]
 
 
-def test_single_parts_are_read_with_their_facts(tmp_path):
+def test_read_single_part(tmp_path):
     record(tmp_path / "run", {"norm": "seq"}, flush_rows=4)
     frame = read_traces(str(tmp_path / "run" / "updates-000000004.parquet"))
     assert list(frame["step"]) == [4, 5, 6, 7]
@@ -48,35 +48,42 @@ def test_single_parts_are_read_with_their_facts(tmp_path):
     assert len(read_traces((tmp_path / "run").glob("*.parquet"))) == 10
 
 
-def test_facts_become_columns_of_fitting_types(tmp_path):
+def test_types_of_facts(tmp_path):
     facts = {"seed": 1, "norm": "batch", "dropout": 0.5, "relative": True, "lr": 99.0, "options": {"a": 1}, "run": "x"}
     record(tmp_path / "full", facts)
     record(tmp_path / "bare")
     frame = read_traces(tmp_path)
     types = {"seed": "Int64", "norm": "category", "dropout": "float64", "relative": "boolean"}
     assert frame[list(types)].dtypes.astype(str).to_dict() == types
-    assert set(frame["lr"]) == {0.4}  # the row's own, not the fact
+    assert set(frame["lr"]) == {0.4}  # The column of the rows replaces the fact.
     assert "options" not in frame
     assert list(frame["run"].unique()) == ["bare", "full"]
 
 
-def test_traces_of_the_first_format_are_read():
-    frame = read_traces(Path(__file__).parent / "version1")
-    assert list(frame)[-len(UPDATES) :] == [column.name for column in UPDATES]
-    assert frame["loss_max"].notna().all()
-    assert frame[["slope", "direction_norm", "gradient_distances"]].isna().all(axis=None)
+@pytest.mark.parametrize("version", range(1, VERSION + 1))
+def test_read_every_format(version):
+    """Each folder was recorded by the last commit that wrote this format."""
+    folder = Path(__file__).parent / f"version{version}"
+    updates, epochs = read_traces(folder), read_traces(folder, "epochs")
+    for frame, columns in ((updates, UPDATES), (epochs, EPOCHS)):
+        assert list(frame)[-len(columns) :] == [column.name for column in columns]
+        for column in columns:
+            assert frame[column.name].isna().all() == (column.since > version)
+        assert frame.attrs["left_out"] == []
+    assert list(updates.step) == list(range(len(updates)))
+    np.testing.assert_array_equal(updates.loss_max, [np.max(losses) for losses in updates.losses])
 
 
-def test_a_path_like_a_hive_partition_is_only_a_name(tmp_path):
+def test_read_name_like_hive_partition(tmp_path):
     record(tmp_path / "step=7")
     assert list(read_traces(tmp_path)["step"]) == list(range(10))
 
 
-def test_paths_that_lead_nowhere_are_named(tmp_path):
-    with pytest.raises(LandscapeError, match=r"There is no .*missing"):
+def test_read_missing_path(tmp_path):
+    with pytest.raises(LandscapeError, match="missing: does not exist"):
         read_traces(tmp_path / "missing")
     (tmp_path / "notes.txt").write_text("no trace")
-    with pytest.raises(LandscapeError, match=r"notes\.txt cannot be read as Parquet"):
+    with pytest.raises(LandscapeError, match=r"notes\.txt: cannot be read as Parquet"):
         read_traces(tmp_path / "notes.txt")
 
 
@@ -109,34 +116,34 @@ def of_another_run(folder):
         path.unlink()
 
 
-def from_the_future(folder):
+def newer(folder):
     table = pq.read_table(folder / part(4))
     pq.write_table(table.replace_schema_metadata({"landscape_version": str(VERSION + 1)}), folder / part(4))
 
 
-def no_file(folder):
+def folder_instead(folder):
     (folder / part(4)).unlink()
     (folder / part(4)).mkdir()
 
 
-def take_away(folder):
+def remove(folder):
     (folder / part(4)).unlink()
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (truncate, "updates-000000004.parquet cannot be read as Parquet"),
-        (empty, "updates-000000004.parquet cannot be read as Parquet"),
-        (flip, "updates-000000004.parquet cannot be read as Parquet"),
-        (foreign, "updates-000000004.parquet is no part of the table updates: it has no column"),
-        (of_another_run, "updates-000000004.parquet belongs to another run than the run.json beside it"),
-        (from_the_future, f"trace format {VERSION + 1}, and only {VERSION} is known"),
-        (no_file, "lacks the updates in rows 4 to 7"),
-        (take_away, "lacks the updates in rows 4 to 7"),
+        (truncate, "updates-000000004.parquet: cannot be read as Parquet"),
+        (empty, "updates-000000004.parquet: cannot be read as Parquet"),
+        (flip, "updates-000000004.parquet: cannot be read as Parquet"),
+        (foreign, "updates-000000004.parquet: is no part of the table updates"),
+        (of_another_run, "updates-000000004.parquet: belongs to another run"),
+        (newer, f"trace format {VERSION + 1}, but"),
+        (folder_instead, "lacks the updates in rows 4 to 7"),
+        (remove, "lacks the updates in rows 4 to 7"),
     ],
 )
-def test_one_damaged_part_does_not_hide_the_rest(tmp_path, spoil, reason):
+def test_damaged_part_is_left_out(tmp_path, spoil, reason):
     record(tmp_path / "run", {"norm": "ghost"}, flush_rows=4)
     record(tmp_path / "healthy", flush_rows=4)
     spoil(tmp_path / "run")
@@ -149,14 +156,14 @@ def test_one_damaged_part_does_not_hide_the_rest(tmp_path, spoil, reason):
     np.testing.assert_array_equal(frame.loss[frame.run == "run"], kept)
 
 
-def test_rows_that_are_there_twice_are_read_once(tmp_path):
+def test_repeated_rows_are_left_out(tmp_path):
     record(tmp_path, flush_rows=4)
-    pd.read_parquet(tmp_path / part(0)).to_parquet(tmp_path / part(2))  # by a tool that does not know of names
-    with pytest.warns(UserWarning, match="updates-000000002.parquet repeats rows"):
+    pd.read_parquet(tmp_path / part(0)).to_parquet(tmp_path / part(2))  # As a tool does that drops the metadata.
+    with pytest.warns(UserWarning, match="updates-000000002.parquet: repeats rows"):
         assert list(read_traces(tmp_path).step) == list(range(10))
 
 
-def test_a_part_under_the_name_of_another_is_refused(tmp_path):
+def test_renamed_part_is_refused(tmp_path):
     record(tmp_path, flush_rows=4)
     (tmp_path / part(0)).write_bytes((tmp_path / part(4)).read_bytes())
     with pytest.warns(UserWarning, match="was written as updates-000000004.parquet"):
@@ -165,7 +172,7 @@ def test_a_part_under_the_name_of_another_is_refused(tmp_path):
     assert list(read_traces(tmp_path / "copy").step) == list(range(4, 8))
 
 
-def test_rows_that_are_missing_at_the_end_are_named(tmp_path):
+def test_missing_last_rows_are_named(tmp_path):
     record(tmp_path, flush_rows=4)
     (tmp_path / part(8)).unlink()
     with pytest.warns(UserWarning, match="lacks the last 2 of its updates"):
@@ -175,15 +182,15 @@ def test_rows_that_are_missing_at_the_end_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"norm": ', "run.json cannot be read as JSON"),
-        (b"[1, 2]", "run.json cannot be read as JSON"),
-        (b"\xff\xfe", "run.json cannot be read as JSON"),
-        (b"[" * 100_000, "run.json cannot be read as JSON"),
-        (b'{"version": 99}', "run.json has trace format 99"),
-        (b'{"version": "two"}', "has no trace format but 'two'"),
+        (b'{"norm": ', "run.json: cannot be read as JSON"),
+        (b"[1, 2]", "run.json: cannot be read as JSON"),
+        (b"\xff\xfe", "run.json: cannot be read as JSON"),
+        (b"[" * 100_000, "run.json: cannot be read as JSON"),
+        (b'{"version": 99}', "run.json: has trace format 99"),
+        (b'{"version": "two"}', "has trace format 'two'"),
     ],
 )
-def test_facts_that_cannot_be_read_do_not_hide_the_rows(tmp_path, content, reason):
+def test_damaged_metadata_is_left_out(tmp_path, content, reason):
     record(tmp_path, {"norm": "ghost"})
     (tmp_path / "run.json").write_bytes(content)
     with pytest.warns(UserWarning, match=reason):
@@ -192,25 +199,23 @@ def test_facts_that_cannot_be_read_do_not_hide_the_rows(tmp_path, content, reaso
     assert "norm" not in frame
 
 
-def test_where_nothing_can_be_read_it_is_an_error(tmp_path):
+def test_read_nothing_readable(tmp_path):
     record(tmp_path)
     (tmp_path / part(0)).write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(
-        LandscapeError, match=r"Nothing can be read of what is recorded: .*updates-000000000.parquet cannot"
-    ):
+    with pytest.raises(LandscapeError, match=r"Nothing can be read: .*updates-000000000.parquet: cannot"):
         read_traces(tmp_path)
     (tmp_path / part(0)).unlink()
     with pytest.raises(LandscapeError, match=r"No updates are recorded in .*landscape probe"):
         read_traces(tmp_path)
 
 
-def test_runs_are_listed_without_their_rows(tmp_path):
+def test_list_runs(tmp_path):
     record(tmp_path / "a", {"norm": "ghost", "groups": 16}, flush_rows=4)
     record(tmp_path / "b", {"norm": "batch"}, steps=3)
     trace = TraceWriter(tmp_path / "c", {"norm": "none"}, flush_rows=4)
     for row in rows(steps=6):
         trace.append(row)
-    for name in ("a", "b"):  # all parts but the last may be anything
+    for name in ("a", "b"):  # Only the last part is read.
         for path in sorted((tmp_path / name).glob("updates-*"))[:-1]:
             path.write_bytes(b"")
     runs = list_runs(tmp_path)
@@ -221,11 +226,11 @@ def test_runs_are_listed_without_their_rows(tmp_path):
     assert list(runs.writer.isna()) == [True, True, False]
     assert runs.writer[2] == f"process {os.getpid()} on host {platform.node()}"
     trace.write_file("checkpoint.pt", b"")
-    trace.close()  # what goes on from a checkpoint has not ended
+    trace.close()  # A run with a checkpoint is unfinished.
     assert list(list_runs(tmp_path).ended.isna()) == [False, False, True]
 
 
-def test_links_to_runs_are_followed_and_none_for_ever(tmp_path):
+def test_links_are_followed_once(tmp_path):
     record(tmp_path / "elsewhere" / "run", steps=3)
     (tmp_path / "traces").mkdir()
     (tmp_path / "traces" / "linked").symlink_to(tmp_path / "elsewhere" / "run")
@@ -234,19 +239,19 @@ def test_links_to_runs_are_followed_and_none_for_ever(tmp_path):
     assert len(read_traces(tmp_path / "traces")) == 3
 
 
-def test_a_url_of_a_file_is_its_path(tmp_path):
+def test_file_url(tmp_path):
     record((tmp_path / "a run").as_uri(), steps=3)
     assert len(read_traces(tmp_path / "a run")) == len(read_traces((tmp_path / "a run").as_uri())) == 3
 
 
-def test_a_run_has_no_place_in_no_bucket():
+def test_inside_without_bucket():
     assert inside("s3://bucket/", "run") == "s3://bucket/run"
-    with pytest.raises(LandscapeError, match="s3:// names no bucket"):
+    with pytest.raises(LandscapeError, match="s3://: names no bucket"):
         inside("s3://", "run")
 
 
-def test_a_run_whose_last_part_is_damaged_is_listed(tmp_path):
+def test_list_run_with_damaged_part(tmp_path):
     record(tmp_path, flush_rows=4)
     (tmp_path / part(8)).write_bytes(b"")
-    with pytest.warns(UserWarning, match="updates-000000008.parquet cannot be read"):
+    with pytest.warns(UserWarning, match="updates-000000008.parquet: cannot be read"):
         assert list(list_runs(tmp_path).updates) == [8]

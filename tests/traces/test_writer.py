@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import pytest
 from recordings import rows
 
 from landscape.errors import LandscapeError
+from landscape.traces import buffer
 from landscape.traces.reader import read_traces
 from landscape.traces.schema import EPOCHS, UPDATES, VERSION
 from landscape.traces.writer import TraceWriter
@@ -35,7 +37,7 @@ def record(folder, facts=None, steps=10, **options):
 
 
 def files(folder):
-    """All but the lock, which stays, as taking it away would make two of it."""
+    """Return all files but the lock, which stays, because removing it would allow two locks."""
     return sorted(set(os.listdir(folder)) - {".lock"})
 
 
@@ -43,7 +45,7 @@ def parts(folder):
     return sorted(path.name for path in Path(folder).glob("*.parquet"))
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_round_trip(tmp_path):
     trace = record(tmp_path / "run", {"norm": "ghost", "groups": 16}, flush_rows=4)
     assert parts(tmp_path / "run") == [f"updates-{first:09d}.parquet" for first in (0, 4, 8)]
     frame = read_traces(tmp_path / "run")
@@ -55,7 +57,7 @@ def test_what_is_written_is_read(tmp_path):
     pd.testing.assert_frame_equal(trace.frame(), frame.drop(columns="run"))
 
 
-def test_nan_and_inf_stay_as_they_are(tmp_path):
+def test_non_finite_values(tmp_path):
     with TraceWriter(tmp_path) as trace:
         trace.append({"step": 0, "loss": np.nan, "losses": [1.0, np.nan, np.inf]})
         trace.append({"step": 1, "loss": -np.inf, "losses": [1.0, np.inf]})
@@ -65,7 +67,7 @@ def test_nan_and_inf_stay_as_they_are(tmp_path):
     np.testing.assert_array_equal(frame["loss_max"], [np.nan, np.inf])
 
 
-def test_rows_in_memory_need_no_folder():
+def test_rows_in_memory():
     with TraceWriter(None, flush_rows=3) as trace:
         assert trace.frame().empty
         for row in rows(steps=8):
@@ -74,19 +76,21 @@ def test_rows_in_memory_need_no_folder():
     assert list(trace.frame()["step"]) == list(range(8))
 
 
-def test_the_frame_holds_pending_rows_too(tmp_path):
+def test_frame_has_pending_rows(tmp_path):
     with TraceWriter(tmp_path, flush_rows=4) as trace:
         for row in rows(steps=6):
             trace.append(row)
         assert list(trace.frame()["step"]) == list(range(6))
 
 
-def test_rows_are_flushed_when_time_has_passed(tmp_path):
-    trace = TraceWriter(tmp_path, flush_seconds=0.05)
+def test_rows_are_flushed_after_seconds(tmp_path, monkeypatch):
+    seconds = 0.0
+    monkeypatch.setattr(buffer, "time", SimpleNamespace(monotonic=lambda: seconds))
+    trace = TraceWriter(tmp_path, flush_seconds=30)
     first, second, third = rows(steps=3)
     trace.append(first)
     assert parts(tmp_path) == []
-    time.sleep(0.06)
+    seconds = 31.0
     trace.append(second)
     trace.append(third)
     assert parts(tmp_path) == ["updates-000000000.parquet"]
@@ -94,7 +98,7 @@ def test_rows_are_flushed_when_time_has_passed(tmp_path):
     trace.close()
 
 
-def test_epochs_are_a_table_of_their_own(tmp_path):
+def test_epochs_table(tmp_path):
     with TraceWriter(tmp_path, {"seed": 3}) as trace:
         trace.append(rows()[0])
         trace.append(EPOCH, "epochs")
@@ -104,7 +108,7 @@ def test_epochs_are_a_table_of_their_own(tmp_path):
     assert len(read_traces(tmp_path)) == 1
 
 
-def test_rows_are_resolved_in_bulk_and_once(tmp_path):
+def test_resolve_is_called_once_per_part(tmp_path):
     calls = []
 
     def resolve(pending):
@@ -118,7 +122,7 @@ def test_rows_are_resolved_in_bulk_and_once(tmp_path):
     assert list(read_traces(tmp_path)["loss"]) == [0.0, 0.5, 1.0, 1.5, 2.0]
 
 
-def test_rows_that_could_not_be_written_stay_pending(tmp_path):
+def test_failed_resolve_keeps_rows(tmp_path):
     def resolve(pending):
         if not ready:
             raise RuntimeError("the device is busy")
@@ -134,7 +138,7 @@ def test_rows_that_could_not_be_written_stay_pending(tmp_path):
     assert len(read_traces(tmp_path)) == 1
 
 
-def test_the_run_says_what_made_it(tmp_path):
+def test_metadata_of_run(tmp_path):
     trace = TraceWriter(tmp_path, {"recipe": {"layers": (512, 300)}, "data": Path("digits.npz")})
     trace.update_metadata(engine="affine", data="mnist")
     facts = json.loads((tmp_path / "run.json").read_text())
@@ -148,10 +152,10 @@ def test_the_run_says_what_made_it(tmp_path):
     assert facts["started"] <= facts["ended"]
 
 
-def test_a_run_is_overwritten_only_when_asked(tmp_path):
+def test_overwrite(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     record(tmp_path, flush_rows=2, steps=10)
-    with pytest.raises(LandscapeError, match="holds a run already; give another folder, overwrite=True to replace"):
+    with pytest.raises(LandscapeError, match=r"holds a run .*overwrite=True.*resume=True"):
         TraceWriter(tmp_path)
     assert len(read_traces(tmp_path)) == 10
     record(tmp_path, steps=3, overwrite=True)
@@ -159,35 +163,35 @@ def test_a_run_is_overwritten_only_when_asked(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_fact_that_cannot_be_kept_is_told_before_anything_is_removed(tmp_path):
+def test_unsupported_fact_removes_nothing(tmp_path):
     record(tmp_path)
-    with pytest.raises(LandscapeError, match="run fact model"):
+    with pytest.raises(LandscapeError, match=r"model: .*object"):
         TraceWriter(tmp_path, {"model": object()}, overwrite=True)
     assert len(read_traces(tmp_path)) == 10
 
 
-def test_a_folder_that_is_a_file_is_refused(tmp_path):
+def test_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(LandscapeError, match="No trace can be written in"):
+        with pytest.raises(LandscapeError, match=r"file.*: cannot hold a trace"):
             TraceWriter(folder)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_refused(tmp_path):
+def test_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     for folder in (tmp_path, tmp_path / "run"):
         with pytest.raises(LandscapeError, match="Permission denied"):
             TraceWriter(folder)
 
 
-def test_unknown_tables_and_columns_are_named(tmp_path):
+def test_unknown_table_and_column(tmp_path):
     trace = TraceWriter(None)
-    with pytest.raises(LandscapeError, match="no column accuracy; it has step, epoch"):
+    with pytest.raises(LandscapeError, match=r"accuracy: no column of table updates.*step, epoch"):
         trace.append({"step": 0, "accuracy": 1.0})
-    with pytest.raises(LandscapeError, match="no table batches; the tables of a trace are updates, epochs"):
+    with pytest.raises(LandscapeError, match=r"batches.*updates, epochs"):
         trace.append({"step": 0}, "batches")
-    with pytest.raises(LandscapeError, match="no table batches"):
+    with pytest.raises(LandscapeError, match=r"batches.*updates, epochs"):
         read_traces(tmp_path, "batches")
 
 
@@ -204,7 +208,7 @@ for step, row in enumerate(itertools.cycle(rows())):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_killed_process_leaves_only_readable_files(tmp_path, seed):
+def test_killed_writer_leaves_readable_files(tmp_path, seed):
     command = [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
@@ -220,7 +224,7 @@ def test_a_killed_process_leaves_only_readable_files(tmp_path, seed):
     assert files(tmp_path) == ["run.json", "updates-000000000.parquet"]
 
 
-def test_leftovers_of_a_killed_process_disturb_nobody(tmp_path):
+def test_leftovers_are_removed(tmp_path):
     for name in (".run.json.tmp", ".updates-000000000.parquet.tmp", ".updates-000000004.parquet.tmp"):
         (tmp_path / name).write_bytes(b"half a file")
     record(tmp_path, flush_rows=10)
@@ -249,7 +253,7 @@ def test_a_run_goes_on_behind_its_rows(tmp_path):
     assert len(json.loads((tmp_path / "run.json").read_text())["resumed"]) == 2
 
 
-def test_a_checkpoint_counts_also_where_no_row_was_recorded(tmp_path):
+def test_resume_with_checkpoint_only(tmp_path):
     with TraceWriter(tmp_path) as trace:
         trace.write_file("checkpoint.pt", b"state")
     (tmp_path / ".checkpoint.pt.tmp").write_bytes(b"half a file")
@@ -258,14 +262,14 @@ def test_a_checkpoint_counts_also_where_no_row_was_recorded(tmp_path):
         assert trace.read_file(".checkpoint.pt.tmp") is None
 
 
-def test_resuming_what_was_never_begun_begins_it(tmp_path):
+def test_resume_without_run(tmp_path):
     trace = record(tmp_path / "run", resume=True)
     assert "resumed" not in json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(trace.frame()) == 10
 
 
 @pytest.mark.parametrize("kept", range(11))
-def test_later_rows_are_forgotten(tmp_path, kept):
+def test_truncate(tmp_path, kept):
     record(tmp_path, flush_rows=4)
     trace = TraceWriter(tmp_path, resume=True)
     for row in rows(steps=12)[10:]:
@@ -281,8 +285,8 @@ def test_later_rows_are_forgotten(tmp_path, kept):
     np.testing.assert_array_equal(frame.loss, [row["loss"] for row in expected])
 
 
-def test_a_run_that_goes_on_has_not_ended(tmp_path):
-    """Not even with the rows that it had when it was closed before."""
+def test_resumed_run_has_not_ended(tmp_path):
+    """Not even with the rows that it had at an earlier close."""
     record(tmp_path, flush_rows=4)
     trace = TraceWriter(tmp_path, resume=True)
     trace.truncate({"updates": 4})
@@ -293,35 +297,35 @@ def test_a_run_that_goes_on_has_not_ended(tmp_path):
 
 
 @pytest.mark.parametrize("written", [{"updates": -1}, {"update": 3}, {"updates": "3"}])
-def test_a_trace_is_not_cut_by_mistake(tmp_path, written):
+def test_truncate_rejects_invalid_value(tmp_path, written):
     record(tmp_path)
     with (
         TraceWriter(tmp_path, resume=True) as trace,
-        pytest.raises(LandscapeError, match="give what TraceWriter"),
+        pytest.raises(LandscapeError, match=r"written=.*TraceWriter\.written"),
     ):
         trace.truncate(written)
     assert len(read_traces(tmp_path)) == 10
 
 
-def test_a_trace_with_a_gap_does_not_go_on(tmp_path):
+def test_truncate_rejects_gap(tmp_path):
     record(tmp_path, flush_rows=4)
     (tmp_path / "updates-000000000.parquet").unlink()
     with TraceWriter(tmp_path, resume=True) as trace, pytest.raises(LandscapeError, match="has 0 rows of updates"):
         trace.truncate({"updates": 9})
 
 
-def test_a_run_that_an_error_stopped_has_not_ended(tmp_path):
+def test_failed_run_has_not_ended(tmp_path):
     with pytest.raises(ZeroDivisionError), TraceWriter(tmp_path):
         raise ZeroDivisionError
     assert "ended" not in json.loads((tmp_path / "run.json").read_text())
 
 
-def test_going_on_and_starting_anew_are_not_one_thing(tmp_path):
-    with pytest.raises(LandscapeError, match="choose one of them"):
+def test_overwrite_with_resume(tmp_path):
+    with pytest.raises(LandscapeError, match="overwrite=True with resume=True"):
         TraceWriter(tmp_path, overwrite=True, resume=True)
 
 
-def test_what_is_replaced_is_not_gone_on_with(tmp_path):
+def test_overwrite_removes_checkpoint(tmp_path):
     with TraceWriter(tmp_path) as trace:
         trace.append(rows()[0])
         trace.write_file("checkpoint.pt", b"of the earlier run")
@@ -329,7 +333,7 @@ def test_what_is_replaced_is_not_gone_on_with(tmp_path):
     assert files(tmp_path) == ["run.json"]
 
 
-def test_rows_in_memory_are_forgotten_too():
+def test_truncate_in_memory():
     trace = TraceWriter(None)
     for row in rows(steps=5):
         trace.append(row)
@@ -337,17 +341,17 @@ def test_rows_in_memory_are_forgotten_too():
     assert list(trace.frame().step) == [0, 1, 2]
 
 
-def test_a_trace_that_has_lost_rows_does_not_go_on(tmp_path):
+def test_truncate_rejects_missing_rows(tmp_path):
     record(tmp_path, flush_rows=4)
     (tmp_path / "updates-000000008.parquet").unlink()
     with (
         TraceWriter(tmp_path, resume=True) as trace,
-        pytest.raises(LandscapeError, match="has 8 rows of updates, and should go on after 10: some were lost since"),
+        pytest.raises(LandscapeError, match=r"has 8 rows of updates.* 10"),
     ):
         trace.truncate({"updates": 10})
 
 
-def test_other_files_beside_a_run(tmp_path):
+def test_other_files(tmp_path):
     with TraceWriter(tmp_path) as trace:
         assert trace.read_file("checkpoint.pt") is None
         trace.write_file("checkpoint.pt", b"state")

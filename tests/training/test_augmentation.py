@@ -15,7 +15,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
-def test_crop_is_a_window_of_the_padded_image():
+def test_crop_is_window_of_padded_image():
     cropped, places = augmentation(["crop"], 32)(IMAGES), set()
     for image, padded in zip(cropped, pad(IMAGES, (4, 4, 4, 4)), strict=True):
         windows = {(y, x): padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)}
@@ -26,7 +26,7 @@ def test_crop_is_a_window_of_the_padded_image():
     assert {y for y, _ in places} == {x for _, x in places} == set(range(9))
 
 
-def test_flip_mirrors_half_of_the_images():
+def test_flip_mirrors_half():
     flipped = augmentation(["flip"], 32)(IMAGES)
     mirrored = [torch.equal(new, old.flip(-1)) for new, old in zip(flipped, IMAGES, strict=True)]
     kept = [torch.equal(new, old) for new, old in zip(flipped, IMAGES, strict=True)]
@@ -34,7 +34,7 @@ def test_flip_mirrors_half_of_the_images():
     assert 16 < sum(mirrored) < 48
 
 
-def test_cutout_sets_one_square_to_the_mean():
+def test_cutout_zeroes_one_square():
     cut = augmentation(["cutout"], 32)(IMAGES)
     for new, old in zip(cut, IMAGES, strict=True):
         rows, columns = (new == 0).all(0).nonzero(as_tuple=True)
@@ -44,7 +44,7 @@ def test_cutout_sets_one_square_to_the_mean():
         assert torch.equal(new[kept], old[kept])
 
 
-def test_a_seed_gives_the_same_images_and_the_next_batch_others():
+def test_augmentation_is_reproducible():
     augment = augmentation(AUGMENTATIONS, 32)
     torch.manual_seed(1)
     first, second = augment(IMAGES), augment(IMAGES)
@@ -53,15 +53,15 @@ def test_a_seed_gives_the_same_images_and_the_next_batch_others():
     assert not torch.equal(first, second)
 
 
-def test_small_images_of_one_channel():
+def test_augmentation_of_small_images():
     assert augmentation(AUGMENTATIONS, 8)(IMAGES[:, :1, :8, :8]).shape == (64, 1, 8, 8)
 
 
-def test_nothing_asked_is_nothing_done():
+def test_augmentation_without_names():
     assert augmentation((), 32)(IMAGES) is IMAGES
 
 
-def test_without_kornia_the_error_names_the_extra(monkeypatch):
+def test_missing_kornia_names_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "kornia.augmentation", None)
     with pytest.raises(LandscapeError, match=r"pip install 'landscape-probe\[augment\]'"):
         augmentation(["flip"], 32)

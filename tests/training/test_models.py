@@ -10,7 +10,7 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_simple_net_is_the_papers():
+def test_simple_net_layers():
     model = SimpleNet(784, 10, nn.BatchNorm1d)
     kinds = [type(layer).__name__ for layer in model.layers]
     assert kinds == ["Flatten", "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
@@ -19,7 +19,7 @@ def test_simple_net_is_the_papers():
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(20, 0.27), (56, 0.85)])
-def test_resnets_have_the_parameters_of_the_paper(depth, expected):
+def test_resnet_parameters(depth, expected):
     with torch.device("meta"):
         model = ResNet(depth, 3, 10, nn.BatchNorm2d)
     assert sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in model.modules()) == depth
@@ -29,13 +29,13 @@ def test_resnets_have_the_parameters_of_the_paper(depth, expected):
 @pytest.mark.parametrize(
     ("depth", "width", "expected"), [(28, 10, 36.5), (40, 4, 8.9), (16, 8, 11.0), (22, 8, 17.2), (40, 1, 0.6)]
 )
-def test_wide_resnets_have_the_parameters_of_the_paper(depth, width, expected):
+def test_wide_resnet_parameters(depth, width, expected):
     with torch.device("meta"):
         model = WideResNet(depth, width, 3, 10, nn.BatchNorm2d)
     assert round(parameters(model) / 1e6, 1) == expected
 
 
-def test_wide_resnet_of_the_recipes():
+def test_wide_resnet_shapes():
     with torch.device("meta"):
         model = MODELS["wrn-28-10"](torch.Size([3, 32, 32]), 10, nn.BatchNorm2d)
         assert parameters(model) == 36_479_194
@@ -47,8 +47,8 @@ def test_wide_resnet_of_the_recipes():
     assert [shapes.index(shape) for shape in ((160, 32, 32), (320, 16, 16), (640, 8, 8), (640, 1, 1))] == [1, 5, 9, 15]
 
 
-def test_wide_resnet_normalizes_and_activates_before_each_convolution():
-    """The block of the paper written out, with its own weights."""
+def test_wide_resnet_block():
+    """The block equals its definition, written out."""
     torch.manual_seed(0)
     model = WideResNet(10, 2, 3, 10, nn.BatchNorm2d).double()
     block, x = model.layers[1], torch.randn(4, 16, 8, 8, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_wide_resnet_normalizes_and_activates_before_each_convolution():
     assert same[1] is None
 
 
-def test_wide_resnet_starts_at_the_weights_of_he():
+def test_wide_resnet_initialization():
     torch.manual_seed(0)
     model = WideResNet(10, 4, 3, 10, nn.BatchNorm2d)
     for layer in model.modules():
@@ -73,13 +73,13 @@ def test_wide_resnet_starts_at_the_weights_of_he():
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_takes_every_image(name, shape):
+def test_models_on_all_shapes(name, shape):
     with torch.device("meta"):
         model = MODELS[name](torch.Size(shape), 7, make_norm("seq", groups=2, channel_groups=4))
         assert model(torch.zeros(6, *shape)).shape == (6, 7)
 
 
-def test_residual_networks_train_on_small_images():
+def test_residual_networks_train():
     torch.manual_seed(0)
     images, targets = torch.randn(32, 1, 8, 8), torch.arange(32) % 4
     for model in (ResNet(20, 1, 4, nn.BatchNorm2d), WideResNet(10, 1, 1, 4, nn.BatchNorm2d)):
@@ -96,11 +96,11 @@ def test_residual_networks_train_on_small_images():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ResNet(21, 3, 10, nn.BatchNorm2d), r"depth=21: this network has 6n \+ 2 layers"),
-        (lambda: WideResNet(4, 1, 3, 10, nn.BatchNorm2d), r"depth=4: this network has 6n \+ 4 layers"),
+        (lambda: ResNet(21, 3, 10, nn.BatchNorm2d), r"depth=21: must be 6n \+ 2"),
+        (lambda: WideResNet(4, 1, 3, 10, nn.BatchNorm2d), r"depth=4: must be 6n \+ 4"),
         (lambda: WideResNet(26, 10, 3, 10, nn.BatchNorm2d), r"depth=26"),
     ],
 )
-def test_mistakes(make, message):
+def test_depth_is_checked(make, message):
     with pytest.raises(LandscapeError, match=message):
         make()

@@ -1,8 +1,9 @@
-"""A run that was killed and resumed has, bit for bit, the trace of one that never was."""
+"""A killed and resumed run has the trace of an uninterrupted one, bit for bit."""
 
 import io
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from resuming import check_same, command, ended, kill_tree, process, survived, wait_for_checkpoint
+from resuming import check_same, finish, kill_tree, process, start_probe, train_with_kills, wait_for_checkpoint
 from torch import nn
 
 from landscape import RECIPES, LandscapeError, LandscapeProbe, read_traces, train
@@ -31,7 +32,7 @@ SOAKED = [
 
 
 class Stop(Exception):
-    """What ends a training between two updates."""
+    """Stops a training between two updates."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +43,8 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def stopped(recipe, out, *steps):
-    """Train up to each of the steps, by as many calls, and then to the end."""
+def train_in_parts(recipe, out, *steps):
+    """Train to each of the steps, resuming, and then to the end."""
     for last in steps:
 
         def on_update(probe, last=last):
@@ -73,17 +74,17 @@ def stopped(recipe, out, *steps):
     ],
     ids=str,
 )
-def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, changes):
-    """Stopped after the first update, in the middle of an epoch, at its very end, right behind it, and at the end."""
+def test_resume_of_stopped_run(tmp_path, changes):
+    """The stops are after the first update, within an epoch, at its end, after it, and at the end of the run."""
     if "augment" in changes:
         pytest.importorskip("kornia", reason="the extra landscape-probe[augment]")
     recipe = replace(SHORT, **changes)
     whole = train(recipe, tmp_path / "whole", device="cpu")
-    parts = stopped(recipe, tmp_path / "parts", 1, 3, UPDATES // 2, UPDATES // 2 + 1, UPDATES)
+    parts = train_in_parts(recipe, tmp_path / "parts", 1, 3, UPDATES // 2, UPDATES // 2 + 1, UPDATES)
     check_same(parts, whole)
 
 
-def test_processes_killed_at_random_moments(tmp_path):
+def test_resume_of_killed_processes(tmp_path):
     chance, killed = random.Random(0), 0
     for number in range(KILLS):
         recipe = replace(SOAKED[number % len(SOAKED)], seed=number)
@@ -92,36 +93,33 @@ def test_processes_killed_at_random_moments(tmp_path):
         whole.join()
         longest = (time.monotonic() - began) / 2
         assert whole.exitcode == 0
-        killed += survived(recipe, tmp_path / "parts", tmp_path / "whole", longest, KILLS - killed, chance)
+        killed += train_with_kills(recipe, tmp_path / "parts", tmp_path / "whole", longest, KILLS - killed, chance)
         if killed == KILLS:
             return
     pytest.fail(f"only {killed} processes could be killed")
 
 
-def test_signals_finish_the_update_and_say_how_to_go_on(tmp_path):
-    """SIGTERM, then Ctrl-C, then to the end; the same command goes on with the runs that were not begun."""
+def test_resume_after_signals(tmp_path):
+    """SIGTERM, then SIGINT, then to the end; the same command trains the remaining runs, too."""
     options = ["--norm", "batch", "--norm", "none", "--epochs", "20", "--every", "2", "--checkpoint-seconds", "0.1"]
     run = tmp_path / "traces/digits-batch-seed0"
-    told = []
+    messages = []
     for number, resume in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"])):
-        started = command(*options, *resume, out=run.parent)
+        started = start_probe(*options, *resume, out=run.parent)
         wait_for_checkpoint(run, started)
         started.send_signal(number)
-        code, output, errors = ended(started)
+        code, output, errors = finish(started)
         assert (code, output) == (128 + number, "")
-        told.append(errors.splitlines()[-1])
-    for number, line in zip((signal.SIGTERM, signal.SIGINT), told, strict=True):
-        begins, _, ends = line.partition(" after ")
-        assert begins == f"Stopped by {number.name}"
-        lacks = " with --resume" if number == signal.SIGTERM else ""
-        assert ends.endswith(f" updates of {run}; the same command{lacks} goes on.")
-    updates = [int(line.split()[4]) for line in told]
-    assert 0 < updates[0] < updates[1]
-    code, output, errors = ended(command(*options, "--resume", out=run.parent))
+        messages.append(errors.splitlines()[-1])
+    stopped = [re.match(rf"Stopped by (\w+) after (\d+) updates.*{run}", message) for message in messages]
+    assert [match[1] for match in stopped] == ["SIGTERM", "SIGINT"]
+    assert 0 < int(stopped[0][2]) < int(stopped[1][2])
+    assert ["--resume" in message for message in messages] == [True, False]
+    code, output, errors = finish(start_probe(*options, "--resume", out=run.parent))
     assert code == 0, errors
-    assert ended(command(*options, "--resume", out=run.parent))[:2] == (
+    assert finish(start_probe(*options, "--resume", out=run.parent))[:2] == (
         0,
-        "".join(f"{line} (recorded before)\n" for line in output.splitlines()[:2]) + output.splitlines()[2] + "\n",
+        "".join(f"{line} (already recorded)\n" for line in output.splitlines()[:2]) + output.splitlines()[2] + "\n",
     )
     for name in ("batch", "none"):
         whole = replace(RECIPES["digits"], norm=name, epochs=20, every=2)
@@ -131,33 +129,33 @@ def test_signals_finish_the_update_and_say_how_to_go_on(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes to kill in /proc")
-def test_ranks_that_are_killed_or_told_to_stop(tmp_path):
+def test_resume_of_killed_ranks(tmp_path):
     options = ["--norm", "ghost", "--groups", "2", "--ghost-by", "ranks", "--device", "cpu", "--resume"]
     options += ["--epochs", "20", "--checkpoint-seconds", "0"]
     run = tmp_path / "parts/digits-ghost2-ranks-seed0"
-    started = command(*options, out=run.parent)
+    started = start_probe(*options, out=run.parent)
     wait_for_checkpoint(run, started)
     kill_tree(started.pid)
     started.communicate()
     assert (run / "checkpoint.pt").exists()
-    started = command(*options, out=run.parent)
+    started = start_probe(*options, out=run.parent)
     wait_for_checkpoint(run, started)
     started.send_signal(signal.SIGTERM)
-    code, _, errors = ended(started)
+    code, _, errors = finish(started)
     assert code == 128 + signal.SIGTERM, errors
     assert errors.splitlines()[-1].startswith("Stopped by SIGTERM after ")
     assert "Traceback" not in errors
-    assert ended(command(*options, out=run.parent))[0] == 0
-    assert ended(command(*options, out=tmp_path / "whole"))[0] == 0
+    assert finish(start_probe(*options, out=run.parent))[0] == 0
+    assert finish(start_probe(*options, out=tmp_path / "whole"))[0] == 0
     check_same(run, tmp_path / "whole" / run.name)
 
 
-# On the first step it is found out what the forward pass writes to.
+# The first forward pass shows which parameters the model writes.
 step_0_is_missing = pytest.mark.filterwarnings("ignore:Step 0 is not in the trace")
 
 
 class Eventful(nn.Module):
-    """Drops out, overwrites what a layer gave, moves a frozen copy of a layer, and draws from Python's stream."""
+    """Model with dropout, in-place writes, a moving average of a layer, and Python's RNG."""
 
     def __init__(self):
         super().__init__()
@@ -173,7 +171,7 @@ class Eventful(nn.Module):
 
 
 def own_loop(folder, steps, checkpoint=None, **options):
-    """A loop of the user's own, from its checkpoint or from the beginning: its checkpoint after so many steps."""
+    """Train in a plain loop, from a checkpoint or from the beginning; return the checkpoint of a step."""
     torch.manual_seed(0)
     random.seed(0)
     model, criterion = Eventful(), nn.CrossEntropyLoss()
@@ -188,7 +186,7 @@ def own_loop(folder, steps, checkpoint=None, **options):
             probe.load_state_dict(state["probe"])
             torch.set_rng_state(state["torch"])
             random.setstate(state["python"])
-        for inputs, targets in data[probe.step : steps + 2]:  # the rows of two steps more are to be forgotten
+        for inputs, targets in data[probe.step : steps + 2]:  # Resuming removes the rows of two more steps.
             optimizer.zero_grad()
             criterion(model(inputs), targets).backward()
             optimizer.step()
@@ -210,7 +208,7 @@ def own_loop(folder, steps, checkpoint=None, **options):
     ],
     ids=str,
 )
-def test_a_loop_of_the_users_own_goes_on(tmp_path, options):
+def test_resume_of_plain_loop(tmp_path, options):
     own_loop(tmp_path / "whole/run", STEPS, **options)
     checkpoint = None
     for steps in (1, 2, 3, 4, 8, STEPS):
@@ -221,15 +219,15 @@ def test_a_loop_of_the_users_own_goes_on(tmp_path, options):
 
 
 @step_0_is_missing
-def test_another_number_of_threads_is_told(tmp_path):
+def test_resume_warns_of_other_threads(tmp_path):
     checkpoint = own_loop(tmp_path / "run", 2, engine="loop")
     torch.set_num_threads(2)
-    with pytest.warns(UserWarning, match="recorded with 1 threads and goes on with 2: rows will differ by roundings"):
+    with pytest.warns(UserWarning, match="1 threads.* 2"):
         own_loop(tmp_path / "run", 4, checkpoint, engine="loop")
 
 
 @step_0_is_missing
-def test_rows_that_a_checkpoint_counts_on_are_missed(tmp_path):
+def test_resume_without_rows(tmp_path):
     checkpoint = own_loop(tmp_path / "run", 4, engine="loop")
-    with pytest.raises(LandscapeError, match="has 0 rows of updates, and should go on after"):
+    with pytest.raises(LandscapeError, match="0 rows of updates"):
         own_loop(tmp_path / "elsewhere", 6, checkpoint, engine="loop")

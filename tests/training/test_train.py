@@ -13,7 +13,7 @@ def rows(folder):
     return read_traces(folder).drop(columns=["seconds", "run", "started", "ended"]).astype(str)
 
 
-def test_run_is_recorded_whole(tmp_path):
+def test_train_records_run(tmp_path):
     seen = []
     folder = train(replace(SHORT, norm="ghost", every=3), tmp_path, on_update=lambda probe: seen.append(probe.step))
     assert folder == tmp_path / "digits-ghost16-seed0"
@@ -28,21 +28,20 @@ def test_run_is_recorded_whole(tmp_path):
     assert (epochs.test_accuracy > 0.8).all()
 
 
-def test_equal_recipes_give_equal_traces_and_seeds_differ(tmp_path):
+def test_train_is_reproducible(tmp_path):
     first, second = train(SHORT, tmp_path / "1"), train(SHORT, tmp_path / "2")
     assert rows(first).equals(rows(second))
     third = train(replace(SHORT, seed=1), tmp_path / "1")
     assert not rows(first).loss.equals(rows(third).loss)
 
 
-def test_probing_less_often_changes_no_loss(tmp_path):
+def test_every_changes_no_loss(tmp_path):
     often, seldom = train(SHORT, tmp_path / "1"), train(replace(SHORT, every=5), tmp_path / "2")
     kept = read_traces(often).query("step % 5 == 0")
     assert list(kept.loss) == list(read_traces(seldom).loss)
 
 
-def test_losses_start_at_the_same_weights_for_all_norms(tmp_path):
-    """The first batch and the first weights are the seed's, whatever the norm."""
+def test_norms_start_at_equal_weights(tmp_path):
     torch.manual_seed(123)
     a = read_traces(train(replace(SHORT, norm="ghost", groups=1, epochs=1), tmp_path))
     b = read_traces(train(replace(SHORT, norm="batch", epochs=1), tmp_path))
@@ -52,30 +51,30 @@ def test_losses_start_at_the_same_weights_for_all_norms(tmp_path):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"batch_size": 1501}, {}, "batch_size=1501 is more than the 1500 training samples"),
+        ({"batch_size": 1501}, {}, "batch_size=1501: .*1500 training samples"),
         ({"norm": "ghost", "groups": 200}, {}, "groups=200 on a batch of 128"),
         ({"norm": "ghost", "groups": 128}, {}, "single value per channel"),
         ({"norm": "group", "channel_groups": 7}, {}, "channel_groups=7 on 512 channels"),
         ({"dataset": "cats"}, {}, "'cats': unknown data set"),
-        ({}, {"device": "abacus"}, "device 'abacus' cannot be used"),
-        ({"probe_lrs": ()}, {}, "one finite number or more"),
+        ({}, {"device": "abacus"}, "device='abacus'"),
+        ({"step_sizes": ()}, {}, "one finite number or more"),
     ],
 )
-def test_a_mistake_leaves_no_trace_behind(tmp_path, change, options, message):
+def test_error_leaves_no_trace(tmp_path, change, options, message):
     with pytest.raises(LandscapeError, match=message):
         train(replace(SHORT, **change), tmp_path / "traces", **options)
     assert not (tmp_path / "traces").exists()
 
 
-def test_a_run_is_not_overwritten_unasked(tmp_path):
+def test_overwrite(tmp_path):
     train(replace(SHORT, epochs=1), tmp_path)
-    with pytest.raises(LandscapeError, match="holds a run already"):
+    with pytest.raises(LandscapeError, match="digits-batch-seed0"):
         train(SHORT, tmp_path)
     train(SHORT, tmp_path, overwrite=True)
     assert len(read_traces(tmp_path)) == 22
 
 
-def test_what_was_held_out_is_evaluated_too(tmp_path):
+def test_validation_is_evaluated(tmp_path):
     epochs = read_traces(train(replace(SHORT, validation=300), tmp_path), table="epochs")
     assert (epochs.validation_accuracy > 0.8).all()
     assert epochs.test_accuracy.notna().all()
@@ -83,7 +82,7 @@ def test_what_was_held_out_is_evaluated_too(tmp_path):
     assert nothing.validation_accuracy.isna().all()
 
 
-def test_classifying_is_training_without_a_probe(tmp_path):
+def test_classify_equals_train(tmp_path):
     recipe = replace(SHORT, validation=300)
     rows = []
     last = classify(recipe, on_epoch=rows.append)
@@ -96,8 +95,8 @@ def test_classifying_is_training_without_a_probe(tmp_path):
     assert 0 < rows[0]["seconds"] < rows[1]["seconds"]
 
 
-def test_probes_follow_the_learning_rate(tmp_path):
-    recipe = replace(SHORT, relative=True, probe_lrs=(0.5, 2.0), schedule="cosine", rise=0.2, engine="loop")
+def test_relative_step_sizes(tmp_path):
+    recipe = replace(SHORT, relative=True, step_sizes=(0.5, 2.0), schedule="cosine", rise=0.2, engine="loop")
     frame = read_traces(train(recipe, tmp_path))
     assert frame.lr.nunique() > 15
     for _, row in frame.iterrows():

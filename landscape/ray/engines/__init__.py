@@ -1,1 +1,1 @@
-"""Each way to evaluate a ray."""
+"""Engines: the ways to evaluate a ray, one in each file."""

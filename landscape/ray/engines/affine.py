@@ -27,7 +27,7 @@ def channels_last(ray: Ray) -> Tensor:
 def _idle(ray: Ray) -> set[str]:
     """Parameters that are not likely to be needed at any point."""
     known = (name for term in ray.objective.terms for base in term.bases for name in base.parameters)
-    return ray.objective.terms[0].state.scene.streamed.union(known)
+    return ray.objective.loss_module.traits.streamed.union(known)
 
 
 def _shared(ray: Ray, walk: ParametersAlongRay) -> Tensor:
@@ -41,20 +41,20 @@ def _shared(ray: Ray, walk: ParametersAlongRay) -> Tensor:
 
 
 def _outwards(term: LossTerm, walk: ParametersAlongRay, step_sizes: Sequence[float]) -> list[Tensor]:
-    scene = term.state.scene
-    products = SharedProducts(walk, term.bases, scene.streamed)
+    traits = term.state.loss_module.traits
+    products = SharedProducts(walk, term.bases, traits.streamed)
     draws = SharedDraws(walk.channels_last, term.state.random.accelerators)
 
     def closure(model: nn.Module) -> Tensor:
         # Looking at every function costs a model that shares nothing some percent of its time.
-        looking = products if products.idle or not scene.shares_nothing else nullcontext()
+        looking = products if products.idle or not traits.shares_nothing else nullcontext()
         with looking, draws.point():
             return term.closure(model)
 
     moves = [partial(products.arrive, eta) for eta in step_sizes]
     losses = replace(term, closure=closure).losses(walk.point, moves)
     draws.conclude()
-    scene.shared |= products.layers()
-    scene.streamed = products.streamed & products.idle
-    scene.shares_nothing = products.are_useless()
+    traits.shared |= products.layers()
+    traits.streamed = products.streamed & products.idle
+    traits.shares_nothing = products.are_useless()
     return losses

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landscape.distributed.group import SINGLE_PROCESS, RankGroup
 from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.ray.engines.loop import loop
 from landscape.ray.engines.registry import ENGINES, OPT_IN, SHARING, Engine, evaluate, refusal
@@ -53,17 +52,17 @@ class EngineChoice:
             return self._compare(ray)
         return self._race(ray) if len(self._engines) > 1 else self._evaluate(ray)
 
-    def gradients(self, ray: Ray, ranks: RankGroup = SINGLE_PROCESS) -> RayGradients:
+    def gradients(self, ray: Ray) -> RayGradients:
         """Losses and gradients along the ray, of the mean over the ranks, for which there is the loop alone.
 
         Raises:
             LandscapeError: It does not stay below ``max_memory``.
         """
         if self._compared:
-            return gradients_along(ray, ranks)
+            return gradients_along(ray)
         try:
             with PeakMemory() as meter:
-                measured = gradients_along(ray, ranks)
+                measured = gradients_along(ray)
         except RuntimeError as error:
             raise LandscapeError(
                 f"The loss cannot be differentiated along the ray ({error}). Leave out gradients=True; or if it is "
@@ -191,7 +190,7 @@ class EngineChoice:
     def _settle(self, name: str, ray: Ray) -> None:
         if name not in SHARING:
             for term in ray.objective.terms:
-                term.state.scene.shared.clear()  # nobody needs to listen to these layers any more
+                term.state.loss_module.traits.shared.clear()  # nobody needs to listen to these layers any more
         self._engines = {name: self._engines.get(name, loop)}
         self._tell()
 

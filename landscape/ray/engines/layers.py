@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from landscape.ray.linear_cache import CachedLinear
-from landscape.ray.snapshot import LossModule
+from landscape.ray.loss_module import LossModule
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,15 @@ class Layers:
         self._scene = scene
         self._handles: list[RemovableHandle] = []
         self._watched: set[str] = set()
-        self.overwritten: set[str] = set()
-        """Parameters of layers whose output an activation overwrites in place."""
         self.bases: list[CachedLinear] | None = None
         """What is kept of the forward pass that is under way."""
 
     def refresh(self) -> None:
         """Before a forward pass: listen to the layers that are shared by now."""
-        if self._scene.shared == self._watched:
+        if self._scene.traits.shared == self._watched:
             return
         self.detach()
-        self._watched = set(self._scene.shared)
+        self._watched = set(self._scene.traits.shared)
         model = self._scene.model
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
             return  # a hook would make compiled code compile anew
@@ -68,7 +66,7 @@ class Layers:
     def current(self, bases: Sequence[CachedLinear]) -> list[CachedLinear]:
         """Those that are still true; where an activation has overwritten one, the next is kept as a copy."""
         current = [base for base in bases if base.is_valid()]
-        self.overwritten.update(*(base.parameters for base in bases if base not in current))
+        self._scene.traits.overwritten.update(*(base.parameters for base in bases if base not in current))
         return current
 
     def _after_linear(self, layer: nn.Module, args: tuple[Any, ...], outputs: Any, path: str, weight: Tensor) -> None:
@@ -81,5 +79,5 @@ class Layers:
             return
         if own.keys() <= {"weight", "bias"} and outputs.dtype in (torch.float32, torch.float64):
             parameters = {f"{path}.{name}".lstrip("."): own[name] for name in ("weight", "bias") if name in own}
-            outputs = outputs.detach().clone() if self.overwritten & parameters.keys() else outputs
+            outputs = outputs.detach().clone() if self._scene.traits.overwritten & parameters.keys() else outputs
             self.bases.append(CachedLinear.of(parameters, args[0], outputs))

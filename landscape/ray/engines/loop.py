@@ -7,7 +7,10 @@ from landscape.ray.ray import ParametersAlongRay, Ray
 
 
 def loop(ray: Ray) -> Tensor:
-    """Each point by itself: the obvious twin of every other engine."""
-    walk = ParametersAlongRay(ray)
-    moves = walk.moves(ray.step_sizes)
-    return ray.objective.weighted_sum([torch.stack(term.losses(walk.point, moves)) for term in ray.objective.terms])
+    """Return the K losses, one point after the other.
+
+    It is the reference for all engines.
+    """
+    buffer = ParametersAlongRay(ray)
+    moves = buffer.moves(ray.step_sizes)
+    return ray.objective.weighted_sum([torch.stack(term.losses(buffer.point, moves)) for term in ray.objective.terms])

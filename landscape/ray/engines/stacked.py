@@ -74,7 +74,7 @@ def _term_losses(term: LossTerm, ray: Ray, points: "_Points") -> Tensor:
             return vmap(loss, randomness="same")(etas, term.state.written_copies(len(etas)))
 
     (measured,) = term.state.evaluate_at(losses, points.stand_ins, [lambda: None])
-    term.state.scene.shared |= points.shared
+    term.state.loss_module.traits.shared |= points.shared
     return measured
 
 

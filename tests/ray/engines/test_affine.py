@@ -1,4 +1,4 @@
-"""What the affine engine evaluates once: the layers of the training forward pass, and random numbers."""
+"""The affine engine: layers of the training forward pass, and random numbers, are evaluated once."""
 
 import random
 
@@ -17,7 +17,7 @@ STEP_SIZES = [0.1 * k for k in range(1, 9)]
 
 
 class Calls(TorchFunctionMode):
-    """Counts products of whole batches with a weight of some shape."""
+    """Count products of whole batches with a weight of some shape."""
 
     def __init__(self, shape):
         super().__init__()
@@ -29,7 +29,7 @@ class Calls(TorchFunctionMode):
 
 
 class Draws(TorchDispatchMode):
-    """Counts the masks of dropout."""
+    """Count the masks of dropout."""
 
     count = 0
 
@@ -50,7 +50,7 @@ class Twice(nn.Module):
 
 
 class Feeding(nn.Module):
-    """Feeds a layer from memory that it writes to, differently at every point."""
+    """A layer whose input is memory that is overwritten at every point."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ MODELS = {
 }
 
 
-def rows(make, engine, updates=4, accumulate=1, meddle=lambda model: None, mode=None, observe=False):
+def rows(make, engine, updates=4, accumulate=1, change=lambda model: None, mode=None, observe=False):
     torch.manual_seed(0)
     model, criterion = make().double(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -90,7 +90,7 @@ def rows(make, engine, updates=4, accumulate=1, meddle=lambda model: None, mode=
                 with mode:
                     optimizer.step()
             else:
-                meddle(model)
+                change(model)
                 optimizer.step()
     return np.array(probe.frame().losses.map(list).tolist())
 
@@ -100,30 +100,30 @@ def rows(make, engine, updates=4, accumulate=1, meddle=lambda model: None, mode=
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("engine", ["affine", "stacked"])
 @pytest.mark.filterwarnings("ignore:The engine 'stacked' does not fit")
-def test_layers_of_the_training_forward_pass_give_the_loops_losses(engine, name, accumulate, observe):
+def test_layers_of_the_training_pass_match_loop(engine, name, accumulate, observe):
     options = {"accumulate": accumulate, "observe": observe}
     expected = rows(MODELS[name], "loop", **options)
     np.testing.assert_allclose(rows(MODELS[name], engine, **options), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(("name", "products"), [("plain", 1), ("no bias", 1), ("in place", 1)])
-def test_the_first_layer_takes_one_product_beside_that_of_training(name, products):
+def test_first_layer_takes_one_product_more(name, products):
     calls = Calls((8, 6))
     rows(MODELS[name], "affine", mode=calls)
     assert calls.count == products
 
 
 @pytest.mark.filterwarnings("ignore:At step size 0|The optimizer's gradient")
-def test_weights_that_were_changed_since_the_forward_pass_are_refused():
-    def meddle(model):
+def test_weights_written_since_forward_raise():
+    def change(model):
         with torch.no_grad():
             model[0].weight.mul_(1.5)
 
     with pytest.raises(LandscapeError, match="written to between"):
-        rows(MODELS["plain"], "affine", meddle=meddle, observe=True)
+        rows(MODELS["plain"], "affine", change=change, observe=True)
 
 
-def test_masks_of_dropout_are_drawn_twice_for_eight_points():
+def test_dropout_masks_are_drawn_twice():
     model, x = MODELS["dropout"](), torch.randn(12, 6)
     direction = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
     with Draws() as draws:
@@ -132,7 +132,7 @@ def test_masks_of_dropout_are_drawn_twice_for_eight_points():
 
 
 class Wild(nn.Module):
-    """Draws in every way there is, and by the third point asks for other numbers than at the first."""
+    """Draws in every way there is, and other numbers at the third point than at the first."""
 
     def __init__(self, far):
         super().__init__()
@@ -151,7 +151,7 @@ class Wild(nn.Module):
 
 
 @pytest.mark.parametrize("far", [0.5, 1e9])
-def test_random_numbers_of_every_kind(far):
+def test_random_numbers_match_loop(far):
     torch.manual_seed(0)
     model, x = Wild(far).double(), torch.randn(12, 6, dtype=torch.float64)
     direction = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
@@ -164,8 +164,8 @@ def test_random_numbers_of_every_kind(far):
 
 @pytest.mark.parametrize("engine", ["loop", "affine", "stacked"])
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, np.random.randn])
-def test_streams_of_python_and_numpy(engine, draw):
-    """The same numbers at every point, and the streams where they were."""
+def test_host_rng(engine, draw):
+    """Points draw the same numbers, and the RNG state is restored."""
     model, x = nn.Linear(6, 3), torch.ones(12, 6)
     direction = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     draw()
@@ -186,8 +186,8 @@ def test_streams_of_python_and_numpy(engine, draw):
         (nn.Conv2d(3, 16, 3), (4, 3, 16, 16), 8),
     ],
 )
-def test_products_are_shared_where_that_pays(monkeypatch, layer, shape, products):
-    """Long sums, or weights that are larger than the output."""
+def test_products_are_shared_if_cheaper(monkeypatch, layer, shape, products):
+    """They are for long sums, and for weights that are larger than the output."""
     monkeypatch.setattr("landscape.ray.engines.products.LONG_SUM", LONG_SUM)
     monkeypatch.setattr("landscape.ray.engines.products.LARGE", 1 << 30)
     calls, x = [], torch.randn(shape)

@@ -37,7 +37,7 @@ class Notes(dict):
         self.update(facts)
 
 
-def test_auto_tries_all_takes_one_and_says_so():
+def test_auto_records_its_selection():
     notes, ray = Notes(), ray_of(network(), inputs())
     choice = EngineChoice("auto", None, notes)
     expected = ray_of(network(), inputs())
@@ -50,7 +50,7 @@ def test_auto_tries_all_takes_one_and_says_so():
     assert notes["peak_memory"] > sum(parameter.nbytes for parameter in network().parameters())
 
 
-def test_convolutions_make_a_layout_worth_a_try():
+def test_convolutions_add_channels_last():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)).double()
     notes = Notes()
     choice = EngineChoice("auto", None, notes)
@@ -61,7 +61,7 @@ def test_convolutions_make_a_layout_worth_a_try():
     assert "channels_last" in notes["engine_seconds"]
 
 
-def test_an_engine_that_the_model_does_not_allow_is_named_with_its_reason():
+def test_refused_engine_is_recorded_with_reason():
     class Branching(nn.Linear):
         def forward(self, inputs):
             outputs = super().forward(inputs)
@@ -75,15 +75,15 @@ def test_an_engine_that_the_model_does_not_allow_is_named_with_its_reason():
     assert "\n" not in notes["engine_refused"]["stacked"]
 
 
-def test_a_loop_that_needs_more_than_is_allowed_is_an_error():
+def test_loop_above_max_memory_raises():
     with pytest.raises(
         LandscapeError, match=r"max_memory=1000: a single point of the ray takes [0-9,]+ bytes; allow more"
     ):
         EngineChoice("auto", 1000, Notes()).losses(ray_of(network(), inputs()))
 
 
-def test_the_allowed_memory_bounds_the_points_of_a_stacked_pass():
-    """Not all points fit; the engine finds out by itself how many do."""
+def test_max_memory_bounds_the_chunk():
+    """Not all points fit in one pass."""
     ray = ray_of(network(), inputs(2000), [0.1 * k for k in range(8)])
     notes = Notes()
     EngineChoice("loop", None, notes).losses(ray)
@@ -100,7 +100,7 @@ def test_out_of_memory_halves_the_chunk():
 
         def forward(self, inputs):
             Filling.passes += 1
-            if Filling.passes in (2, 3):  # the first one is by itself
+            if Filling.passes in (2, 3):  # the first one is the engine's check
                 raise torch.OutOfMemoryError("no memory")
             return super().forward(inputs)
 
@@ -111,7 +111,7 @@ def test_out_of_memory_halves_the_chunk():
     assert engine.chunk == 1
 
 
-def test_a_turn_that_an_engine_does_not_follow_leads_back_to_the_loop():
+def test_late_failure_falls_back_to_loop():
     class Turning(nn.Linear):
         turned = False
 
@@ -131,7 +131,7 @@ def test_a_turn_that_an_engine_does_not_follow_leads_back_to_the_loop():
     choice.losses(ray)
 
 
-def test_a_ray_that_is_not_finite_says_nothing():
+def test_nonfinite_ray_selects_nothing():
     notes, model = Notes(), network()
     choice = EngineChoice("affine", None, notes)
     assert choice.losses(ray_of(model, inputs() * float("nan"))).isnan().all()
@@ -140,7 +140,7 @@ def test_a_ray_that_is_not_finite_says_nothing():
     assert notes["engine"] == "affine"
 
 
-def test_the_facts_are_in_the_run(tmp_path):
+def test_selection_is_in_metadata(tmp_path):
     model, criterion = network(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"step_sizes": STEP_SIZES, "trace": tmp_path / "run", "max_memory": 10**9}

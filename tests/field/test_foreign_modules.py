@@ -1,4 +1,4 @@
-"""What lies outside of the model, and what the user keeps: neither is changed by a ray."""
+"""Modules outside of the model, and tensors that the user keeps: rays change neither."""
 
 import copy
 import functools
@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from lab import ENGINES, STEP_SIZES, batches, check_rows, check_untouched, mlp, run
+from lab import ENGINES, STEP_SIZES, batches, check_rows, check_same_training, mlp, run
 from torch import nn
 
 from landscape import LandscapeError, LandscapeProbe, ray_losses
@@ -19,7 +19,7 @@ SPECTRAL = nn.utils.parametrizations.spectral_norm
 
 
 class Counting(nn.Module):
-    """Counts its calls in an attribute, and follows the data in a parameter."""
+    """A module that counts its calls in an attribute, and averages its inputs in a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Counting(nn.Module):
         return x - self.mean / self.calls
 
 
-OTHERS = {
+FOREIGN_MODULES = {
     "plain": lambda: nn.Linear(3, 3),
     "BatchNorm": lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
     "spectral norm": lambda: nn.Sequential(SPECTRAL(nn.Linear(3, 4)), nn.LeakyReLU(), SPECTRAL(nn.Linear(4, 3))),
@@ -40,12 +40,12 @@ OTHERS = {
     "writes": Counting,
     "teacher": lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval(),
 }
-CHANGE = {"BatchNorm", "spectral norm", "writes"}
+CHANGING = {"BatchNorm", "spectral norm", "writes"}
 
 
 def adversarial(lab, name):
-    """A generator is probed; the discriminator is trained too, and has state of its own."""
-    model, other = mlp().double(), OTHERS[name]().double()
+    """Probe a generator whose discriminator is trained, too, and has a state."""
+    model, other = mlp().double(), FOREIGN_MODULES[name]().double()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     trained = [parameter for parameter in other.parameters() if parameter.requires_grad]
     second = torch.optim.SGD(trained or [torch.zeros(1)], lr=0.1)
@@ -54,33 +54,33 @@ def adversarial(lab, name):
             second.zero_grad()
             CRITERION(other(model(x).detach()), y).backward() if trained else None
             second.step()
-            lab.before(model, other)
+            lab.copy_modules(model, other)
             optimizer.zero_grad()
             loss = lab.observe(lambda m, x, y: CRITERION(other(m(x)), y), x, y)
             loss.backward()
-            lab.update(loss, lambda m, o, x=x, y=y: CRITERION(o(m(x)), y))
+            lab.record_update(loss, lambda m, o, x=x, y=y: CRITERION(o(m(x)), y))
             optimizer.step()
-    lab.left(model, other)
+    lab.record_state(model, other)
     lab.result.objects["calls"] = getattr(other, "calls", None)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", OTHERS)
-def test_modules_outside_of_the_model(name, engine):
-    check_rows(functools.partial(adversarial, name=name), missing=[0] if name in CHANGE else [], engine=engine)
+@pytest.mark.parametrize("name", FOREIGN_MODULES)
+def test_observe_foreign_module(name, engine):
+    check_rows(functools.partial(adversarial, name=name), missing=[0] if name in CHANGING else [], engine=engine)
 
 
 @pytest.mark.filterwarnings("ignore:The engine 'stacked' does not fit")
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_single_ray_with_a_module_outside(name, engine):
+@pytest.mark.parametrize("name", FOREIGN_MODULES)
+def test_ray_losses_foreign_module(name, engine):
     torch.manual_seed(0)
-    model, other = mlp().double(), OTHERS[name]().double()
+    model, other = mlp().double(), FOREIGN_MODULES[name]().double()
     x, y = next(batches())
     direction = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-    moved, beside, stream = copy.deepcopy(model), copy.deepcopy(other), torch.get_rng_state()
+    moved, beside, rng_state = copy.deepcopy(model), copy.deepcopy(other), torch.get_rng_state()
     got = ray_losses(model, lambda m: CRITERION(other(m(x)), y), direction, [0.0, 0.1, 0.0], engine=engine)
-    assert torch.equal(stream, torch.get_rng_state())
+    assert torch.equal(rng_state, torch.get_rng_state())
     for one, two in ((model, moved), (other, beside)):
         for (name, tensor), expected in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
             assert torch.equal(tensor, expected), name
@@ -89,7 +89,7 @@ def test_a_single_ray_with_a_module_outside(name, engine):
 
 
 class Hiding(nn.Module):
-    """Keeps a teacher where no name leads to it, so that it is not among the parameters."""
+    """A model with a teacher in a list, so that its parameters have no name."""
 
     def __init__(self):
         super().__init__()
@@ -100,26 +100,26 @@ class Hiding(nn.Module):
         return self.net(x) + self.teacher[0](x)
 
 
-def test_a_module_that_the_model_hides():
+def test_module_hidden_in_list():
     def trial(lab):
         model = Hiding().double()
         model.teacher[0].double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with lab.attached(model, optimizer, CRITERION):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = CRITERION(model(x), y)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
-        lab.left(model, model.teacher[0])
+        lab.record_state(model, model.teacher[0])
 
     check_rows(trial, missing=[0])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_modules_that_are_made_in_the_loss_are_nobodys(engine):
+def test_modules_made_in_the_loss(engine):
     def trial(lab):
         model = mlp().double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -129,13 +129,13 @@ def test_modules_that_are_made_in_the_loss_are_nobodys(engine):
 
         with lab.attached(model, optimizer):
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = lab.observe(closure, x, y)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y: closure(m, x, y))
+                lab.record_update(loss, lambda m, x=x, y=y: closure(m, x, y))
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial, engine=engine)
 
@@ -153,8 +153,8 @@ KEEPERS = {
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", [*KEEPERS, "observed loss", "criterion"])
-def test_what_the_user_keeps_can_be_used(name, engine, late):
-    """Tensors of a batched evaluation are dead outside of it; none of them escapes."""
+def test_kept_tensors(name, engine, late):
+    """Tensors of a batched evaluation cannot be used outside of it, so the user must get none."""
     kept = []
 
     class Keeping(nn.CrossEntropyLoss):
@@ -165,7 +165,7 @@ def test_what_the_user_keeps_can_be_used(name, engine, late):
     model, criterion = mlp(), Keeping() if name == "criterion" else CRITERION
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     keeper = KEEPERS.get(name, lambda model, kept: None)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with LandscapeProbe(
             model, optimizer, None if name == "observed loss" else criterion, step_sizes=STEP_SIZES, engine=engine
@@ -188,12 +188,12 @@ def test_what_the_user_keeps_can_be_used(name, engine, late):
                 sum(tensor.sum() for tensor in kept)
     assert kept
     assert len(probe.frame()) == 7
-    assert all("Step" not in str(warning.message) for warning in said)
+    assert all("Step" not in str(warning.message) for warning in caught)
     for tensor in kept:
         assert (tensor > 0).float().mean().item() >= 0
 
 
-def test_no_graph_is_kept_by_what_the_probe_watches():
+def test_no_graph_kept():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with LandscapeProbe(model, optimizer, CRITERION, step_sizes=STEP_SIZES, engine="loop"):
@@ -209,7 +209,7 @@ def test_no_graph_is_kept_by_what_the_probe_watches():
         assert not any(one() is not None for one in held)
 
 
-def within_func(lab):
+def train_by_functorch(lab):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with lab.attached(model, optimizer, CRITERION):
@@ -222,17 +222,17 @@ def within_func(lab):
             for name, gradient in torch.func.grad(loss_of)(parameters).items():
                 dict(model.named_parameters())[name].grad = gradient
             optimizer.step()
-    lab.left(model)
+    lab.record_state(model)
 
 
-def test_loops_of_torch_func_are_refused():
+def test_functorch_loop():
     with pytest.raises(LandscapeError, match=r"torch\.func"):
-        run(within_func, True)
+        run(train_by_functorch, True)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("how", ["whole", "part"])
-def test_scripted_models_are_refused(how):
+def test_scripted_model(how):
     scripted = torch.jit.script(nn.Linear(6, 3))
     model = scripted if how == "whole" else nn.Sequential(scripted, nn.Linear(3, 3))
     with pytest.raises(LandscapeError, match="scripted"):
@@ -243,14 +243,14 @@ def test_scripted_models_are_refused(how):
 
 @pytest.mark.parametrize("observed", [False, True])
 @pytest.mark.parametrize("remedy", [False, True])
-def test_a_buffer_that_the_loop_overwrites(observed, remedy):
+def test_overwritten_batch(observed, remedy):
     def trial(lab):
         model, buffer = mlp().double(), torch.empty(12, 6, dtype=torch.float64)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with lab.attached(model, optimizer, None if observed else CRITERION):
             for x, y in batches():
                 buffer.copy_(x)
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 given = buffer.clone() if remedy else buffer
                 if observed:
@@ -258,10 +258,10 @@ def test_a_buffer_that_the_loop_overwrites(observed, remedy):
                 else:
                     loss = CRITERION(model(given), y)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 buffer.zero_()
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
     if remedy:
         check_rows(trial)
@@ -271,8 +271,8 @@ def test_a_buffer_that_the_loop_overwrites(observed, remedy):
 
 
 @pytest.mark.parametrize("modes", ["oo", "oc", "co", "cc"])
-def test_probes_within_and_beside_each_other(modes):
-    """Each of two probes has the same rows, whether a loss is handed to it or seen."""
+def test_two_probes(modes):
+    """Two probes have the same rows, with a criterion or by `observe`."""
 
     def trial(lab):
         model = mlp().double()
@@ -289,24 +289,24 @@ def test_probes_within_and_beside_each_other(modes):
                 return CRITERION(m(x), y)
 
             for x, y in batches():
-                lab.before(model)
+                lab.copy_modules(model)
                 optimizer.zero_grad()
                 loss = lab.observe(inner, x, y) if modes[0] == "o" else inner(model, x, y)
                 loss.backward()
-                lab.update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
             if other is not None:
                 other.detach()
                 assert list(other.frame()["step"]) == [0, 1, 2, 3]
                 for row, expected in zip(other.frame()["losses"], lab.result.references, strict=True):
                     assert list(row) == pytest.approx(expected, rel=1e-9)
-        lab.left(model)
+        lab.record_state(model)
 
     check_rows(trial)
 
 
 @pytest.mark.parametrize("trace", [False, True])
-def test_the_state_of_a_probe_that_has_ended(trace, tmp_path):
+def test_state_after_detach(trace, tmp_path):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     place = tmp_path / "run" if trace else None
@@ -322,20 +322,20 @@ def test_the_state_of_a_probe_that_has_ended(trace, tmp_path):
     assert probe.state_dict()["step"] == 4
 
 
-def test_what_a_model_holds_is_put_back_whatever_an_engine_does(monkeypatch):
-    """The net under all engines."""
+def test_model_contents_restored(monkeypatch):
+    """A safety net under all engines."""
     from landscape.ray.engines.loop import loop
-    from landscape.ray.engines.registry import ENGINES as KNOWN
+    from landscape.ray.engines.registry import ENGINES as REGISTRY
 
     def careless(ray):
-        model = ray.objective.terms[0].state.scene.model
+        model = ray.objective.loss_module.model
         losses = loop(ray)
         model[0]._parameters["weight"] = model[0].weight.detach()
         model[1]._buffers["running_mean"] = model[1].running_mean.clone()
         del model._modules["3"]
         return losses
 
-    monkeypatch.setitem(KNOWN, "careless", lambda: careless)
+    monkeypatch.setitem(REGISTRY, "careless", lambda: careless)
 
     def trial(lab):
         model = mlp().double()
@@ -345,7 +345,7 @@ def test_what_a_model_holds_is_put_back_whatever_an_engine_does(monkeypatch):
                 optimizer.zero_grad()
                 CRITERION(model(x), y).backward()
                 optimizer.step()
-        lab.left(model)
+        lab.record_state(model)
 
-    result = check_untouched(trial, engine="careless")
-    assert any("put back" in words for words in result.said)
+    result = check_same_training(trial, engine="careless")
+    assert any("restored" in message for message in result.warnings)

@@ -1,11 +1,11 @@
-"""Models in which a module, a parameter or a buffer has several names: each stays the object that it is."""
+"""Models in which a module, parameter or buffer has several names, which must stay one object."""
 
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lab import ENGINES, STEP_SIZES, batches, check_rows, check_untouched
+from lab import ENGINES, STEP_SIZES, batches, check_rows, check_same_training
 from torch import nn
 
 from landscape import LandscapeError, ray_losses
@@ -39,7 +39,7 @@ def repeated():
 
 
 class Alias(nn.Module):
-    """A part of what it holds has a name of its own."""
+    """A model with a second name for a part of a submodule."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Alias(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """Holds the model twice, as Lightning Fabric does, and hands attributes on."""
+    """A wrapper that holds the model twice, as that of Lightning Fabric."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ class Wrapper(nn.Module):
 
 
 class TiedParameter(nn.Module):
-    """Two layers with one weight, one of them under a third name, and a list that holds it too."""
+    """Two layers with one weight, which has a third name and is in a list, too."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ class TiedBuffer(nn.Module):
 
 
 class Heads(nn.Module):
-    """Deep supervision as in MONAI's DynUNet: heads in a list, and the whole once more as a chain of skips."""
+    """Deep supervision as in MONAI's DynUNet: heads in a list, and all layers again as a chain of skips."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ class Heads(nn.Module):
 
 
 class Hidden(nn.Module):
-    """Has its layer in a list of Python's, too, where no name leads to it."""
+    """A model with a layer in a Python list, too, where it has no name."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ class Hidden(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Keeps its weights in a list of its own, and the cell under two names."""
+    """An LSTM, which keeps its weights in a list, under two names."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ class Normed(nn.Module):
 
 
 class Learned(nn.Module):
-    """A criterion with a weight of its own."""
+    """A criterion with a trained weight."""
 
     def __init__(self, weight=None):
         super().__init__()
@@ -203,7 +203,7 @@ MODELS = {
 
 
 def parts(name):
-    """A model and its criterion."""
+    """Return a model and its criterion."""
     if name == "criterion that is a part":
         model = WithCriterion()
         return model.double(), model.criterion
@@ -224,34 +224,36 @@ def trial(lab, name, observed):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with lab.attached(model, optimizer, None if observed else criterion):
         for x, y in batches():
-            lab.before(model, criterion)
+            lab.copy_modules(model, criterion)
             optimizer.zero_grad()
             total = lambda m, x, y: criterion(m(x), y)  # noqa: E731
             loss = lab.observe(total, x, y) if observed else total(model, x, y)
             loss.backward()
-            lab.update(loss, lambda m, c, x=x, y=y: c(m(x), y))
+            lab.record_update(loss, lambda m, c, x=x, y=y: c(m(x), y))
             optimizer.step()
-    lab.left(model, criterion)
+    lab.record_state(model, criterion)
 
 
 @pytest.mark.parametrize("observed", [False, True], ids=["criterion", "observed"])
 @pytest.mark.parametrize("engine", [*ENGINES, "channels_last"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_leads_to_what_it_did(name, engine, observed):
+def test_probe_keeps_aliases(name, engine, observed):
     check_rows(functools.partial(trial, name=name, observed=observed), engine=engine)
 
 
 @pytest.mark.parametrize("direction", ["gradient", "update"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_along_the_ray_leave_them_too(name, direction):
-    result = check_untouched(functools.partial(trial, name=name, observed=False), gradients=True, direction=direction)
+def test_gradients_keep_aliases(name, direction):
+    result = check_same_training(
+        functools.partial(trial, name=name, observed=False), gradients=True, direction=direction
+    )
     assert len(result.frame) == len(result.losses)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_single_ray_leaves_them_too(name, engine):
-    def single(lab):
+def test_ray_losses_keep_aliases(name, engine):
+    def train_single(lab):
         model, criterion = parts(name)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         lab.optimizer = optimizer
@@ -264,20 +266,20 @@ def test_a_single_ray_leaves_them_too(name, engine):
                 closure = lambda m, x=x, y=y: criterion(m(x), y)  # noqa: E731
                 assert ray_losses(model, closure, direction, STEP_SIZES, engine=engine).isfinite().all()
             optimizer.step()
-        lab.left(model, criterion)
+        lab.record_state(model, criterion)
 
-    check_untouched(single)
+    check_same_training(train_single)
 
 
 @pytest.mark.parametrize("where", ["closure", "list", "cache"])
-def test_weights_that_the_loss_has_from_elsewhere_are_refused(where):
-    """Every point would be the training loss, and the landscape perfectly smooth."""
+def test_weights_outside_of_module(where):
+    """All points of the ray would be equal to the training loss."""
 
     class Cached(nn.Linear):
         def forward(self, x):
             return F.linear(x, self.doubled, self.bias)
 
-    def elsewhere(lab):
+    def train_elsewhere(lab):
         model, criterion = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Cached(8, 3)).double(), nn.CrossEntropyLoss()
         model[2].doubled = 2 * model[2].weight
         weight, kept = model[0].weight, [model[0].weight]
@@ -295,4 +297,4 @@ def test_weights_that_the_loss_has_from_elsewhere_are_refused(where):
                 optimizer.step()
 
     with pytest.raises(LandscapeError, match=r"0\.weight|2\.weight"):
-        check_untouched(elsewhere)
+        check_same_training(train_elsewhere)
