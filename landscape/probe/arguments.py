@@ -15,7 +15,7 @@ from landscape.ray.ray import check_model
 
 
 def check_arguments(model: Any, optimizer: Any, criterion: Any, grad_scaler: Any, options: ProbeOptions) -> None:
-    """Raise a LandscapeError unless a probe can be attached to these."""
+    """Raise a LandscapeError unless a probe can be attached."""
     if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
         raise LandscapeError(
             f"model={type(model).__name__}, optimizer={type(optimizer).__name__}: must be an nn.Module and its "
@@ -53,7 +53,7 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, grad_scaler: Any
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer that makes the steps, from inside a trainer's wrapper."""
+    """Return the optimizer inside of a trainer's wrapper."""
     while not _takes_hooks(optimizer) and isinstance(
         inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer
     ):
@@ -68,7 +68,7 @@ def _takes_hooks(optimizer: Any) -> bool:
 def probe_metadata(
     model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module | None, options: ProbeOptions
 ) -> dict[str, Any]:
-    """Return what a probe was given, as facts of the run."""
+    """Return the facts of a run that its probe knows."""
     defaults = {
         name: value if isinstance(value, int | float | str | None) else repr(value)
         for name, value in optimizer.defaults.items()
@@ -85,13 +85,13 @@ def probe_metadata(
 
 
 def resume_signature(options: ProbeOptions, model: nn.Module) -> dict[str, Any]:
-    """Return what a resumed run has to share with its checkpoint."""
+    """Return the facts that must match a checkpoint's."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     return {**options.resume_signature(), "parameters": shapes, "threads": torch.get_num_threads()}
 
 
 def check_state(state: Any, signature: Mapping[str, Any], parts: Sequence[str]) -> None:
-    """Raise a LandscapeError unless a probe with this signature can resume.
+    """Raise a LandscapeError unless a probe can resume.
 
     Args:
         state: What ``load_state_dict`` was given.

@@ -152,8 +152,10 @@ class CaptureChecks:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a checkpoint."""
         self._first_checks_left, self._write_checks_left = state["left"], state["guarded"]
-        self._next_step, self._last_passed = state["due"], state["held"]
-        self._suspicion_interval = state["patience"]
+        # Checkpoints from before checks were repeated lack the others.
+        self._next_step = state.get("due", self._next_step)
+        self._last_passed = state.get("held", self._last_passed)
+        self._suspicion_interval = state.get("patience", self._suspicion_interval)
 
 
 def collect_warnings(at_zero: LossCheck, check: GradientCheck | None, others: bool = False) -> dict[str, str]:

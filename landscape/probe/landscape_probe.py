@@ -158,7 +158,7 @@ class LandscapeProbe:
         self._last: dict[str, Any] = {}
 
     def attach(self) -> Self:
-        """Register the hooks; entering the probe as a context manager does it, too."""
+        """Register the hooks, as entering the context does."""
         if not self._hooks.attached:
             self._capture.attach()
             self._hooks.attach()
@@ -166,7 +166,7 @@ class LandscapeProbe:
         return self
 
     def detach(self) -> None:
-        """Remove the hooks and write pending rows; recorded rows stay available."""
+        """Remove the hooks and write pending rows."""
         self._capture.passes.warn_if_no_step()
         self._remove_hooks()
         self.trace.close()
@@ -222,7 +222,7 @@ class LandscapeProbe:
             part.load_state_dict(state[name])
 
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Compute a loss and register it as a part of the objective.
+        """Compute a loss and add it to the objective.
 
         Use it for a loss that is not ``criterion(model(inputs), targets)``, where the loop computes it, once per
         backward pass::
@@ -243,16 +243,16 @@ class LandscapeProbe:
         return self._capture.observe(closure, *args, **kwargs)
 
     def last(self) -> dict[str, Any]:
-        """Return the last row with plain numbers; empty before the first one.
+        """Return the last row with plain numbers.
 
-        It waits for the device.
+        It is empty before the first one. The call waits for the device.
         """
         return to_host([self._last])[0] if self._last else {}
 
     def frame(self) -> pd.DataFrame:
-        """Return all rows so far, with the run's scalar facts as columns.
+        """Return all rows so far.
 
-        The columns of rows are ``landscape.traces.schema.UPDATES``. With a ``trace`` folder under data parallelism,
+        The columns are the run's scalar facts, and ``landscape.traces.schema.UPDATES``. With a ``trace`` folder under data parallelism,
         only the process that writes it has rows.
         """
         return self.trace.frame()
@@ -267,7 +267,7 @@ class LandscapeProbe:
         return self._hooks.attached and self._schedule.due
 
     def _before_step(self, closure: Closure | None) -> Closure | None:
-        """Measure the update that the optimizer is about to make, or do so within its closure.
+        """Measure the update, or return a closure that does.
 
         ``step(closure)`` computes the gradient itself, maybe several times: the first one is that of this update. Under
         accumulation it adds to what is there. If it is computed at other parameters, as in sharpness-aware
@@ -316,7 +316,7 @@ class LandscapeProbe:
         self.step += 1
 
     def _measure(self, update: Update, direction: Parameters) -> None:
-        """Set the row of the update, or warn why there is none."""
+        """Set the row, or warn why there is none."""
         is_sharded = self._capture.loss_module.space.is_sharded  # sharded modules replace their parameters themselves
         contents = ModuleContents([] if is_sharded else self._capture.loss_module.modules())
         try:
@@ -334,7 +334,7 @@ class LandscapeProbe:
         self._measured = row | {"seconds": self._seconds}
 
     def _row(self, update: Update, direction: Parameters) -> dict[str, Any]:
-        """Return the row of the update by the losses of this process."""
+        """Return the row by the losses of this process."""
         started = time.perf_counter()
         ray = self._ranks.run_on_all(lambda: self._ray(update, direction), must_match=Ray.pass_signature)
         with self._capture.measuring():

@@ -66,7 +66,7 @@ class ProbeOptions:
             raise LandscapeError(f"{name}={value!r}: must be {constraint}. {remedy}")
 
     def step_sizes_at(self, step: int, lr: float) -> list[float]:
-        """Return the step sizes eta of one update, in units of the parameters' gradient.
+        """Return the step sizes eta of one update.
 
         Args:
             step: Number of updates before this one.
@@ -84,6 +84,6 @@ class ProbeOptions:
         return facts | {"step_sizes": "a function of the step" if callable(self.step_sizes) else self.step_sizes}
 
     def resume_signature(self) -> dict[str, Any]:
-        """Return the options that a resumed run must share with its checkpoint."""
+        """Return the options that must match a checkpoint's."""
         signature = {name: getattr(self, name) for name in _MUST_MATCH}
         return signature | {"step_sizes": None if callable(self.step_sizes) else self.step_sizes}

@@ -58,13 +58,13 @@ class StepHooks:
         return bool(self._handles)
 
     def move_last(self) -> None:
-        """Register again behind hooks added since, which may change the gradient."""
+        """Register again, behind hooks that may change the gradient."""
         if self.attached and self.are_followed():
             self._handles.pop().remove()
             self._handles.append(self._register_before())
 
     def are_followed(self) -> bool:
-        """Return True if hooks that are no probe's run behind this one."""
+        """Return True if hooks of others run later."""
         hooks = list(self._optimizer._optimizer_step_pre_hooks.values())  # torch has no public way to ask
         owners = [getattr(inspect.unwrap(hook), "__self__", None) for hook in hooks]
         return self in owners and not all(isinstance(one, StepHooks) for one in owners[owners.index(self) :])
@@ -106,7 +106,7 @@ def call_after_first(closure: Closure, then: Callable[[], None]) -> Closure:
 
 
 def _callers() -> Iterator[FrameType]:
-    """Yield the frames around a hook, that of the optimizer's step first."""
+    """Yield the frames around a hook, the optimizer's step first."""
     frame = sys._getframe(2)
     while frame is not None:
         if not frame.f_globals.get("__name__", "").startswith("torch._dynamo"):

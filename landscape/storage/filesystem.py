@@ -172,7 +172,7 @@ class ObjectStore(Store):
         return {folder: sorted(names) for folder, names in sorted(folders.items())}
 
     def open(self, name: str) -> pa.NativeFile:
-        """Open an object; only the ranges that are read are downloaded."""
+        """Open an object; reads download only their range."""
         return self._system.open_input_file(f"{self._path}/{name}")
 
     def write(self, name: str, content: bytes) -> None:
@@ -243,10 +243,10 @@ class Memory(Store):
 
 
 def store_at(location: Location) -> Store:
-    """Return the store of a path or URL, without accessing its files.
+    """Return the store of a path or URL.
 
-    URLs with ``s3://`` use the credentials, region and endpoint of the AWS tools (``AWS_ENDPOINT_URL``,
-    ``AWS_DEFAULT_REGION``, ``~/.aws/credentials``, ...). Other URLs are those of ``pyarrow.fs``.
+    No file is accessed yet. URLs with ``s3://`` use the credentials, region and endpoint of the AWS tools
+    (``AWS_ENDPOINT_URL``, ``AWS_DEFAULT_REGION``, ``~/.aws/credentials``, ...). Other URLs are those of ``pyarrow.fs``.
 
     Args:
         location: Path, or URL such as ``s3://bucket/traces``.

@@ -22,11 +22,12 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class Lock:
-    """Exclusive lock of a store, held until `release` or the process exits.
+    """Exclusive lock of a store.
 
-    In a folder it is a lock of the operating system, which a dead process does not hold. Object stores, and file
-    systems without locks, use an owner file with a lease instead: it names the owner, is rewritten with every write,
-    and is stale after ``LEASE_SECONDS``. Example of two processes A and B that start at the same moment::
+    It is held until `release` or until the process exits. In a folder it is a lock of the operating system, which a
+    dead process does not hold. Object stores, and file systems without locks, use an owner file with a lease instead:
+    it names the owner, is rewritten with every write, and is stale after ``LEASE_SECONDS``. Example of two processes A
+    and B that start at the same moment::
 
         A: no owner file, so A writes it          B: no owner file, so B writes it over that of A
         A: reads it back: owner B, so A raises    B: reads it back: owner B, so B holds the lock
@@ -52,7 +53,7 @@ class Lock:
             self._raise_if_held()
 
     def refresh(self) -> None:
-        """Check that the lock is still held, and renew its lease.
+        """Check that the lock is held; renew its lease.
 
         Raises:
             OSError: The store cannot be written, or another process has taken the lock.
@@ -113,7 +114,7 @@ def writer_of(store: Store) -> str | None:
 
 
 def _file_lock(store: Store) -> FileLock | None:
-    """Acquire the folder's lock; return None if the store has no locks."""
+    """Acquire the folder's lock; return None without support."""
     if not isinstance(store, Folder):
         return None
     lock = FileLock(store.path / _LOCK, timeout=0, thread_local=False)
@@ -131,7 +132,7 @@ def _file_lock(store: Store) -> FileLock | None:
 
 
 def _owner(store: Store) -> dict[str, Any]:
-    """Return the owner file, empty if it is missing or damaged."""
+    """Return the owner file, empty if missing or damaged."""
     try:
         return dict(json.loads(store.read(_OWNER)))
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -161,7 +162,7 @@ def _age(owner: dict[str, Any]) -> float:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Return True if the owner is a process of this host that has exited."""
+    """Return True if the owner exited on this host."""
     if owner.get("host") != platform.node() or os.name != "posix":
         return False
     try:

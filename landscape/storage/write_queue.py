@@ -14,7 +14,7 @@ BACK_OFF = 20
 
 
 class WriteQueue:
-    """Queue of files to write, in order, to a store that it locks.
+    """Queue of files that are written to a locked store.
 
     No error is raised if the disk is full, the folder was deleted, permission was withdrawn or the server does not
     respond. The first failure issues a warning, the files stay in memory, and every `flush` retries.
@@ -43,7 +43,7 @@ class WriteQueue:
         self._lock: Lock | None = Lock(store)
 
     def put(self, name: str, content: bytes) -> None:
-        """Queue a file, in place of a queued one of that name."""
+        """Queue a file; it replaces a queued namesake."""
         # When the queue is full, the newest file is dropped: the beginning of a run stays complete.
         if self._is_full(content) and not self.flush(in_back_off=False) and self._is_full(content):
             self.lost.append(name)
@@ -104,7 +104,7 @@ class WriteQueue:
         return {why: names for why, names in missing.items() if names}
 
     def release_lock(self) -> None:
-        """Release the lock of the store; the next flush locks it again."""
+        """Release the lock until the next flush."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -113,7 +113,7 @@ class WriteQueue:
         return bool(self.waiting) and sum(map(len, self.waiting.values())) + len(content) > WAITING_BYTES
 
     def _recreate(self) -> None:
-        """Write the queued files to a new folder, as the old was deleted."""
+        """Write the queue to a new folder after a deletion."""
         try:
             self._store.create()
         except OSError:

@@ -41,7 +41,7 @@ class RowBuffer:
         return is_full or time.monotonic() - self._flushed >= self._flush_seconds
 
     def encode(self, run: str | None) -> Iterator[tuple[str, int, bytes]]:
-        """Yield name, number of rows and content of each new part.
+        """Encode pending rows; yield name, row count and content.
 
         Args:
             run: Identity of the run.

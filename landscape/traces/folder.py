@@ -70,7 +70,7 @@ class TraceFolder:
         return content
 
     def parts(self, table: str) -> list[str]:
-        """Return the names of a table's parts, in the order of rows."""
+        """Return the names of a table's parts, sorted by row."""
         return sorted(name for name in self.names() if name.startswith(f"{table}-") and name.endswith(".parquet"))
 
     @property
@@ -80,7 +80,7 @@ class TraceFolder:
 
     @property
     def has_checkpoint(self) -> bool:
-        """True if the folder has the checkpoint of an unfinished run."""
+        """True if the folder has a checkpoint to resume from."""
         return self.CHECKPOINT in self.names()
 
     def leftovers(self) -> list[str]:
@@ -101,11 +101,11 @@ class TraceFolder:
 
     @staticmethod
     def part_name(table: str, first_row: int) -> str:
-        """Return the name of the part that begins with a row."""
+        """Return the name of a part by its first row."""
         return f"{table}-{first_row:09d}.parquet"
 
     @staticmethod
     def first_row(part: str) -> int | None:
-        """Return the first row of a part, None for other files."""
+        """Return a part's first row; None for other files."""
         found = re.fullmatch(rf"(?:{'|'.join(TABLES)})-(\d+)\.parquet", part)
         return int(found[1]) if found else None

@@ -15,9 +15,9 @@ INTERNAL_FACTS = {"version", "id"}
 
 
 def to_frame(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> pd.DataFrame:
-    """Return the rows of all runs, preceded by their scalar facts.
+    """Return the rows of all runs with scalar facts.
 
-    A column of the table replaces a fact of the same name.
+    Facts are the first columns; a column of the table replaces a fact of the same name.
 
     Args:
         rows: Rows of each run.

@@ -70,10 +70,10 @@ def to_pandas(part: pa.Table) -> pd.DataFrame:
 
 
 def to_parquet(part: pa.Table, name: str, run: str | None = None) -> bytes:
-    """Return an Arrow table as Parquet, readable by pandas, polars and DuckDB.
+    """Return an Arrow table as Parquet.
 
-    Every page has a CRC-32 checksum. The metadata has the name of the part, the identity of its run, and a checksum of
-    these, of the format version and of the number of rows.
+    pandas, polars and DuckDB read it. Every page has a CRC-32 checksum. The metadata has the name of the part, the
+    identity of its run, and a checksum of these, of the format version and of the number of rows.
 
     Args:
         part: Rows.
@@ -96,7 +96,7 @@ def _checksum(metadata: dict[bytes, bytes], rows: int) -> bytes:
 
 
 def rows_in(store: Store, name: str) -> int:
-    """Return the number of rows of a part, from its footer.
+    """Return the number of rows in a part's footer.
 
     Raises:
         LandscapeError: The file cannot be read as Parquet.
@@ -106,7 +106,7 @@ def rows_in(store: Store, name: str) -> int:
 
 
 def run_in(store: Store, name: str) -> str | None:
-    """Return the identity of the run of a part, from its footer.
+    """Return the run's identity in a part's footer.
 
     Raises:
         LandscapeError: The file cannot be read as Parquet.

@@ -39,7 +39,7 @@ class Run:
 
 
 def read_traces(paths: Location | Iterable[Location], table: str = "updates") -> pd.DataFrame:
-    """Read the traces of one or many runs into one frame.
+    """Read the traces of runs into one frame.
 
     Files that cannot be read (a damaged part, a part of another run or of a newer format, invalid JSON) are left out
     and named by a warning and in ``frame.attrs["left_out"]``. Damage is found by checksums of the Parquet pages and of
@@ -102,9 +102,9 @@ def list_runs(paths: Location | Iterable[Location]) -> pd.DataFrame:
 
     Examples:
         >>> from landscape import TraceWriter
-        >>> with TraceWriter("traces/ghost", {"norm": "ghost"}) as trace:
+        >>> with TraceWriter("runs/ghost", {"norm": "ghost"}) as trace:
         ...     trace.append({"step": 0, "losses": [2.0, 1.0]})
-        >>> list_runs("traces")[["run", "updates", "norm"]]
+        >>> list_runs("runs")[["run", "updates", "norm"]]
              run  updates   norm
         0  ghost        1  ghost
     """
@@ -123,7 +123,7 @@ def _run_summary(run: Run, left_out: list[str]) -> dict[str, Any]:
 
 
 def _find_runs(paths: Location | Iterable[Location], table: str, left_out: list[str]) -> list[Run]:
-    """Return every run at or under the paths once, under a unique name."""
+    """Return the runs at or under the paths."""
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     found: dict[str, Run] = {}
     for run in (run for path in paths for run in _locate(path, table, left_out)):
@@ -212,7 +212,7 @@ def _identities(run: Run) -> set[str]:
 
 
 def _recorded(metadata: Mapping[str, Any], table: str) -> int:
-    """Return the number of rows at the end; 0 if unknown."""
+    """Return the final number of rows; 0 if unknown."""
     rows = metadata.get("rows")
     count = rows.get(table, 0) if isinstance(rows, dict) else 0
     return count if isinstance(count, int) else 0
@@ -237,7 +237,7 @@ def _count(run: Run, left_out: list[str]) -> int | None:
 
 
 def _entry(error: LandscapeError) -> str:
-    """Return a message as one clause of a list: "constraint; what to do"."""
+    """Return a message in the form "constraint; what to do"."""
     constraint, _, remedy = str(error).rstrip(".").rpartition(". ")
     return f"{constraint}; {remedy[:1].lower()}{remedy[1:]}" if constraint else remedy
 

@@ -20,7 +20,7 @@ from landscape.traces.schema import TABLES, VERSION
 
 
 class TraceWriter:
-    """Writer of a trace, which can be read at any time, even after a kill.
+    """Writer of a trace, readable at any time.
 
     The folder holds metadata, ``run.json``, and Parquet parts such as ``updates-000001000.parquet``, numbered by the
     index of their first row. Every file is written atomically, so a killed process loses only the rows since the last
@@ -114,14 +114,14 @@ class TraceWriter:
 
     @property
     def written(self) -> dict[str, int]:
-        """Number of rows of each table that were passed to the write queue.
+        """Number of encoded rows by table.
 
         They are in the folder if `flush` returns True.
         """
         return dict(self._buffer.encoded)
 
     def append(self, row: Row, table: str = "updates") -> None:
-        """Add a row, which is written with one of the next flushes.
+        """Add a row, to be written with a later flush.
 
         Args:
             row: Values by the column names of `landscape.traces.schema`; columns left out are missing values.
@@ -257,7 +257,7 @@ class TraceWriter:
         self._store.remove(name)
 
     def close(self, ended: bool = True) -> None:
-        """Write pending rows and the end time, then release the lock.
+        """Write pending rows and metadata; release the lock.
 
         Args:
             ended: True if the run is complete, False if it was interrupted.
@@ -296,7 +296,7 @@ class TraceWriter:
 
 
 class NullWriter(TraceWriter):
-    """Writer without rows and metadata, for ranks that do not write."""
+    """Writer that drops everything, for ranks that write nothing."""
 
     def __init__(self) -> None:
         super().__init__(None)

@@ -160,14 +160,14 @@ def _check_types(recipe: Recipe) -> None:
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Return True if a value has a type; int is float."""
+    """Return True if a value fits a field's type."""
     if isinstance(kind, UnionType):
         return any(_has_type(value, each) for each in get_args(kind))
     if get_origin(kind) is tuple:
         return isinstance(value, tuple | list) and all(_has_type(each, get_args(kind)[0]) for each in value)
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, float | int if kind is float else kind)
+    return isinstance(value, float | int if kind is float else kind)  # 1 is a float here, as in type hints.
 
 
 def _check_name(name: str) -> None:

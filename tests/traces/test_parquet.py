@@ -113,6 +113,18 @@ def test_part_of_other_run_is_refused(tmp_path):
         read(tmp_path / "part", run="b")
 
 
+@pytest.mark.parametrize("changed", [{b"landscape_version": b"1"}, {b"landscape_run": b"b"}, None])
+def test_changed_metadata_or_rows_are_refused(tmp_path, changed):
+    """The checksums of pages cover neither the format version nor the number of rows."""
+    path = tmp_path / "part"
+    write(path, rows(steps=3), run="a")
+    part = pq.read_table(path)
+    rewritten = part.replace_schema_metadata(part.schema.metadata | changed) if changed else part.slice(0, 2)
+    pq.write_table(rewritten, path)
+    with pytest.raises(LandscapeError, match=r"part: was changed.*checksum"):
+        read(path)
+
+
 def test_flipped_bits_change_no_value(tmp_path):
     """A part with a flipped bit is refused, or read as it was."""
     part = to_arrow(rows(steps=20), "updates")
