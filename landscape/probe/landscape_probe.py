@@ -252,8 +252,8 @@ class LandscapeProbe:
     def frame(self) -> pd.DataFrame:
         """Return all rows so far.
 
-        The columns are the run's scalar facts, and ``landscape.traces.schema.UPDATES``. With a ``trace`` folder under data parallelism,
-        only the process that writes it has rows.
+        The columns are the run's scalar facts, and ``landscape.traces.schema.UPDATES``. With a ``trace`` folder under
+        data parallelism, only the process that writes it has rows.
         """
         return self.trace.frame()
 
