@@ -178,7 +178,7 @@ def test_options_of_the_probe_are_refused_or_do_not_touch_the_training(options):
 @given(
     changes=st.dictionaries(st.sampled_from([each.name for each in fields(RECIPES["digits"])]), anything, max_size=2)
 )
-@also("changes", {"recipe": "../../x"}, {"recipe": "x" * 5000}, {"recipe": "\x1b"}, {"recipe": ""}, {"norm": []})
+@also("changes", {"name": "../../x"}, {"name": "x" * 5000}, {"name": "\x1b"}, {"name": ""}, {"norm": []})
 @also("changes", {"epochs": 2**63}, {"lr": 1e308}, {"lr": "0.1"}, {"overhead": 10**400}, {"augment": ([],)})
 def test_recipes_are_refused_or_have_a_name_that_stays_in_its_folder(changes):
     with soon("recipes"):
