@@ -11,6 +11,7 @@ from landscape.ray import ray
 from landscape.ray.engines import products
 
 SLOW = (
+    "cli/test_tune.py",
     "distributed",
     "fuzz",
     "paper/test_figures4_5.py",
@@ -19,6 +20,7 @@ SLOW = (
     "training/test_checkpoint.py",
     "training/test_resume.py",
     "tuning/test_postgres.py",
+    "tuning/test_trials.py",
     "tuning/test_tune.py",
 )
 """Folders and files whose tests start processes or train for seconds; single tests have the mark themselves."""
