@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from landscape.errors import LandscapeError
-from landscape.storage.filesystem import Location
+from landscape.storage.filesystem import Location, store_at
 from landscape.traces.folder import TraceFolder
 from landscape.traces.metadata import plain
 from landscape.traces.reader import read_traces
@@ -27,7 +27,8 @@ def is_recorded(recipe: Recipe, location: Location) -> bool:
     Raises:
         LandscapeError: A run with other settings is recorded there, or it is damaged.
     """
-    folder = TraceFolder(location)
+    store = store_at(location)
+    folder = TraceFolder(store, store.names())  # Listed once, which is a request on an object store.
     if not folder.has_rows:
         return False
     recorded = folder.metadata()
