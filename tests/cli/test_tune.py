@@ -6,6 +6,7 @@ import sys
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from command_line import check_usage_error
 from landscape_cli.main import main
 from processes import PATIENCE, landscape
 from real_data import REAL_DATA
@@ -83,10 +84,7 @@ def test_tune_continues_after_sigint(tmp_path):
 def test_usage_error_is_one_line(tmp_path, monkeypatch, arguments, message):
     (tmp_path / "file.txt").write_text("kept")
     result = run(*arguments.split(), cwd=tmp_path, monkeypatch=monkeypatch)
-    assert result.exit_code == 2, result.output
-    assert message in result.output
-    assert "Traceback" not in result.output
-    assert result.output.strip().splitlines()[-1].startswith("Error: ")
+    check_usage_error(result, message)
 
 
 def test_missing_optuna_names_extra(tmp_path):
