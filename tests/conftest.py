@@ -10,28 +10,39 @@ from nonsense import TRIED
 from landscape.ray import ray
 from landscape.ray.engines import products
 
-SLOW = (
-    "cli/test_tune.py",
-    "distributed",
-    "fuzz",
-    "paper/test_figures4_5.py",
-    "storage/test_object_store.py",
-    "test_benchmarks.py",
-    "training/test_checkpoint.py",
-    "training/test_resume.py",
-    "tuning/test_postgres.py",
-    "tuning/test_trials.py",
-    "tuning/test_tune.py",
-)
-"""Folders and files whose tests start processes or train for seconds; single tests have the mark themselves."""
+MARKED = {
+    "slow": (
+        "cli/test_tune.py",
+        "distributed",
+        "fuzz",
+        "paper/test_figures4_5.py",
+        "storage/test_object_store.py",
+        "test_benchmarks.py",
+        "training/test_checkpoint.py",
+        "training/test_resume.py",
+        "tuning/test_postgres.py",
+        "tuning/test_trials.py",
+        "tuning/test_tune.py",
+    ),
+    "gpu": ("probe/test_cuda.py", "probe/test_schedule.py::test_timer_gpu"),
+    "multiprocess": ("distributed", "tuning/test_postgres.py"),
+}
+"""Folders, files and tests by the mark that they get here; other tests have their marks themselves."""
+
+MARKED_FIXTURES = {"disk": "root", "mirror": "network", "other_writer": "multiprocess", "server": "network"}
+"""Fixtures by name, with the mark of the tests that use them."""
 
 
 def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
     for item in items:
         place = item.path.relative_to(here)
-        if any(place.is_relative_to(slow) for slow in SLOW):
-            item.add_marker(pytest.mark.slow)
+        names = {f"{place}::{item.originalname}", str(place), *map(str, place.parents)}
+        for mark, marked in MARKED.items():
+            if not names.isdisjoint(marked):
+                item.add_marker(mark)
+        for fixture in MARKED_FIXTURES.keys() & item.fixturenames:
+            item.add_marker(MARKED_FIXTURES[fixture])
 
 
 def pytest_sessionfinish(session):

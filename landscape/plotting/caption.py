@@ -18,7 +18,9 @@ QUOTED = 3
 MODES = {"training": ", in training mode (batch statistics)", "evaluation": ", in evaluation mode (running statistics)"}
 
 
-def caption(frame: pd.DataFrame, measures: Sequence[str], points: int, unread: Sequence[str] = ()) -> str:
+def caption(
+    frame: pd.DataFrame, measures: Sequence[str], points: int, unread: Sequence[str] = (), grey: bool = False
+) -> str:
     """Return the caption of a figure.
 
     It states training run, step sizes, direction, batch, mode, definition of each measure, number of seeds, number of
@@ -29,6 +31,7 @@ def caption(frame: pd.DataFrame, measures: Sequence[str], points: int, unread: S
         measures: Names of the measures that are drawn.
         points: Maximum number of points of a band.
         unread: Errors of reading the traces, one sentence each.
+        grey: True if each panel also shows the bands of the others in grey.
     """
     known = {measure: has_measure(frame, measure) for measure in measures}
     any_known = np.logical_or.reduce(list(known.values()))
@@ -39,6 +42,7 @@ def caption(frame: pd.DataFrame, measures: Sequence[str], points: int, unread: S
         _trained(drawn),
         _probes(drawn),
         *(_measure(measure, alone=len(measures) == 1) for measure in measures),
+        f"The grey {'bands' if band else 'lines'} are those of the other panels." if grey else "",
         _zero(drawn, measures),
         _runs(drawn, band, line),
         _updates(drawn, points, band, line),

@@ -17,7 +17,7 @@ from matplotlib.transforms import ScaledTranslation
 from landscape.analysis.labels import band_labels
 from landscape.analysis.measures import measured
 from landscape.errors import LandscapeError
-from landscape.names import MEASURES, check_measure
+from landscape.names import MEASURES, check_choice, check_measure
 from landscape.plotting.bands import POINTS, Band, NonFiniteMarks, PanelData, bands_overlap, draw_order, panel_data
 from landscape.plotting.caption import caption
 from landscape.plotting.figure import LandscapeFigure, footnote
@@ -79,7 +79,7 @@ def plot_landscape(
         ``plot_landscape(frame, measure=("loss", "predictiveness", "beta"))``.
     """
     measures = [measure] if isinstance(measure, str) else list(dict.fromkeys(measure))
-    _check(frame, measures, x=(x, tuple(X_LABELS)), scale=(scale, SCALES), layout=(layout, LAYOUTS))
+    _check(frame, measures, x, scale, layout)
     unread = frame.attrs.get("left_out", ())  # Read first, because pandas drops attributes easily.
     frame = frame.assign(band=band_labels(frame))
     for name in measures:
@@ -87,27 +87,28 @@ def plot_landscape(
     views = [panel_data(frame, x, name, scale) for name in measures]
     shown = {label for view in views for label in view.bands}
     labels = [label for label in map(str, frame["band"].cat.categories) if label in shown]
+    multiples = layout == "multiples" or (layout == "auto" and len(views) == 1 and bands_overlap(views[0]))
+    text = caption(frame, measures, POINTS, unread, grey=multiples and len(labels) > 1)
     with sns.axes_style("ticks"), sns.plotting_context("paper"):
         figure = LandscapeFigure(figsize=(8, 4.5), layout="constrained")
-        if layout == "multiples" or (layout == "auto" and len(views) == 1 and bands_overlap(views[0])):
+        if multiples:
             _draw_multiples(figure, views[0], labels, X_LABELS[x])
         else:
             _draw_overlays(figure, views, labels, X_LABELS[x])
         title = views[0].measure.title if len(views) == 1 else ""
         reach = (float(np.min(frame[x])), float(np.max(frame[x])))
-        _finish(figure, reach, title, f"{caption(frame, measures, POINTS, unread)} {_about_axes(views)}")
+        _finish(figure, reach, title, f"{text} {_about_axes(views)}")
     return figure
 
 
-def _check(frame: pd.DataFrame, measures: Sequence[str], **options: tuple[str, Sequence[str]]) -> None:
-    for name, (value, allowed) in options.items():
-        if value not in allowed:
-            raise LandscapeError(f"{name}={value!r}: unknown {name}. Use {', '.join(allowed[:-1])} or {allowed[-1]}.")
+def _check(frame: pd.DataFrame, measures: Sequence[str], x: str, scale: str, layout: str) -> None:
+    for kind, name, known in (("x", x, X_LABELS), ("scale", scale, SCALES), ("layout", layout, LAYOUTS)):
+        check_choice(kind, name, known)
     for name in measures:
         check_measure(name)
     if not measures:
         raise LandscapeError(f"measure={measures}: must have at least one name. Use some of {', '.join(MEASURES)}.")
-    if len(measures) > 1 and options["layout"][0] == "multiples":
+    if len(measures) > 1 and layout == "multiples":
         raise LandscapeError("layout='multiples': draws one measure only. Use one measure, or layout='overlay'.")
     if frame.empty:
         raise LandscapeError("The frame has no rows. Use a frame of read_traces or LandscapeProbe.frame.")

@@ -141,6 +141,7 @@ def test_help_lists_norms_and_recipes(tmp_path, monkeypatch):
     assert not {*NORMS, *RECIPES} - {*words}
 
 
+@pytest.mark.multiprocess
 def test_ghost_by_implementations_agree(tmp_path):
     """The command runs in a process, because ``ranks`` starts further ones."""
     ways = [word for way in GHOST_BY for word in ("--ghost-by", way)]

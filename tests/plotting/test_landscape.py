@@ -198,6 +198,22 @@ def test_layout_multiples():
     assert len(plot_landscape(alike, layout="overlay").axes) == 1
 
 
+@pytest.mark.parametrize(
+    ("norms", "measure", "layout", "expected"),
+    [
+        (["none", "batch"], "loss", "multiples", "The grey bands are those of the other panels."),
+        (["none", "batch"], "beta", "multiples", "The grey lines are those of the other panels."),
+        (["none", "batch"], "loss", "overlay", ""),
+        (["none"], "loss", "multiples", ""),
+    ],
+)
+def test_caption_of_grey_bands(norms, measure, layout, expected):
+    figure = plot_landscape(frames(*norms, steps=5), measure=measure, layout=layout)
+    text = figure.get_supxlabel().replace("\n", " ")
+    assert expected in text
+    assert ("grey" in text) == bool(expected)
+
+
 def test_layout_overlay():
     apart = frames("none", "batch")
     lifted = apart["norm"] == "none"

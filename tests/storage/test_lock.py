@@ -28,7 +28,7 @@ time.sleep(60)
 
 
 @pytest.fixture
-def other(tmp_path):
+def other_writer(tmp_path):
     """Another process that writes a trace in ``tmp_path / "run"``."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
@@ -39,16 +39,16 @@ def other(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
-def test_lock_refuses_second_writer(tmp_path, other, options):
-    expected = rf"run: is being written by process {other.pid} on host {platform.node()}\. Stop it"
+def test_lock_refuses_second_writer(tmp_path, other_writer, options):
+    expected = rf"run: is being written by process {other_writer.pid} on host {platform.node()}\. Stop it"
     with pytest.raises(LandscapeError, match=expected):
         TraceWriter(tmp_path / "run", **options)
     assert len(read_traces(tmp_path)) == 1
 
 
-def test_lock_of_dead_process(tmp_path, other):
-    other.kill()
-    other.wait()
+def test_lock_of_dead_process(tmp_path, other_writer):
+    other_writer.kill()
+    other_writer.wait()
     assert (tmp_path / "run" / ".owner.json").exists()
     with TraceWriter(tmp_path / "run", resume=True) as trace:
         trace.append(rows()[1])

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from contextlib import contextmanager
 
 import pytest
 from recordings import rows
@@ -16,17 +15,16 @@ from landscape.traces.reader import read_traces
 from landscape.traces.writer import TraceWriter
 
 
-@contextmanager
-def mounted(folder, size="200k"):
+@pytest.fixture
+def disk(tmp_path):
     """Mount a small file system in memory; skip the test if that is not permitted."""
+    folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True)
     if made.returncode:
         pytest.skip("no file system can be mounted (root only): " + made.stderr.decode().strip())
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def fill(folder):
@@ -46,45 +44,41 @@ def record(trace, steps):
         trace.append({**rows(steps=100)[step], "step": step})
 
 
-def test_full_disk_is_retried(tmp_path):
-    with mounted(tmp_path / "disk") as disk:
-        trace = TraceWriter(disk / "run", flush_rows=5)
-        record(trace, range(10))
-        filler = fill(disk)
-        with pytest.warns(
-            UserWarning, match="cannot be written to: No space left on device.*Training continues"
-        ) as caught:
-            record(trace, range(10, 40))
-        assert len(caught) == 1
-        assert not trace.flush()
-        assert list(read_traces(disk).step) == list(range(10))
-        assert not [name for name in os.listdir(disk / "run") if name.endswith(".tmp")]
-        assert list(trace.frame().step) == list(range(40))
-        filler.unlink()
-        assert trace.flush()
-        record(trace, range(40, 50))
+def test_full_disk_is_retried(disk):
+    trace = TraceWriter(disk / "run", flush_rows=5)
+    record(trace, range(10))
+    filler = fill(disk)
+    with pytest.warns(UserWarning, match="cannot be written to: No space left on device.*Training continues") as caught:
+        record(trace, range(10, 40))
+    assert len(caught) == 1
+    assert not trace.flush()
+    assert list(read_traces(disk).step) == list(range(10))
+    assert not [name for name in os.listdir(disk / "run") if name.endswith(".tmp")]
+    assert list(trace.frame().step) == list(range(40))
+    filler.unlink()
+    assert trace.flush()
+    record(trace, range(40, 50))
+    trace.close()
+    assert list(read_traces(disk).step) == list(range(50))
+
+
+def test_full_disk_at_end(disk):
+    trace = TraceWriter(disk / "run", flush_rows=5)
+    record(trace, range(10))
+    filler = fill(disk)
+    with pytest.warns(UserWarning, match="No space left"):
+        record(trace, range(10, 23))
+    message = "run: .* 13 rows of updates could not be written .No space left on device"
+    with pytest.raises(LandscapeError, match=message):
         trace.close()
-        assert list(read_traces(disk).step) == list(range(50))
+    assert list(read_traces(disk).step) == list(range(10))
+    filler.unlink()
+    trace.close()
+    assert list(read_traces(disk).step) == list(range(23))
+    TraceWriter(disk / "run", resume=True).close()  # The lock was released.
 
 
-def test_full_disk_at_end(tmp_path):
-    with mounted(tmp_path / "disk") as disk:
-        trace = TraceWriter(disk / "run", flush_rows=5)
-        record(trace, range(10))
-        filler = fill(disk)
-        with pytest.warns(UserWarning, match="No space left"):
-            record(trace, range(10, 23))
-        message = "run: .* 13 rows of updates could not be written .No space left on device"
-        with pytest.raises(LandscapeError, match=message):
-            trace.close()
-        assert list(read_traces(disk).step) == list(range(10))
-        filler.unlink()
-        trace.close()
-        assert list(read_traces(disk).step) == list(range(23))
-        TraceWriter(disk / "run", resume=True).close()  # The lock was released.
-
-
-def test_full_disk_keeps_error_of_training(tmp_path):
+def test_full_disk_keeps_error_of_training(disk):
     def train():
         with TraceWriter(disk / "run") as trace:
             record(trace, range(3))
@@ -92,7 +86,6 @@ def test_full_disk_keeps_error_of_training(tmp_path):
             raise ZeroDivisionError("the training's own")
 
     with (
-        mounted(tmp_path / "disk") as disk,
         pytest.warns(UserWarning, match="No space left.*Training continues"),
         pytest.warns(UserWarning, match="3 rows of updates could not be written"),
         pytest.raises(ZeroDivisionError),
@@ -100,35 +93,33 @@ def test_full_disk_keeps_error_of_training(tmp_path):
         train()
 
 
-def test_read_only_disk(tmp_path):
-    with mounted(tmp_path / "disk") as disk:
-        trace = TraceWriter(disk / "run", flush_rows=5)
-        record(trace, range(5))
-        subprocess.run(["mount", "--bind", disk, disk], check=True)
-        subprocess.run(["mount", "-o", "remount,ro,bind", disk], check=True)
-        with pytest.warns(UserWarning, match="Read-only file system"):
-            record(trace, range(5, 12))
-        subprocess.run(["umount", "-l", disk], check=True)
-        trace.close()
-        assert list(read_traces(disk).step) == list(range(12))
+def test_read_only_disk(disk):
+    trace = TraceWriter(disk / "run", flush_rows=5)
+    record(trace, range(5))
+    subprocess.run(["mount", "--bind", disk, disk], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", disk], check=True)
+    with pytest.warns(UserWarning, match="Read-only file system"):
+        record(trace, range(5, 12))
+    subprocess.run(["umount", "-l", disk], check=True)
+    trace.close()
+    assert list(read_traces(disk).step) == list(range(12))
 
 
-def test_unmounted_disk(tmp_path):
+def test_unmounted_disk(disk, tmp_path):
     """Nothing is written to the mount point while the file system is not mounted."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    with mounted(tmp_path / "disk") as disk:
-        trace = TraceWriter(disk / "run", flush_rows=5)
-        record(trace, range(5))
-        subprocess.run(["mount", "--bind", disk, elsewhere], check=True)
-        subprocess.run(["umount", "-l", disk], check=True)
-        with pytest.warns(UserWarning, match="No such file or directory"):
-            record(trace, range(5, 12))
-        assert os.listdir(disk) == []
-        subprocess.run(["mount", "--bind", elsewhere, disk], check=True)
-        trace.close()
-        assert list(read_traces(disk).step) == list(range(12))
-        subprocess.run(["umount", "-l", elsewhere], check=True)
+    trace = TraceWriter(disk / "run", flush_rows=5)
+    record(trace, range(5))
+    subprocess.run(["mount", "--bind", disk, elsewhere], check=True)
+    subprocess.run(["umount", "-l", disk], check=True)
+    with pytest.warns(UserWarning, match="No such file or directory"):
+        record(trace, range(5, 12))
+    assert os.listdir(disk) == []
+    subprocess.run(["mount", "--bind", elsewhere, disk], check=True)
+    trace.close()
+    assert list(read_traces(disk).step) == list(range(12))
+    subprocess.run(["umount", "-l", elsewhere], check=True)
 
 
 def test_deleted_folder(tmp_path):

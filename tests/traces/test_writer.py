@@ -207,6 +207,7 @@ for step, row in enumerate(itertools.cycle(rows())):
 """
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_writer_leaves_readable_files(tmp_path, seed):
     command = [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)]

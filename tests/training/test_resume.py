@@ -84,6 +84,7 @@ def test_resume_of_stopped_run(tmp_path, changes):
     check_same(parts, whole)
 
 
+@pytest.mark.multiprocess
 def test_resume_of_killed_processes(tmp_path):
     chance, killed = random.Random(0), 0
     for number in range(KILLS):
@@ -99,6 +100,7 @@ def test_resume_of_killed_processes(tmp_path):
     pytest.fail(f"only {killed} processes could be killed")
 
 
+@pytest.mark.multiprocess
 def test_resume_after_signals(tmp_path):
     """SIGTERM, then SIGINT, then to the end; the same command trains the remaining runs, too."""
     options = ["--norm", "batch", "--norm", "none", "--epochs", "20", "--every", "2", "--checkpoint-seconds", "0.1"]
@@ -128,6 +130,7 @@ def test_resume_after_signals(tmp_path):
         check_same(run.parent / whole.run_name, tmp_path / "whole" / whole.run_name)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes to kill in /proc")
 def test_resume_of_killed_ranks(tmp_path):
     options = ["--norm", "ghost", "--groups", "2", "--ghost-by", "ranks", "--device", "cpu", "--resume"]

@@ -153,10 +153,12 @@ def test_sqlite_transaction_takes_write_lock(storage, tmp_path):
     other.close()
 
 
+@pytest.mark.multiprocess
 def test_run_trials_killed_worker(tmp_path):
     check_killed_worker(f"sqlite:///{tmp_path}/here.sqlite3")
 
 
+@pytest.mark.multiprocess
 def test_run_trials_two_workers(tmp_path):
     url = f"sqlite:///{tmp_path}/here.sqlite3"
     workers = [start_worker(url, 0.3), start_worker(url, 0.3)]

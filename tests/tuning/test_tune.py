@@ -94,6 +94,7 @@ def print_name(recipe, row):
     print(recipe.run_name)
 
 
+@pytest.mark.multiprocess
 def test_tune_two_jobs(once, tmp_path, capfd):
     outcome, _, trained = once
     both = tune(check_feasible(SMALL), backend(tmp_path), jobs=2, on_trained=print_name)
