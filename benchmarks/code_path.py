@@ -34,7 +34,8 @@ def run(engine: str) -> Counter[tuple[str, str]]:
         if event == "call" and code.co_name[0] != "<" and Path(code.co_filename).is_relative_to(ROOT):
             calls[str(Path(code.co_filename).relative_to(ROOT)), code.co_qualname] += 1
 
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1, 0.2, 0.4, 0.8], engine=engine):
+    known = criterion if engine == "loop" else None
+    with LandscapeProbe(model, optimizer, known, step_sizes=[0.1, 0.2, 0.4, 0.8], engine=engine):
         for step in range(STEADY + 1):
             inputs, targets = torch.randn(64, 20), torch.randint(5, (64,))
             if step == STEADY:
@@ -47,7 +48,7 @@ def run(engine: str) -> Counter[tuple[str, str]]:
 
 
 @click.command()
-@click.option("--engine", default="affine", show_default=True)
+@click.option("--engine", default="auto", show_default=True)
 @click.option("--functions", is_flag=True, help="List the functions of each file.")
 def main(engine: str, functions: bool) -> None:
     """Print the functions and files of one probed update."""

@@ -5,7 +5,6 @@ comparing all state before and after. The row of loss-landscapes needs the extra
 """
 
 import json
-import re
 import textwrap
 import time
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from benchmarks.side_effects import SideEffects
 from benchmarks.timing import compare, interleaved, keep_memory, machine
 from benchmarks.workloads import BARE, PROBE, PROBED, UNPROBED, WORKLOADS, Workload
 from landscape.plotting.figure import save_figure
-from landscape.ray.engines.registry import OPT_IN
 
 REFERENCE = "landscape, loop"
 SECONDS, FEWEST, MOST = 40.0, 2, 40
@@ -75,8 +73,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, NotRunError):
         return str(error)
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    refused = re.search(r"does not fit this model \((.*)\); its rays", text)
-    return textwrap.shorten(f"refused: {refused[1]}" if refused else f"fails: {text}", 100, placeholder=" ...")
+    return textwrap.shorten(f"fails: {text}", 100, placeholder=" ...")
 
 
 def run_probe_once(probed: ProbedCopy, workbench: Workbench) -> Measurement:
@@ -97,7 +94,7 @@ def run_probe_once(probed: ProbedCopy, workbench: Workbench) -> Measurement:
     return Measurement(losses, ", ".join(ends[0].changes(ends[2])) or "nothing", note, seconds)
 
 
-def measure(workload: Workload, rounds: int | None, device: str, opt_in: bool = False) -> pd.DataFrame:
+def measure(workload: Workload, rounds: int | None, device: str) -> pd.DataFrame:
     """Measure a workload; return a row for each method.
 
     Without ``rounds``, their number is chosen to take about 40 s.
@@ -107,8 +104,7 @@ def measure(workload: Workload, rounds: int | None, device: str, opt_in: bool = 
     for method in METHODS:
         if not method.replaces or found[method.replaces].seconds is None:
             found[method.name] = run_once(method, workbench)
-    engines = {PROBE: "auto"} | ({f"{PROBE}, {name}": name for name in OPT_IN} if opt_in else {})
-    copies = {name: ProbedCopy(workbench, engine) for name, engine in engines.items()}
+    copies = {PROBE: ProbedCopy(workbench), f"{PROBE} with criterion": ProbedCopy(workbench, given=True)}
     found |= {name: run_probe_once(probed, workbench) for name, probed in copies.items()}
     rounds = rounds or _default_rounds(found)
     seconds = _time(workbench, found, copies, rounds)
@@ -209,11 +205,6 @@ def write(path: Path | None, table: pd.DataFrame) -> None:
 @click.option("--rounds", type=click.IntRange(1), help="Timings of each method.  [default: as many as fit 40 s]")
 @click.option("--threads", default=2, show_default=True, help="CPU threads of torch.")
 @click.option("--device", default="cpu", show_default=True, help="Device of torch, such as cuda.")
-@click.option(
-    "--opt-in",
-    is_flag=True,
-    help=f"Also time the engines {', '.join(OPT_IN)}, which takes minutes for each large model.",
-)
 @click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the tables to this file.")
 @click.option(
     "--chart", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the ratios to this file."
@@ -223,7 +214,6 @@ def main(
     rounds: int | None,
     threads: int,
     device: str,
-    opt_in: bool,
     path: Path | None,
     picture: Path | None,
 ) -> None:
@@ -238,7 +228,7 @@ def main(
         if workload.cuda and not device.startswith("cuda"):
             click.echo(f"\n{workload.name}: skipped, since it needs --device cuda.")
             continue
-        table = tables[workload.name] = measure(workload, rounds, device, opt_in)
+        table = tables[workload.name] = measure(workload, rounds, device)
         click.echo(f"{heading(workload, table['rounds'].iloc[0])}\n{as_text(table)}")
         write(path, pd.concat(tables, names=["workload", "way"]))  # The JSON files have the key "way".
     if picture is not None and tables:

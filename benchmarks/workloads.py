@@ -99,13 +99,13 @@ _SIMPLENET, _RESNET = "SimpleNet 784-512-300-10, batch 512", "ResNet-56, batch 1
 _TRANSFORMER = "Transformer of 6 layers of width 256, causal, batch 32 x 128 tokens"
 _LIST = [
     Workload("simplenet-none", f"{_SIMPLENET}, no norm", _simplenet("none"), _MNIST, 8, 0.45),
-    Workload("simplenet-batch", f"{_SIMPLENET}, BatchNorm", _simplenet("batch"), _MNIST, 8, 0.45),
-    Workload("simplenet-ghost", f"{_SIMPLENET}, GhostNorm G=16", _simplenet("ghost", 16), _MNIST, 8, 0.45),
-    Workload("mlp", "MLP 3072-2048-2048-10, BatchNorm, batch 32", _mlp, _images(32, 3072), 8, 0.7),
-    Workload("resnet56-batch", f"{_RESNET}, BatchNorm", _resnet56("batch"), _CIFAR, 4, 0.75),
-    Workload("resnet56-ghost", f"{_RESNET}, GhostNorm G=8", _resnet56("ghost", 8), _CIFAR, 4, 0.75),
-    Workload("transformer", f"{_TRANSFORMER}, dropout 0.1", lambda: Transformer(0.1), _tokens, 8, 0.9),
-    Workload("transformer-nodropout", f"{_TRANSFORMER}, dropout 0", lambda: Transformer(0.0), _tokens, 8, 0.9),
+    Workload("simplenet-batch", f"{_SIMPLENET}, BatchNorm", _simplenet("batch"), _MNIST, 8, 0.48),
+    Workload("simplenet-ghost", f"{_SIMPLENET}, GhostNorm G=16", _simplenet("ghost", 16), _MNIST, 8, 0.50),
+    Workload("mlp", "MLP 3072-2048-2048-10, BatchNorm, batch 32", _mlp, _images(32, 3072), 8, 0.4),
+    Workload("resnet56-batch", f"{_RESNET}, BatchNorm", _resnet56("batch"), _CIFAR, 4, 0.67),
+    Workload("resnet56-ghost", f"{_RESNET}, GhostNorm G=8", _resnet56("ghost", 8), _CIFAR, 4, 0.82),
+    Workload("transformer", f"{_TRANSFORMER}, dropout 0.1", lambda: Transformer(0.1), _tokens, 8, 0.6),
+    Workload("transformer-nodropout", f"{_TRANSFORMER}, dropout 0", lambda: Transformer(0.0), _tokens, 8, 1.0),
     Workload(
         *("cuda-simplenet", f"{_SIMPLENET}, BatchNorm", _simplenet("batch"), _MNIST, 8, 1.5, PROBED, UNPROBED),
         cuda=True,

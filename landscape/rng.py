@@ -1,6 +1,7 @@
 """State of the global random number generators: capture, restore, save."""
 
 import random
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+GENERATORS = threading.RLock()
+"""Held while states of torch's generators are read or set.
+
+Torch holds the generator's lock while it makes a tensor for the state. If that collects garbage, it waits for the
+interpreter, which another thread may hold while it waits for the generator.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,16 +67,24 @@ class RngState:
     @classmethod
     def capture(cls, accelerators: Sequence[torch.device]) -> "RngState":
         """Return the current state of host, CPU and ``accelerators``."""
-        on_device = {device: torch.get_device_module(device).get_rng_state(device) for device in accelerators}
-        return cls(HostRngState.capture(), torch.get_rng_state(), on_device)
+        with GENERATORS:
+            on_device = {device: torch.get_device_module(device).get_rng_state(device) for device in accelerators}
+            return cls(HostRngState.capture(), torch.get_rng_state(), on_device)
 
     def restore(self, host: bool = True) -> None:
         """Make this the current state; ``host=False`` skips Python and numpy."""
         if host:
             self.host.restore()
-        torch.set_rng_state(self.cpu)
-        for device, state in self.accelerators.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+        with GENERATORS:
+            torch.set_rng_state(self.cpu)
+            for device, state in self.accelerators.items():
+                torch.get_device_module(device).set_rng_state(state, device)
+
+
+def cpu_rng_state() -> Tensor:
+    """Return torch's RNG state on the CPU."""
+    with GENERATORS:
+        return torch.get_rng_state()
 
 
 def rng_state_dict(device: torch.device) -> dict[str, Any]:

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 from nonsense import TRIED
 
-from landscape.ray import ray
-from landscape.ray.engines import products
-
 MARKED = {
     "slow": (
         "cli/test_tune.py",
@@ -60,11 +57,3 @@ def pytest_terminal_summary(terminalreporter):
     if TRIED:
         each = ", ".join(f"{count:,} {name}" for name, count in TRIED.items())
         terminalreporter.write_line(f"Cases of nonsense: {sum(TRIED.values()):,} ({each})")
-
-
-@pytest.fixture(autouse=True)
-def _share_small_layers(monkeypatch):
-    """Evaluate small layers by the fast paths, which only large ones take outside of tests."""
-    monkeypatch.setattr(products, "LONG_SUM", 1)
-    monkeypatch.setattr(products, "LARGE", 0)
-    monkeypatch.setattr(ray, "BLOCK", 100)

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks import overhead, rays, trace_store
+from benchmarks import components, overhead, rays, trace_store
 from benchmarks.charts import draw_rays
 from benchmarks.methods import METHODS, Method, Workbench
 from benchmarks.side_effects import SideEffects
@@ -40,25 +40,31 @@ def table():
 
 
 def test_rays_rows(table):
-    assert set(table.index) == {method.name for method in METHODS} | {PROBE}
+    assert set(table.index) == {method.name for method in METHODS} | {PROBE, f"{PROBE} with criterion"}
     assert table.index[0] == BARE
     assert table.loc[BARE, "ratio"] == 1
     assert table["goal"].dropna().to_dict() == {PROBE: 0.5}
-    assert set(table.index[table.ms.isna()]) - {"loss-landscapes"} == {"vmap", "landscape, channels_last"}
+    assert set(table.index[table.ms.isna()]) - {"loss-landscapes"} == {"vmap"}
 
 
 def test_rays_side_effects(table):
-    assert set(table.leaves[["landscape, loop", "landscape, affine", "landscape, stacked", PROBE]]) == {"nothing"}
+    assert set(table.leaves[["landscape, loop", "landscape, tape", PROBE]]) == {"nothing"}
     assert table.leaves[BARE] == "buffers moved"
     assert table.leaves["in-place loop"].endswith("buffers moved")
     assert table.leaves["deepcopy per point"] == "nothing"
 
 
 def test_rays_agreement_with_loop(table):
-    agree = ["landscape, affine", "landscape, stacked", PROBE, "in-place loop", "deepcopy per point"]
+    agree = ["landscape, tape", PROBE, f"{PROBE} with criterion", "in-place loop", "deepcopy per point"]
     assert (table.differs[agree] < 1e-5).all()
     assert table.differs["loop of PyHessian's tutorial"] > 1e-3
     assert np.isnan(table.differs[BARE])
+
+
+def test_components():
+    parts = components.measure(TINY, 1)
+    assert set(parts) == {"calls", *components.PARTS, "whole"}
+    assert parts["calls"] > 5
 
 
 def test_loss_landscapes_same_points():
@@ -75,12 +81,6 @@ def test_dropout_mask_differs_between_points():
     assert found.losses[0] == expected.losses[0]
     assert found.differs(expected.losses) > 1e-3
     assert "random" in run_once("vmap", DROPOUT).note
-
-
-def test_unsupported_engine_is_not_timed():
-    found = run_once("landscape, stacked", replace(TINY, model=layers(nn.AlphaDropout(0.5))))
-    assert found.seconds is None
-    assert found.note.startswith("refused: its random numbers")
 
 
 SIDE_EFFECTS = {

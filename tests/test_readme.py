@@ -46,7 +46,7 @@ def helps():
 def test_named_options_exist(path):
     text = re.sub(r"(pip install|python -m|pytest|sphinx-build).*", "", path.read_text())
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
-    assert not {option for option in options - {"--help", "--index-url", "--opt-in"} if option not in helps()}
+    assert not {option for option in options - {"--help", "--index-url"} if option not in helps()}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=of_root)

@@ -14,6 +14,8 @@ from landscape.text import short
 
 DIRECTIONS = {"gradient": "the gradient", "update": "the optimizer's update"}
 QUOTED = 3
+CHANGED = 1e-3
+"""Part of the optimizer's gradient, not along the loss's, from which on the caption states it."""
 """Maximum number of quoted reading errors."""
 MODES = {"training": ", in training mode (batch statistics)", "evaluation": ", in evaluation mode (running statistics)"}
 
@@ -44,6 +46,7 @@ def caption(
         *(_measure(measure, alone=len(measures) == 1) for measure in measures),
         f"The grey {'bands' if band else 'lines'} are those of the other panels." if grey else "",
         _zero(drawn, measures),
+        _gradient(drawn),
         _runs(drawn, band, line),
         _updates(drawn, points, band, line),
         _left_out(frame, known),
@@ -98,6 +101,14 @@ def _zero(frame: pd.DataFrame, measures: Sequence[str]) -> str:
     if not titles or flatten_lists(frame, "step_sizes")[0].all():
         return ""
     return f"Step size 0 is left out of the {' and the '.join(titles)} (undefined)."
+
+
+def _gradient(frame: pd.DataFrame) -> str:
+    """Return the distance of the optimizer's gradient from the loss's."""
+    rest = frame["gradient_rest"].dropna() if "gradient_rest" in frame else []
+    if not len(rest) or max(rest) < CHANGED:
+        return ""
+    return f"Of the optimizer's gradient {np.median(rest):.0%} is not along the loss's (median), as after clipping."
 
 
 def _step_sizes(frame: pd.DataFrame) -> str:

@@ -40,7 +40,7 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, grad_scaler: Any
     if criterion is not None and not isinstance(criterion, nn.Module):
         raise LandscapeError(
             f"criterion must be an nn.Module, got {criterion!r}. Use nn.CrossEntropyLoss() for F.cross_entropy, or "
-            "omit criterion and pass each loss through probe.observe(...)."
+            "omit criterion: the probe sees which loss is differentiated."
         )
     check_engine(options.engine)
     if grad_scaler is not None and not hasattr(grad_scaler, "scale"):

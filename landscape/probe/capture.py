@@ -1,8 +1,11 @@
 """Captures the losses of the user's training loop in a form that can be evaluated again."""
 
+import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +18,17 @@ from landscape.distributed.parameter_space import parameter_space
 from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.probe import messages
 from landscape.probe.backward_hook import unwatch_backward, watch_backward
+from landscape.probe.messages import NOT_RECORDED
 from landscape.probe.passes import BackwardPasses, CapturedUpdate
 from landscape.probe.replay import CriterionState, ModelCall, VersionedArgs, is_replaying, raises, replay, replaying
-from landscape.ray.engines.layers import Hook, Layers
+from landscape.probe.step_hooks import find_grad_scaler
+from landscape.ray.engines.calls import NoTapeError
+from landscape.ray.engines.recorder import Recorder
+from landscape.ray.engines.tape import Tape
 from landscape.ray.loss_module import Closure, LossModule
 from landscape.ray.objective import LossTerm
 from landscape.ray.snapshot import ForwardSnapshot
+from landscape.rng import cpu_rng_state
 
 _LAZY = ProbeDeferred(messages.LAZY_PARAMETERS)
 
@@ -41,6 +49,29 @@ _LAZY = ProbeDeferred(messages.LAZY_PARAMETERS)
 # The hooks of DistributedDataParallel's wrapper are outside of the model's: _before_wrapper, _before_model,
 # _after_model, and _after_model once more with the outputs of the wrapper. optimizer.step(closure) calls pop_terms
 # after the first call of the closure (see LandscapeProbe._before_step).
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A hook that copies of its module do not have."""
+
+    function: Any
+
+    def __call__(self, *args: Any) -> None:
+        """Call the function."""
+        self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    """Do nothing, as the hook of a copied module."""
+
+
+def _stop(recorders: list[Recorder]) -> None:
+    for recorder in recorders:
+        recorder.stop()
 
 
 class Capture:
@@ -81,11 +112,19 @@ class Capture:
             self._name_of,
             is_due=lambda: not is_replaying() and is_due(),
             defers_reduction=lambda: not self.loss_module.space.syncs_gradients(),
-            scale=(lambda ones: ones) if grad_scaler is None else grad_scaler.scale,
+            recorder=lambda: self._recorder,
+            versions=self._moved_versions,
         )
+        self._active: list[Recorder] = []
+        """The recorder that may be on the stack of modes, which holds it. It is stopped when this object is freed."""
+        weakref.finalize(self, _stop, self._active)
+        self._grad_scaler = grad_scaler
+        self._recorder: Recorder | None = None
+        """Records the calls of the current update."""
+        self._calls_muted: list[tuple[bool, bool]] = []
+        """For each call of the model in progress: is it muted, and is it made while an error is handled?"""
         self._call: ModelCall | None = None
         """The last call of the model."""
-        self._layers = Layers(self.loss_module)
         self._handles: list[RemovableHandle] = []
         self._seconds = 0.0
         self._measuring = self._observing = False
@@ -112,10 +151,12 @@ class Capture:
         )
         hooks = (Hook(torch.compiler.disable(hook)) for hook in own)
         before_model, after_model, before_criterion, after_criterion, before_wrapper = hooks
+        self._handles = [
+            self.model.register_forward_pre_hook(before_model, prepend=True, with_kwargs=True),
+            self.model.register_forward_hook(after_model, always_call=True),
+        ]
         if self.criterion is not None:
-            self._handles = [
-                self.model.register_forward_pre_hook(before_model, prepend=True, with_kwargs=True),
-                self.model.register_forward_hook(after_model),
+            self._handles += [
                 self.criterion.register_forward_pre_hook(before_criterion),
                 self.criterion.register_forward_hook(after_criterion, with_kwargs=True),
             ]
@@ -131,9 +172,64 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._layers.detach()
         unwatch_backward(self.passes)
         self.pop_terms()
+        self._recorder = None
+        self._active.clear()
+
+    def begin_update(self, records: bool) -> None:
+        """Record calls from now on, if the update is due.
+
+        Args:
+            records: True if they are of use.
+        """
+        if self._recorder is not None:
+            self._recorder.stop()
+        self._recorder, self._calls_muted = None, []
+        if records and self._is_due() and not self.loss_module.space.is_sharded:
+            self._held = self._trained_ids()
+            self._recorder = Recorder(self._moved_parameters())
+            self._active[:] = [self._recorder]
+            self._recorder.start()
+
+    def _trained_ids(self) -> set[int]:
+        return {id(parameter) for parameter in self._parameters() if parameter.requires_grad}
+
+    def _begin_call(self) -> None:
+        """Prepare the recorder for a call of the model."""
+        self._prepare()
+        # The loop may have added, removed or frozen parameters since the last update.
+        if self._recorder is not None and not self._recorder.roots and self._held != self._trained_ids():
+            self.begin_update(records=True)
+        if self._recorder is not None:
+            self.passes.use_thread()
+            self._recorder.start()
+            # All that the loop lets the model compute without gradients is a constant.
+            is_muted = not torch.is_grad_enabled() and self._recorder.is_outermost((self.model, self.wrapper))
+            self._recorder.enter(is_muted)
+            self._calls_muted.append((is_muted, sys.exc_info()[0] is not None))
+
+    def _end_call(self, is_muted: bool, handled_error: bool) -> None:
+        if self._recorder is not None:
+            self._recorder.leave(is_muted)
+            if sys.exc_info()[0] is not None and not handled_error:
+                self._recorder.stop()  # The call has failed. It records again from the next one on.
+
+    def tape(self, captured: CapturedUpdate) -> Tape:
+        """Return the recorded calls of an update.
+
+        Raises:
+            NoTapeError: They are not those of its losses.
+        """
+        if self.loss_module.space.is_sharded:
+            raise NoTapeError("its parameters are sharded over processes")
+        if self._recorder is None:
+            raise NoTapeError("its calls were not recorded")
+        if captured.roots_problem is not None or not captured.roots or captured.differentiated is None:
+            raise NoTapeError(captured.roots_problem or NOT_RECORDED)
+        self._recorder.rename({id(parameter): name for name, parameter in self._moved_parameters().items()})
+        slots = [root.slot for root in captured.roots]
+        return self._recorder.tape(slots, self.loss_module, captured.differentiated, self._loss_scale())
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -159,10 +255,8 @@ class Capture:
             return loss
         state, arguments = self._capture_state(), VersionedArgs.of((args, kwargs))
         versions = self.loss_module.frozen_versions()
-        bases = self._layers.bases = []
         with self._in_observed_closure():
             loss = closure(self.wrapper, *args, **kwargs)
-        self._layers.bases = None
 
         def again(model: nn.Module) -> Tensor:
             args, kwargs = arguments.unflatten("the observed loss")
@@ -171,7 +265,7 @@ class Capture:
         is_derived = self.passes.depends_on_parameters(arguments.leaves)
         derived = LandscapeError(messages.DERIVED_INPUT.format("An argument of the observed loss"))
         repeated = self._reject_if_written(versions, raises(derived) if is_derived else again)
-        self._register_loss(LossTerm(repeated, state, bases=bases, observed=True), loss)
+        self._register_loss(LossTerm(repeated, state, observed=True), loss)
         return loss
 
     @contextmanager
@@ -179,7 +273,8 @@ class Capture:
         """Keep calls in the body from becoming further losses."""
         self._observing = True
         try:
-            yield
+            with nullcontext() if self._recorder is None else self._recorder.inside():
+                yield
         finally:
             self._observing = False
 
@@ -189,21 +284,30 @@ class Capture:
         Parameters that were written to since the last forward pass, or since they had the ``versions``, are a problem
         of the update.
         """
-        captured, self._call, self._layers.bases = self._check_versions(self.passes.pop(), versions), None, None
-        return captured
+        captured, self._call = self._check_versions(self.passes.pop(), versions), None
+        if self._recorder is not None:
+            self._recorder.stop()
+        return captured.unscaled(self._loss_scale())
 
     def peek(self) -> CapturedUpdate:
         """Return the losses whose gradient the optimizer would get now."""
-        return self._check_versions(self.passes.peek(), None)
+        return self._check_versions(self.passes.peek(), None).unscaled(self._loss_scale())
+
+    def _loss_scale(self) -> Tensor | None:
+        """Return the factor of the losses, or None for 1."""
+        scaler = self._grad_scaler or find_grad_scaler()
+        if scaler is None or not self._parameters():
+            return None
+        return scaler.scale(torch.ones((), device=self._parameters()[0].device))
 
     def _check_versions(self, captured: CapturedUpdate, versions: list[int] | None) -> CapturedUpdate:
-        now = self.versions()
-        # A forward pass may write to parameters itself, so only the last of several terms has the present versions.
-        written = all(term.versions != now for term in captured.terms) or versions not in (None, now)
-        if captured.terms and captured.problem is None and written:
+        now, moved = self.versions(), self._moved_versions()
+        # A forward pass may write to parameters itself, so only the last of several losses has the present versions.
+        if captured.terms and all(term.versions != now for term in captured.terms):
+            captured = captured._replace(terms_problem=captured.terms_problem or messages.WRITTEN_PARAMETERS)
+        written = captured.roots and all(root.versions != moved for root in captured.roots)
+        if not captured.is_empty() and captured.problem is None and (written or versions not in (None, now)):
             captured = captured._replace(problem=messages.WRITTEN_PARAMETERS)
-        for term in captured.terms:
-            term.bases = self._layers.current(term.bases)
         return captured
 
     def no_loss_error(self) -> LandscapeError:
@@ -224,6 +328,8 @@ class Capture:
         """Drop the losses that a step's closure has added."""
         self.pop_terms()
         self.passes.finish_update()
+        self._recorder = None
+        self._active.clear()
 
     def versions(self) -> list[int]:
         """Return the number of writes to each parameter.
@@ -232,6 +338,9 @@ class Capture:
         is empty if forward passes gather parameters.
         """
         return self.loss_module.space.versions((*self._parameters(), *self.loss_module.parameters()))
+
+    def _moved_versions(self) -> list[int]:
+        return self.loss_module.space.versions(self._parameters())
 
     def pop_overhead_seconds(self) -> float:
         """Return the seconds of snapshots since the last call."""
@@ -248,6 +357,11 @@ class Capture:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _moved_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the model's parameters that the optimizer may move."""
+        held = self._trained_ids()
+        return {name: parameter for name, parameter in self.model.named_parameters() if id(parameter) in held}
 
     def _name_of(self, parameter: Tensor) -> str:
         names = (name for name, other in self.model.named_parameters() if other is parameter)
@@ -268,7 +382,6 @@ class Capture:
     def _capture_state(self) -> ForwardSnapshot:
         started = time.perf_counter()
         self._prepare()
-        self._layers.refresh()
         state = ForwardSnapshot.capture(self.loss_module)
         self._seconds += time.perf_counter() - started
         return state
@@ -278,17 +391,19 @@ class Capture:
             raise LandscapeError(messages.WRAPPER_CALLED)
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._is_recording() and not self._is_lazy():
+        if self.criterion is not None and self._is_recording() and not self._is_lazy():
             arguments = VersionedArgs.of((args, kwargs))
             is_derived = self.passes.depends_on_parameters(arguments.leaves)
             self._call = ModelCall(self._capture_state(), arguments, self.loss_module.frozen_versions(), is_derived)
-            self._layers.bases = self._call.bases
+        if self._recorder is not None and not is_replaying():
+            self._begin_call()
 
     def _after_model(self, model: nn.Module, args: Any, outputs: Any) -> None:
+        if model is self.model and self._recorder is not None and not is_replaying() and self._calls_muted:
+            self._end_call(*self._calls_muted.pop())
         if self._call is not None and self._is_recording():
             self._call.outputs = VersionedArgs.of(outputs)
             self._call.criterion_state = CriterionState.capture(self.criterion)
-            self._layers.bases = None
 
     def _before_criterion(self, criterion: nn.Module, args: Any) -> None:
         if self._call is None or self._call.criterion_state is None or not self._is_recording():
@@ -304,14 +419,14 @@ class Capture:
         closure = self._reject_if_written(call.versions, replay(call, criterion, (args, kwargs)))
         # Numbers drawn between the two calls only matter to a criterion that draws, too.
         rng = self._rng_before_criterion
-        if self._criterion_changed or (rng is not None and not torch.equal(rng, torch.get_rng_state())):
+        if self._criterion_changed or (rng is not None and not torch.equal(rng, cpu_rng_state())):
             closure = raises(LandscapeError(messages.CHANGED_CRITERION))
         self._criterion_changed, self._rng_before_criterion = False, None
         if call.depends_on_parameters:
             closure = raises(LandscapeError(messages.DERIVED_INPUT.format("An input of the model")))
         if self._lazy:
             closure = raises(_LAZY)
-        self._register_loss(LossTerm(closure, call.state, bases=call.bases), loss)
+        self._register_loss(LossTerm(closure, call.state), loss)
 
     def _reject_if_written(self, versions: dict[int, int], closure: Closure) -> Closure:
         """Return the closure, or one that raises.

@@ -6,18 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from landscape.distributed.group import SINGLE_PROCESS, RankGroup
-from landscape.errors import LandscapeError, ProbeDeferred
+from landscape.errors import LandscapeError
 from landscape.probe.comparison import GradientCheck, LossCheck
 from landscape.probe.update import Update
-from landscape.ray.ray import ParametersAlongRay, Ray
+from landscape.ray.objective import LossFunction, LossTerm
 
 MAX_FIRST_CHECKS = 10
 """Most updates that are checked until a first check can be decided."""
-WRITE_CHECKS = 3
-"""First updates that are checked for writes to parameters; a momentum encoder does not move at the first one."""
 _AVERAGED = (
     " If DistributedDataParallel averages gradients over processes, give the probe the model that it returns, not the "
     "one inside."
@@ -57,7 +53,6 @@ class CaptureChecks:
     def __init__(self, ranks: RankGroup = SINGLE_PROCESS) -> None:
         self._ranks = ranks
         self._first_checks_left = MAX_FIRST_CHECKS
-        self._write_checks_left = WRITE_CHECKS
         self._next_step = 0
         """First step at which a check is due."""
         self._last_passed: int | None = None
@@ -67,36 +62,22 @@ class CaptureChecks:
         self._warned: set[str] = set()
         """Kinds of warnings so far; each is given once."""
 
-    def detect_parameter_writes(self, ray: Ray) -> None:
-        """Detect forward passes that write to parameters.
+    def is_due(self, step: int) -> bool:
+        """Return True if an update is to be checked."""
+        return step >= self._next_step
 
-        Only the first updates are checked.
-
-        Raises:
-            ProbeDeferred: A forward pass writes to parameters that the ray does not move. They are restored; later
-                forward passes of the probe write to copies.
-        """
-        if not self._write_checks_left or ray.objective.space.is_sharded:  # Writes to gathered parameters are not kept.
-            return
-        self._write_checks_left -= 1
-        along, loss_module = ParametersAlongRay(ray), ray.objective.loss_module
-        known = len(loss_module.traits.written_parameters)
-        with loss_module.detect_writes(ray.direction), torch.no_grad(), ray.objective.rng_restored():
-            for term in ray.objective.terms:
-                term.losses(along.point, along.moves(ray.step_sizes[:1]))
-        if len(loss_module.traits.written_parameters) > known:
-            raise ProbeDeferred("The forward pass writes to parameters that are not trained; from now on, to copies.")
-
-    def check_if_due(self, step: int, update: Update) -> dict[str, Any] | None:
+    def check_if_due(self, step: int, update: Update, objective: LossFunction) -> dict[str, Any] | None:
         """Return facts about the run if a check is due.
 
         Raises:
             LandscapeError: The objective is not the loss that is trained; the message names the rows recorded since
                 the last check that passed.
         """
-        return self._check(step, update) if step >= self._next_step else None
+        return self._check(step, update, objective) if self.is_due(step) else None
 
-    def check_if_suspicious(self, step: int, update: Update, row: Mapping[str, Any]) -> dict[str, Any] | None:
+    def check_if_suspicious(
+        self, step: int, update: Update, objective: LossFunction, row: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
         """Check an update with losses that contradict the slope.
 
         The landscape itself may be the reason, so such a check is not made at every update.
@@ -106,7 +87,7 @@ class CaptureChecks:
         """
         if self._ranks.size > 1 or row["losses"].device.type != "cpu":  # Reading them would block.
             return None
-        tolerance = 5e-2 if update.objective.reduced_precision() else 1e-3
+        tolerance = 5e-2 if objective.reduced_precision() else 1e-3
         loss = row["loss"].item()
         for eta, there in zip(row["step_sizes"], row["losses"].tolist(), strict=True):
             if eta == 0 and math.isfinite(loss) and not abs(there - loss) <= tolerance * abs(loss):
@@ -114,12 +95,12 @@ class CaptureChecks:
         if self._last_passed is None or step - self._last_passed < self._suspicion_interval or _matches_slope(row):
             return None
         self._suspicion_interval *= 2
-        return self._check(step, update)
+        return self._check(step, update, objective)
 
-    def _check(self, step: int, update: Update) -> dict[str, Any]:
-        objective, origin, gradient = update.objective, update.origin, update.gradient
-        at_zero = LossCheck.of(objective, {name: origin[name] for name in gradient}, self._ranks, update.differentiated)
-        check = GradientCheck.of(objective, origin, gradient)
+    def _check(self, step: int, update: Update, objective: LossFunction) -> dict[str, Any]:
+        origin, gradient, differentiated = update.origin, update.gradient, update.captured.differentiated
+        at_zero = LossCheck.of(objective, {name: origin[name] for name in gradient}, self._ranks, differentiated)
+        check = GradientCheck.of(objective, origin, gradient, self._terms(update))
         self._next_step = step  # If this check fails, the next update is checked.
         try:
             for kind, message in collect_warnings(at_zero, check, self._ranks.has_untracked_ranks()).items():
@@ -139,11 +120,15 @@ class CaptureChecks:
         facts = {"loss_at_zero": asdict(at_zero), "gradient": None if check is None else asdict(check)}
         return {"step": step, **facts}
 
+    @staticmethod
+    def _terms(update: Update) -> list[LossTerm]:
+        captured = update.captured
+        return [] if captured.terms_problem else captured.terms
+
     def state_dict(self) -> dict[str, int | None]:
         """Return the state for a checkpoint."""
         return {
             "left": self._first_checks_left,
-            "guarded": self._write_checks_left,
             "due": self._next_step,
             "held": self._last_passed,
             "patience": self._suspicion_interval,
@@ -151,7 +136,7 @@ class CaptureChecks:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a checkpoint."""
-        self._first_checks_left, self._write_checks_left = state["left"], state["guarded"]
+        self._first_checks_left = state["left"]
         # Checkpoints from before checks were repeated lack the others.
         self._next_step = state.get("due", self._next_step)
         self._last_passed = state.get("held", self._last_passed)
@@ -172,7 +157,7 @@ def collect_warnings(at_zero: LossCheck, check: GradientCheck | None, others: bo
     if check is not None and check.unseen:
         raise LandscapeError(_NO_EFFECT.format(check.unseen[0]))
     if check is not None and check.is_scaled:
-        raise LandscapeError(_UNSCALED.format(weight=check.weight / max(1, check.terms)))
+        raise LandscapeError(_UNSCALED.format(weight=check.mean_weight))
     found: dict[str, str] = {}
     changed = None if check is None or check.agrees else check.message
     differs = math.isfinite(at_zero.recorded) and not at_zero.agrees

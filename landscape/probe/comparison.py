@@ -1,6 +1,7 @@
 """Comparisons of an objective with the loss and the gradient of the user's loop."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from landscape.distributed.group import SINGLE_PROCESS, RankGroup
 from landscape.distributed.parameter_space import Parameters
 from landscape.ray.gradients import gradient as gradient_of
-from landscape.ray.objective import NoDependenceError, Objective
+from landscape.ray.objective import LossFunction, LossTerm, NoDependenceError
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class LossCheck:
     @classmethod
     def of(
         cls,
-        objective: Objective,
+        objective: LossFunction,
         origin: Parameters,
         ranks: RankGroup = SINGLE_PROCESS,
         differentiated: Tensor | None = None,
@@ -99,7 +100,9 @@ class GradientCheck:
     unseen: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, objective: Objective, origin: Parameters, gradient: Parameters) -> Self | None:
+    def of(
+        cls, objective: LossFunction, origin: Parameters, gradient: Parameters, terms: Sequence[LossTerm] = ()
+    ) -> Self | None:
         """Differentiate the objective; None if impossible or not finite."""
 
         def differentiate() -> dict[str | None, Tensor]:
@@ -110,10 +113,7 @@ class GradientCheck:
                 parts = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
             except RuntimeError:  # A reentrant checkpoint, or an operation that has no derivative this way.
                 parts = {name: torch.full_like(tensor, math.nan) for name, tensor in start.items()}
-            weights = [
-                1.0 if term.weight is None or term.weight.numel() > 1 else term.weight.item()
-                for term in objective.terms
-            ]
+            weights = [1.0 if term.weight is None or term.weight.numel() > 1 else term.weight.item() for term in terms]
             return {None: next(iter(parts.values())).new_tensor(sum(weights)), **parts}
 
         space = objective.space
@@ -129,7 +129,7 @@ class GradientCheck:
         tolerance = 5e-2 if objective.reduced_precision() else 1e-3
         missed = [name for name in got if not space.is_sharded and not own[name].any()]
         unseen = tuple(name for name in missed if got[name].norm() > tolerance * whole)
-        return cls(scale.item(), rest.item(), weight.item(), len(objective.terms), tolerance, unseen)
+        return cls(scale.item(), rest.item(), weight.item(), len(terms), tolerance, unseen)
 
     @property
     def agrees(self) -> bool:
@@ -142,12 +142,23 @@ class GradientCheck:
         return f"The optimizer's gradient is not that of the captured loss ({self.rest:.1%} of it is something else)"
 
     @property
+    def mean_weight(self) -> float:
+        """Mean of the weights.
+
+        Without terms it is the factor by which the gradient is smaller.
+        """
+        return self.weight / self.terms if self.terms else 1 / self.scale if self.scale else math.nan
+
+    @property
     def is_scaled(self) -> bool:
         """True if losses have a weight that the gradient lacks.
 
         A loss scaler that the probe was not given has this effect. Gradients may have been clipped, too; then only a
         weight that is a power of two, from 16 on, is recognized.
         """
-        weight = self.weight / max(1, self.terms)
+        weight = self.mean_weight
+        if not self.terms:  # Clipping has this effect, too, but hardly ever by a power of two.
+            nearest = 2.0 ** round(math.log2(weight)) if 0 < weight < math.inf else math.nan
+            return self.agrees and nearest >= 16 and abs(weight / nearest - 1) <= 1e-2 * self.tolerance
         divided = weight > 1.5 and abs(self.scale * weight - 1) <= self.tolerance
         return divided or (weight >= 16 and math.frexp(weight)[0] == 0.5 and self.scale * weight <= 1 + self.tolerance)

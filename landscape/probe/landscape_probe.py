@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +30,9 @@ from landscape.probe.passes import CapturedUpdate
 from landscape.probe.schedule import ProbeSchedule
 from landscape.probe.step_hooks import Closure, StepHooks, call_after_first
 from landscape.probe.update import Update, to_host
-from landscape.ray.engines.choice import EngineChoice
+from landscape.ray.engines.calls import NoTapeError
+from landscape.ray.evaluator import Evaluator
+from landscape.ray.gradients import RayGradients
 from landscape.ray.ray import Ray
 from landscape.ray.snapshot import ModuleContents, Parameters
 from landscape.traces.writer import NullWriter, TraceWriter
@@ -38,8 +41,10 @@ from landscape.traces.writer import NullWriter, TraceWriter
 class LandscapeProbe:
     r"""Records the losses along the gradient before every optimizer step.
 
-    The training loop stays as it is. Hooks see the batch and the loss as they pass; just before ``optimizer.step()``
-    takes effect, the loss :math:`L` of the same batch, in the same mode and with the same dropout masks, is measured at
+    The training loop stays as it is, and its loss can be anything that it differentiates. The probe records the calls
+    of ATen functions that lead to the differentiated tensor. Just before ``optimizer.step()`` takes effect, it repeats
+    those that depend on the parameters, which gives the loss :math:`L` of the same batch, in the same mode and with the
+    same dropout masks, at
 
     .. math:: L(\theta - \eta_k g), \qquad k = 1, \dots, K,
 
@@ -54,16 +59,18 @@ class LandscapeProbe:
     Args:
         model: The model that is trained; under data parallelism what ``DistributedDataParallel(model)`` returns.
         optimizer: The optimizer whose steps are probed; only the parameters it holds are moved.
-        criterion: The module whose call ``criterion(model(inputs), targets)`` is the training loss. All such losses
-            whose gradient is in ``.grad`` when the optimizer steps belong to the objective, with their weights, so that
-            gradient accumulation is measured as trained. Without it, pass each loss through `observe`.
+        criterion: The module whose call ``criterion(model(inputs), targets)`` is the training loss, for training steps
+            whose calls cannot be repeated (models compiled by ``torch.compile``, ``fully_shard``): there the probe
+            calls model and criterion again at each point. If it is given, the first ray is evaluated both ways. For
+            other losses, use `observe` to the same end.
         trace: Folder of the trace, or a URL such as ``s3://bucket/run``. Without it rows are kept in memory, for
             `frame`, in every process.
         facts: Facts about the run (norm, seed, batch size, ...), for ``run.json`` and as columns.
         overwrite: True replaces a trace that is in the folder.
         resume: True continues a trace that is in the folder, from where `load_state_dict` says, or from the beginning
             if nothing is loaded before the first update.
-        grad_scaler: The loss scaler, if one is used; recorded losses are without its scale.
+        grad_scaler: The loss scaler, if it is not a ``GradScaler`` that calls the optimizer, which the probe finds;
+            recorded losses are without its scale.
         step_sizes: The K step sizes eta, or a function of the step that returns them. The default is
             (0.5, 1, 1.5, 2) times the learning rate: from half of the step that plain SGD takes to twice as far.
         relative: True if step sizes are multiples of the current learning rate.
@@ -72,29 +79,33 @@ class LandscapeProbe:
             takes (with momentum, Adam's scaling, ...), divided by the learning rate of the first parameter group, so
             that a step size equal to the learning rate is that step.
         steps_per_epoch: Updates in an epoch, for the column ``epoch``.
-        engine: How rays are evaluated, see `landscape.ray_losses`. ``"auto"`` times the engines on the first probes and
-            takes the fastest; ``run.json`` holds which one, and why others were refused.
+        engine: How rays are evaluated. ``"auto"`` repeats recorded calls, and calls the code of the loop again, by
+            ``criterion`` or `observe`, where they cannot be repeated. ``"tape"`` does the same and warns. ``"loop"``
+            records nothing. ``run.json`` holds which one evaluated the rays.
         max_memory: Most bytes that a ray may hold, beside those of training.
         gradients: True computes the gradient at each point too, for gradient predictiveness and the effective
-            beta-smoothness: K + 1 forward and backward passes, by the plain loop.
+            beta-smoothness, by K forward and backward passes, and one more if the gradient at the parameters is not
+            known.
         overhead: Share of the training time that probes may cost, such as 0.1, which decides the updates to probe;
             under data parallelism by the clock of the first process.
 
     Raises:
-        LandscapeError: An argument is out of range. At the first probed step: no loss could be captured, or the
-            captured losses are not what was differentiated; the message says how to pass the loss. Later on such an
-            update is skipped with a warning. RankFailedError: a process has died.
+        LandscapeError: An argument is out of range. At the first probed step: the update's calls cannot be repeated,
+            and neither ``criterion`` nor `observe` gives its loss; or the loss that is measured is not the one that was
+            differentiated. The message has the remedy. Later on such an update is skipped with a warning.
+            RankFailedError: a process has died.
 
     Examples:
         >>> import torch
         >>> from landscape import LandscapeProbe
         >>> _ = torch.manual_seed(0)
-        >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+        >>> model = torch.nn.Linear(4, 3)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> with LandscapeProbe(model, optimizer, criterion) as probe:
+        >>> with LandscapeProbe(model, optimizer) as probe:
         ...     for _ in range(5):
         ...         optimizer.zero_grad()
-        ...         criterion(model(torch.randn(16, 4)), torch.randint(3, (16,))).backward()
+        ...         loss = torch.nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(3, (16,)))
+        ...         loss.backward()
         ...         optimizer.step()
         >>> frame = probe.frame()
         >>> len(frame), list(frame.step_sizes[0])
@@ -143,14 +154,14 @@ class LandscapeProbe:
         """True until a state is loaded, or the rows that are there are dropped."""
         self._pending: Update | None = None
         self._checks = CaptureChecks(self._ranks)
-        self._choice = EngineChoice(self.options.engine, self.options.max_memory, self.trace.update_metadata)
+        self._evaluator = Evaluator(self.options.engine, self.options.max_memory, self.trace.update_metadata)
         self._schedule = ProbeSchedule(
             self.options.every, self.options.overhead, _device(model), self._ranks.broadcast_bool
         )
         self._parts = {
             "capture": self._capture,
             "checks": self._checks,
-            "choice": self._choice,
+            "choice": self._evaluator,
             "schedule": self._schedule,
         }
         self._measured: dict[str, Any] = {}
@@ -163,6 +174,7 @@ class LandscapeProbe:
             self._capture.attach()
             self._hooks.attach()
             self._schedule.start()
+            self._capture.begin_update(self._evaluator.records)
         return self
 
     def detach(self) -> None:
@@ -191,7 +203,7 @@ class LandscapeProbe:
         """Return the state for a checkpoint, after writing pending rows.
 
         Call it between two updates. ``torch.load(..., weights_only=True)`` reads it. Under data parallelism each
-        process has its own; that of the first one serves all if the engine is given by name.
+        process has its own; that of the first one serves all.
         """
         self.trace.flush()
         own = {name: part.state_dict() for name, part in self._parts.items()}
@@ -220,21 +232,24 @@ class LandscapeProbe:
         self.step, self._last = state["step"], dict(state["last"])
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
+        self._capture.begin_update(self._evaluator.records and self._hooks.attached)
 
     def observe(self, closure: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Compute a loss and add it to the objective.
 
-        Use it for a loss that is not ``criterion(model(inputs), targets)``, where the loop computes it, once per
-        backward pass::
+        Use it for training steps whose calls cannot be repeated, such as those of compiled models, if the loss is not
+        ``criterion(model(inputs), targets)``: where the loop computes the loss, once per backward pass::
 
             loss = probe.observe(lambda model, x, y: F.cross_entropy(model(x), y) + penalty(model), x, y)
             loss.backward()
 
         Args:
             closure: ``closure(model, *args, **kwargs)`` returns all of the loss that is differentiated, up to a factor.
-                It is called again for each step size, without gradients unless it computes derivatives itself (a
-                gradient penalty). Other modules that it calls are restored like the model.
-            args: Everything that the loop rebinds before the optimizer steps, such as the batch.
+                Where the calls cannot be repeated, and for the first ray, it is called again at each step size, without
+                gradients unless it computes derivatives itself (a gradient penalty). Other modules that it calls are
+                restored like the model.
+            args: Everything that the loop rebinds before the optimizer steps, such as the batch, and what is to be
+                constant: a detached tensor that the closure itself computes moves with the parameters.
             kwargs: The same, by keyword.
 
         Returns:
@@ -290,7 +305,7 @@ class LandscapeProbe:
         return call_after_first(closure, measure)
 
     def _update(self, captured: CapturedUpdate) -> Update:
-        return Update.from_optimizer(self._capture.loss_module, self.optimizer, captured)
+        return Update.from_optimizer(self._capture, self.optimizer, captured)
 
     def _before_update(self, make: Callable[[], Update]) -> None:
         if self._starts_over:
@@ -307,13 +322,14 @@ class LandscapeProbe:
         if self._pending is not None:
             update, self._pending = self._pending, None
             with self._schedule.probing():
-                self._measure(update, update.actual_direction(self._capture.loss_module))
+                self._measure(update, update.actual_direction())
         if self._measured:  # not before, as a step may fail
             self._last, self._measured = self._measured, {}
             self.trace.append(self._last)
         self._capture.finish_update()
         self._schedule.advance(self._capture.pop_overhead_seconds())
         self.step += 1
+        self._capture.begin_update(self._evaluator.records)
 
     def _measure(self, update: Update, direction: Parameters) -> None:
         """Set the row, or warn why there is none."""
@@ -336,28 +352,27 @@ class LandscapeProbe:
     def _row(self, update: Update, direction: Parameters) -> dict[str, Any]:
         """Return the row by the losses of this process."""
         started = time.perf_counter()
-        ray = self._ranks.run_on_all(lambda: self._ray(update, direction), must_match=Ray.pass_signature)
+        taped, looped = self._ranks.run_on_all(lambda: self._rays(update, direction), must_match=_pass_signature)
+        values = update.row_values(direction)  # a sum over ranks, before one of them may fail
         with self._capture.measuring():
-            self._checks.detect_parameter_writes(ray)
-            if facts := self._checks.check_if_due(self.step, update):
+            evaluate: Any = partial(self._evaluator.losses, taped, looped)
+            if self.options.gradients:
+                evaluate = partial(self._evaluator.gradients, taped, looped, update.loss_gradient)
+            # A check is a mean over the ranks, which none of them may miss.
+            ray, along = self._ranks.run_on_all(evaluate) if self._checks.is_due(self.step) else evaluate()
+            seconds = time.perf_counter() - started
+            if facts := self._checks.check_if_due(self.step, update, ray.objective):
                 self.trace.update_metadata(mode="training" if self.model.training else "evaluation", checks=facts)
-                started = time.perf_counter()
-            measured = {"step_sizes": ray.step_sizes} | update.row_values(direction) | self._along(ray)
-            if facts := self._checks.check_if_suspicious(self.step, update, measured):
+            values |= {"step_sizes": ray.step_sizes, "loss": ray.objective.training_loss()} | _columns(along)
+            if facts := self._checks.check_if_suspicious(self.step, update, ray.objective, values):
                 self.trace.update_metadata(checks=facts)
-        self._seconds = time.perf_counter() - started
+        self._seconds = seconds
         epoch = self.step / self.options.steps_per_epoch if self.options.steps_per_epoch else math.nan
-        return {"step": self.step, "epoch": epoch, "lr": update.lr} | measured
+        return {"step": self.step, "epoch": epoch, "lr": update.lr} | values
 
-    def _along(self, ray: Ray) -> dict[str, Tensor]:
-        if not self.options.gradients:
-            return {"losses": self._choice.losses(ray)}
-        there = self._choice.gradients(ray)
-        return {"losses": there.losses, "slope": there.slope, "gradient_distances": there.distances}
-
-    def _ray(self, update: Update, direction: Parameters) -> Ray:
+    def _rays(self, update: Update, direction: Parameters) -> tuple[Ray | NoTapeError, Ray | LandscapeError]:
         step_sizes = self.options.step_sizes_at(self.step, update.lr)
-        if not update.objective.terms:
+        if update.captured.is_empty():
             raise self._capture.no_loss_error()
         if problem := update.captured.problem:
             raise LandscapeError(problem)
@@ -368,7 +383,19 @@ class LandscapeProbe:
             )
         if self._hooks.are_followed():
             raise ProbeDeferred("A step hook that was registered after the forward pass may change the gradient.")
-        return update.ray(direction, step_sizes)
+        return update.rays(direction, step_sizes)
+
+
+def _columns(along: Tensor | RayGradients) -> dict[str, Tensor]:
+    if isinstance(along, Tensor):
+        return {"losses": along}
+    gradients = {"gradient_distances": along.distances, "gradient_cosines": along.cosines}
+    return {"losses": along.losses, "slope": along.slope, **gradients}
+
+
+def _pass_signature(rays: tuple[Ray | NoTapeError, Ray | LandscapeError]) -> object:
+    """Return a signature of passes that ranks make together."""
+    return rays[1].pass_signature() if isinstance(rays[1], Ray) else None
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -23,6 +23,8 @@ DIRECT_PARAMETER = (
     + OBSERVE_WHOLE
 )
 
+NOT_RECORDED = "the backward pass did not begin at tensors whose computation was recorded"
+
 # A replay would not compute the captured loss again.
 DERIVED_INPUT = (
     "{} was computed from parameters that the optimizer holds (a recurrent state, features, a second call of the "

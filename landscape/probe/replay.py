@@ -3,18 +3,17 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from landscape.errors import LandscapeError
 from landscape.probe.messages import DERIVED_OUTPUT, NO_MODEL_CALL, WRITTEN_ARGUMENT, WRITTEN_OUTPUT
-from landscape.ray.linear_cache import CachedLinear
 from landscape.ray.loss_module import Closure
 from landscape.ray.snapshot import Autocast, ForwardSnapshot
+from landscape.rng import cpu_rng_state
 
 
 class _ReplayDepth(threading.local):
@@ -100,7 +99,7 @@ class CriterionState:
         modules = [] if criterion is None else list(criterion.modules())
         buffers = [] if criterion is None else list(criterion.buffers())
         contents = [{**vars(module), **module._buffers} for module in modules]
-        return cls(contents, [(buffer, buffer._version) for buffer in buffers], torch.get_rng_state())
+        return cls(contents, [(buffer, buffer._version) for buffer in buffers], cpu_rng_state())
 
     def has_contents_of(self, other: Self) -> bool:
         """Return True if objects and buffer versions are the same."""
@@ -126,7 +125,6 @@ class ModelCall:
     outputs: VersionedArgs | None = None
     criterion_state: CriterionState | None = None
     """State of the criterion after the call."""
-    bases: list[CachedLinear] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

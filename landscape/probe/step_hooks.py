@@ -92,6 +92,15 @@ class StepHooks:
             self._after()
 
 
+def find_grad_scaler() -> Any:
+    """Return the loss scaler that has called the optimizer."""
+    for frame in _callers():
+        if frame.f_code is torch.amp.GradScaler.step.__code__:
+            scaler = frame.f_locals["self"]
+            return scaler if scaler.is_enabled() else None
+    return None
+
+
 def call_after_first(closure: Closure, then: Callable[[], None]) -> Closure:
     """Return the closure with ``then`` called after its first call."""
     pending = [then]

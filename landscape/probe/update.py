@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Self
 
@@ -10,7 +11,12 @@ import torch
 from torch import Tensor
 
 from landscape.distributed.parameter_space import Parameters, dense
+from landscape.errors import LandscapeError
+from landscape.probe.capture import Capture
+from landscape.probe.messages import NO_LOSS
 from landscape.probe.passes import CapturedUpdate
+from landscape.ray.engines.calls import NoTapeError
+from landscape.ray.engines.tape import Tape
 from landscape.ray.loss_module import LossModule
 from landscape.ray.objective import Objective
 from landscape.ray.ray import Ray
@@ -21,30 +27,37 @@ class Update:
     """An update of an optimizer.
 
     Attributes:
-        objective: The loss as a function of the parameters.
+        loss_module: The model, and modules that its loss calls.
+        tape: The loss as recorded calls, or the reason why there is none.
         origin: The parameters before the step.
         gradient: The gradient that the optimizer gets.
+        loss_gradient: The gradient of the loss, if it is known; the optimizer's may have been changed since.
         lr: Learning rate of the first parameter group.
         captured: The captured losses.
     """
 
-    objective: Objective
+    loss_module: LossModule
+    tape: Tape | NoTapeError
     origin: Parameters
     gradient: Parameters
+    loss_gradient: Parameters | None
     lr: float
     captured: CapturedUpdate
 
     @classmethod
-    def from_optimizer(
-        cls, loss_module: LossModule, optimizer: torch.optim.Optimizer, captured: CapturedUpdate
-    ) -> Self:
+    def from_optimizer(cls, capture: Capture, optimizer: torch.optim.Optimizer, captured: CapturedUpdate) -> Self:
         """Return the update that ``optimizer`` is about to make.
 
         Args:
-            loss_module: The model, of which only parameters that the optimizer holds are moved.
+            capture: Has the model, of which only parameters that the optimizer holds are moved.
             optimizer: The optimizer, before its step.
             captured: The captured losses.
         """
+        loss_module = capture.loss_module
+        try:
+            tape = capture.tape(captured)
+        except NoTapeError as error:
+            tape = error
         # A fused optimizer divides gradients by the loss scale in its kernel; GradScaler passes the scale this way.
         scale = getattr(optimizer, "grad_scale", None)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -55,37 +68,67 @@ class Update:
             if parameter.grad is not None and id(parameter) in held
         }
         origin = {name: loss_module.space.local(parameter) for name, parameter in parameters.items()}
-        return cls(Objective(captured.terms), origin, gradient, learning_rate_of(optimizer), captured)
-
-    @property
-    def differentiated(self) -> Tensor | None:
-        """Value of the differentiated tensors, or None if unknown."""
-        return self.captured.differentiated
+        known, own = captured.gradients, None
+        if known is not None and all(id(parameters[name]) in known for name in gradient):
+            own = {name: dense(known[id(parameters[name])]) for name in gradient}
+        return cls(loss_module, tape, origin, gradient, own, learning_rate_of(optimizer), captured)
 
     def snapshot(self) -> Self:
         """Return the update with copies of tensors that steps overwrite."""
         copies = {name: tensor.clone() for name, tensor in self.gradient.items()}
-        return replace(self, origin={name: tensor.clone() for name, tensor in self.origin.items()}, gradient=copies)
+        own = self.loss_gradient
+        if own is not None:
+            own = {name: copies[name] if _same(own[name], self.gradient[name]) else own[name].clone() for name in own}
+        origin = {name: tensor.clone() for name, tensor in self.origin.items()}
+        return replace(self, origin=origin, gradient=copies, loss_gradient=own)
 
-    def actual_direction(self, loss_module: LossModule) -> Parameters:
+    def actual_direction(self) -> Parameters:
         """Return ``(origin - parameters) / lr``, after the step."""
-        now = loss_module.space.parameters()
+        space = self.loss_module.space
+        now = space.parameters()
         rate = self.lr if self.lr and math.isfinite(self.lr) else 1.0
-        return {name: (self.origin[name] - loss_module.space.local(now[name])) / rate for name in self.gradient}
+        return {name: (self.origin[name] - space.local(now[name])) / rate for name in self.gradient}
 
     def row_values(self, direction: Parameters) -> dict[str, Tensor]:
-        """Return the columns that need no evaluation of the ray."""
-        space = self.objective.space
+        """Return the columns that need no evaluation of the loss."""
+        space = self.loss_module.space
         size = space.norm(self.gradient)
-        known = {"loss": self.objective.training_loss(), "grad_norm": size, "direction_norm": size, "slope": size**2}
+        known = {"gradient_rest": self._rest(size), "grad_norm": size, "direction_norm": size, "slope": size**2}
         if direction is not self.gradient:
             slope = space.inner(direction, self.gradient)
             known |= {"direction_norm": space.norm(direction), "slope": slope}
         return known
 
-    def ray(self, direction: Parameters, step_sizes: Sequence[float]) -> Ray:
-        """Return the ray from the origin along ``direction``."""
-        return Ray(self.objective, self.origin, direction, step_sizes)
+    def _rest(self, size: Tensor) -> Tensor:
+        """Return the part of the gradient not along the loss's."""
+        space, own = self.loss_module.space, self.loss_gradient
+        if own is None or space.is_sharded:
+            return torch.full_like(size, math.nan)
+        if all(_same(self.gradient[name], own[name]) for name in own):
+            return torch.zeros_like(size)
+        scale = space.inner(own, self.gradient) / space.inner(own, own)
+        return space.norm({name: self.gradient[name] - scale * own[name] for name in own}) / size
+
+    def rays(
+        self, direction: Parameters, step_sizes: Sequence[float]
+    ) -> tuple[Ray | NoTapeError, Ray | LandscapeError]:
+        """Return the rays of the tape and of the loop.
+
+        Both go from the origin along ``direction``.
+
+        A reason stands for one that there is not.
+        """
+        ray = partial(Ray, origin=self.origin, direction=direction, step_sizes=step_sizes)
+        taped = self.tape if isinstance(self.tape, NoTapeError) else ray(self.tape)
+        if not self.captured.terms:
+            return taped, LandscapeError(NO_LOSS)
+        if self.captured.terms_problem is not None:
+            return taped, LandscapeError(self.captured.terms_problem)
+        return taped, ray(Objective(self.captured.terms))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr()
 
 
 def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape.distributed.parameter_space import Parameters, single_precision
-from landscape.ray.objective import Objective
+from landscape.distributed.parameter_space import Parameters
+from landscape.ray.objective import LossFunction
 from landscape.ray.ray import ParametersAlongRay, Ray
 
 
@@ -19,21 +19,26 @@ class RayGradients(NamedTuple):
         losses: (K,), ``L(theta - eta_k d)``.
         distances: (K,), ``|g(theta) - g(theta - eta_k d)|``, l2 norms over the parameters that the ray moves; their
             range is the gradient predictiveness of Santurkar et al. (2018), section 3.1.
+        cosines: (K,), the cosine between ``g(theta)`` and ``g(theta - eta_k d)``.
         slope: (), the inner product of ``g(theta)`` and ``d``.
     """
 
     losses: Tensor
     distances: Tensor
+    cosines: Tensor
     slope: Tensor
 
 
-def gradients_along(ray: Ray) -> RayGradients:
+def gradients_along(ray: Ray, start: Parameters | None = None) -> RayGradients:
     """Return losses and gradients at every point.
 
-    It takes K + 1 forward and backward passes: the optimizer's gradient may have been clipped, so that at theta is
-    evaluated too. Each point has the same
+    It takes K forward and backward passes, and one more if the gradient at theta is not known. Each point has the same
     buffers, RNG state, train flags and autocast state, and nothing is left changed. If several ranks train the model,
     the objective is the mean of theirs.
+
+    Args:
+        ray: The ray.
+        start: The gradient at theta, if it is known: that of the loss, not one that was clipped since.
 
     Raises:
         RuntimeError: The loss cannot be differentiated this way.
@@ -45,23 +50,27 @@ def gradients_along(ray: Ray) -> RayGradients:
         def own() -> dict[str | None, Tensor]:
             with torch.no_grad():
                 buffer.move_to(eta)
-            loss, gradient = _gradient(ray.objective, leaves)
+            loss, gradient = ray.objective.value_and_gradient(leaves)
             return {None: loss, **gradient}
 
         means = space.all_mean(own)
         return means.pop(None), {name: means[name] for name in leaves}
 
-    losses, distances = [], []
+    losses, distances, cosines = [], [], []
     with ray.objective.rng_restored():
-        _, start = differentiated(0.0)
+        if start is None:
+            _, start = differentiated(0.0)
+        size = space.norm(start)
         for eta in ray.step_sizes:
             loss, gradient = differentiated(eta)
+            cosines.append(space.inner(gradient, start) / (space.norm(gradient) * size))
             distances.append(space.norm({name: there - start[name] for name, there in gradient.items()}))
             losses.append(loss)
-    return RayGradients(torch.stack(losses), torch.stack(distances), space.inner(start, ray.direction))
+    slope = space.inner(start, ray.direction)
+    return RayGradients(torch.stack(losses), torch.stack(distances), torch.stack(cosines), slope)
 
 
-def gradient(objective: Objective, parameters: Parameters) -> Parameters:
+def gradient(objective: LossFunction, parameters: Parameters) -> Parameters:
     """Return the gradient of the objective at ``parameters``.
 
     Raises:
@@ -70,12 +79,4 @@ def gradient(objective: Objective, parameters: Parameters) -> Parameters:
     # Copies, because a model may write to its parameters.
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}
     with objective.rng_restored():
-        return _gradient(objective, leaves)[1]
-
-
-def _gradient(objective: Objective, leaves: Parameters) -> tuple[Tensor, dict[str, Tensor]]:
-    with torch.enable_grad():
-        losses, gradients = zip(*(term.gradient(leaves) for term in objective.terms), strict=True)
-    parts = zip(*gradients, strict=True)
-    sums = [torch.stack([single_precision(part) for part in column]).sum(0) for column in parts]
-    return objective.weighted_sum(losses), dict(zip(leaves, sums, strict=True))
+        return objective.value_and_gradient(leaves)[1]

@@ -28,14 +28,6 @@ class ForwardTraits:
     """True if forward passes draw from the RNGs of Python or numpy, or may do so on another rank."""
     differentiates: bool = False
     """True if the loss computes derivatives itself, so that it needs gradients where they are off."""
-    streamed: set[str] = field(default_factory=set)
-    """Weights of the model that are built in blocks."""
-    shares_nothing: bool = False
-    """True if the points of a ray have no linear operation in common."""
-    shared: set[str] = field(default_factory=set)
-    """Parameters of the model whose linear layers have the same input all along a ray."""
-    overwritten: set[str] = field(default_factory=set)
-    """Parameters of the model whose linear layers have an output that an activation overwrites in place."""
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Return the traits as plain values.
@@ -44,8 +36,7 @@ class ForwardTraits:
             module: Holds the written parameters, which are returned by name.
         """
         written = [name for name, parameter in module.named_parameters() if id(parameter) in self.written_parameters]
-        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in vars(self).items()}
-        return plain | {"written_parameters": written}
+        return {**vars(self), "written_parameters": written}
 
     def load_state_dict(self, state: Mapping[str, Any], module: nn.Module) -> None:
         """Restore the traits.
@@ -58,9 +49,8 @@ class ForwardTraits:
         """
         written = state["written_parameters"] if "written_parameters" in state else state["moving"]  # until 2026-11
         ids = {id(parameter) for name, parameter in module.named_parameters() if name in written}
-        for name, value in ({**state, "written_parameters": ids}).items():
-            if name in vars(self):
-                setattr(self, name, type(getattr(self, name))(value))
+        self.written_parameters = ids
+        self.draws, self.differentiates = state["draws"], state.get("differentiates", False)
 
 
 class LossModule(nn.Module):

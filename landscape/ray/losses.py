@@ -2,16 +2,21 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from landscape.distributed.group import sharded_parts
 from landscape.distributed.parameter_space import Parameters
 from landscape.errors import LandscapeError, ProbeDeferred
-from landscape.ray.engines.registry import ENGINES, check_engine, evaluate, refusal
+from landscape.ray.engines.calls import NoTapeError
+from landscape.ray.engines.recorder import Recorder
+from landscape.ray.engines.registry import check_engine, losses_along
+from landscape.ray.engines.tape import Tape
 from landscape.ray.loss_module import Closure
 from landscape.ray.objective import Objective
-from landscape.ray.ray import Ray, check_model
+from landscape.ray.ray import ParametersAlongRay, Ray, check_model
 from landscape.ray.snapshot import ForwardSnapshot
 from landscape.ray.step_sizes import checked_step_sizes
 
@@ -35,11 +40,10 @@ def ray_losses(
         direction: Tensors with the names and shapes of ``model.named_parameters()``. Parameters that are not named do
             not move.
         step_sizes: The K step sizes, finite, in any order.
-        engine: ``"loop"`` evaluates one point after the other. ``"affine"`` evaluates linear operations whose input
-            does not depend on the step size, and random numbers, once for all points; ``"channels_last"`` does so in
-            that layout. ``"stacked"`` evaluates all points in one pass, ``"compiled"`` one after the other by
-            ``torch.compile``. ``"auto"`` is affine for 3 points or more, and the loop for fewer. If an engine does not
-            fit the model, the loop is used, with a warning unless it is ``"auto"``.
+        engine: ``"auto"`` evaluates the first point and records its calls of ATen functions; at the other points it
+            repeats those that depend on the step size, so the closure is called once. If they cannot be repeated
+            (the closure reads values and branches on them, or has parts that are compiled), it is called at each point,
+            as ``"loop"`` always does. ``"tape"`` warns then.
 
     Returns:
         The losses, shape (K,), on the device and in the type of the loss. The device is not synchronized.
@@ -75,26 +79,48 @@ def ray_losses(
             "them."
         )
     origin = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    ray = Ray(Objective.of(model, closure, direction), origin, direction, checked_step_sizes(step_sizes))
-    # Affine evaluation takes two products, so it pays from three points on.
-    name = engine if engine != "auto" else "affine" if len(ray.step_sizes) > 2 else "loop"
+    objective = Objective.of(model, closure, direction)
+    ray = Ray(objective, origin, direction, checked_step_sizes(step_sizes))
     try:
-        return _evaluate(name, ray)
-    except Exception as error:
-        if name == "loop":
-            raise
-        refused = refusal(name, error)
-    losses = _evaluate("loop", ray)  # an error in the closure itself is raised here
-    if engine == name:
-        warnings.warn(refused, stacklevel=2)
-    return losses
-
-
-def _evaluate(name: str, ray: Ray) -> Tensor:
-    try:
-        return evaluate(ENGINES[name](), ray)
+        return _losses(ray, engine)
     except ProbeDeferred:
         # The closure calls other modules. The first evaluation has restored them and added them to the loss module.
-        (term,) = ray.objective.terms
+        (term,) = objective.terms
         term.state = ForwardSnapshot.capture(term.state.loss_module)
-        return evaluate(ENGINES[name](), ray)
+        return _losses(ray, engine)
+
+
+def _losses(ray: Ray, engine: str) -> Tensor:
+    if engine != "loop" and len(ray.step_sizes) > 1:
+        try:
+            return _replayed(ray)
+        except NoTapeError as error:
+            if engine == "tape":
+                warnings.warn(f"The loop evaluates this ray, because the tape cannot: {error}.", stacklevel=3)
+    return losses_along(ray)
+
+
+def _replayed(ray: Ray) -> Tensor:
+    """Record the nearest point, and replay it at the others.
+
+    Differences from it are small, so that they are exact.
+    """
+    objective, etas = ray.objective, ray.step_sizes
+    assert isinstance(objective, Objective)
+    first = min(range(len(etas)), key=lambda k: abs(etas[k]))
+    (term,), along, tapes = objective.terms, ParametersAlongRay(ray), list[Tape]()
+
+    def recorded(model: nn.Module) -> Tensor:
+        recorder = Recorder(along.point)
+        with recorder.recording(), recorder.inside():
+            loss = term.closure(model)
+        if isinstance(loss, Tensor):
+            root = recorder.add_root([loss], [None])
+            tapes[:] = [recorder.tape([root], objective.loss_module, loss.detach(), anchor=etas[first])]
+        return loss
+
+    with torch.no_grad(), objective.rng_restored():
+        value = replace(term, closure=recorded).losses(along.point, along.moves([etas[first]]))[0]
+    others = [eta for k, eta in enumerate(etas) if k != first]
+    rest = losses_along(replace(ray, objective=tapes[0], step_sizes=others))
+    return torch.cat([rest[:first], value.reshape(1), rest[first:]])

@@ -1,18 +1,55 @@
 """The training loss of one update as a pure function of the parameters."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from landscape.distributed.parameter_space import Parameters, ParameterSpace
 from landscape.errors import LandscapeError
-from landscape.ray.linear_cache import CachedLinear
 from landscape.ray.loss_module import Closure, LossModule
 from landscape.ray.snapshot import ForwardSnapshot
 from landscape.rng import RngState
+
+
+class LossFunction(Protocol):
+    """The loss of one update, given the parameters.
+
+    An `Objective` calls the user's code again; a `landscape.ray.engines.tape.Tape` repeats its recorded calls.
+    """
+
+    @property
+    def loss_module(self) -> LossModule:
+        """The model and its criterion."""
+        ...
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The model's parameters."""
+        ...
+
+    def __call__(self, parameters: Parameters) -> Tensor:
+        """Return the loss at ``parameters``, a scalar tensor."""
+        ...
+
+    def training_loss(self) -> Tensor:
+        """Return the loss that the update's own forward passes gave."""
+        ...
+
+    def value_and_gradient(self, leaves: Parameters) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its gradient."""
+        ...
+
+    def rng_restored(self) -> AbstractContextManager[None]:
+        """Restore the RNG state after the body."""
+        ...
+
+    def reduced_precision(self) -> bool:
+        """Return True if forward passes compute below single precision."""
+        ...
 
 
 class NoDependenceError(RuntimeError):
@@ -38,8 +75,6 @@ class LossTerm:
     """Number of writes to each of the optimizer's parameters when the loss was computed."""
     observed: bool = False
     """True if the user has passed the loss to the probe."""
-    bases: Sequence[CachedLinear] = ()
-    """Linear layers that need not be evaluated at step size 0 again."""
 
     def __call__(self, parameters: Parameters) -> Tensor:
         """Return the unweighted loss at ``parameters``, a scalar tensor."""
@@ -193,6 +228,22 @@ class Objective:
     def training_loss(self) -> Tensor:
         """Return the loss that the update's own forward passes gave."""
         return self.weighted_sum([value.reshape(()) for term in self.terms if (value := term.recorded) is not None])
+
+    def value_and_gradient(self, leaves: Parameters) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its gradient.
+
+        Args:
+            leaves: Parameters that require gradients.
+
+        Raises:
+            RuntimeError: The loss cannot be differentiated this way, or depends on none of them.
+        """
+        with torch.enable_grad():
+            losses, gradients = zip(*(term.gradient(leaves) for term in self.terms), strict=True)
+        sums = gradients[0]
+        for further in gradients[1:]:
+            sums = [one + other for one, other in zip(sums, further, strict=True)]
+        return self.weighted_sum(losses), dict(zip(leaves, sums, strict=True))
 
     def weighted_sum(self, losses: Sequence[Tensor]) -> Tensor:
         """Return the weighted sum of one loss per term.

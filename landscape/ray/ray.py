@@ -1,6 +1,6 @@
 """A ray of points in parameter space, and a buffer for the parameters along it."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from landscape.distributed.parameter_space import Parameters
 from landscape.errors import LandscapeError
-from landscape.ray.objective import Objective
-
-FEW_ROWS = 128
-"""Most rows of an input for which building a large weight takes longer than the product with it."""
-BLOCK = 4 << 20
-"""Bytes of a weight that stay in a processor's cache while they are built and used."""
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+from landscape.ray.objective import LossFunction, Objective
 
 
 @dataclass(frozen=True)
@@ -28,7 +22,7 @@ class Ray:
         LandscapeError: The direction does not fit the origin, or a step size overflows the parameters' type.
     """
 
-    objective: Objective
+    objective: LossFunction
     origin: Parameters
     direction: Parameters
     step_sizes: Sequence[float]
@@ -60,7 +54,9 @@ class Ray:
 
     def pass_signature(self) -> tuple[object, ...] | None:
         """Return a signature of passes that ranks make together."""
-        return (self.step_sizes, len(self.objective.terms)) if self.objective.space.is_sharded else None
+        if not isinstance(self.objective, Objective) or not self.objective.space.is_sharded:
+            return None
+        return self.step_sizes, len(self.objective.terms)
 
 
 class ParametersAlongRay:
@@ -70,70 +66,20 @@ class ParametersAlongRay:
 
     Args:
         ray: The ray.
-        channels_last: True gives the weights of 2d and 3d convolutions that layout, which their outputs take over.
-        idle: Parameters that take no memory, and are NaN, until they are first built.
     """
 
-    def __init__(self, ray: Ray, channels_last: bool = False, idle: Container[str] = ()) -> None:
-        formats = _CHANNELS_LAST if channels_last else {}
-        layout = {name: formats.get(tensor.dim(), torch.preserve_format) for name, tensor in ray.direction.items()}
-        self.channels_last = channels_last
-        self.origin = ray.origin
-        self.direction = {name: _in_layout(tensor, layout[name]) for name, tensor in ray.direction.items()}
-        self.stand_ins = {name for name in ray.direction if name in idle}
-        """Names of parameters that are placeholders still."""
-        self.point: dict[str, Tensor] = {
-            name: placeholder(ray.origin[name])
-            if name in self.stand_ins
-            else torch.empty_like(ray.origin[name], memory_format=layout[name])
-            for name in ray.direction
-        }
-        self.eta = 0.0
+    def __init__(self, ray: Ray) -> None:
+        self._origin, self._direction = ray.origin, ray.direction
+        self.point: dict[str, Tensor] = {name: torch.empty_like(ray.origin[name]) for name in ray.direction}
 
     def moves(self, step_sizes: Sequence[float]) -> list[Callable[[], None]]:
         """Return a move to each of the step sizes."""
         return [partial(self.move_to, eta) for eta in step_sizes]
 
-    def move_to(self, eta: float, skipped: Container[str] = ()) -> None:
-        """Move to ``eta``; ``skipped`` tensors keep their values."""
-        self.eta = eta
-        for name in self.point:
-            if name not in skipped:
-                self.materialize(name)
-
-    def materialize(self, name: str) -> None:
-        """Write one tensor at the current point."""
-        if name in self.stand_ins:
-            self.stand_ins.remove(name)
-            self.point[name].data = torch.empty_like(self.origin[name])
-        torch.sub(self.origin[name], self.direction[name], alpha=self.eta, out=self.point[name])
-
-    def blockwise_linear(self, name: str, inputs: Tensor) -> Tensor:
-        """Return ``inputs @ W.T``, building the weight W in blocks.
-
-        Each block of rows is used while it is in the cache: for a few rows of inputs, memory takes most of the time.
-        """
-        weight, direction = self.origin[name], self.direction[name]
-        columns = inputs.reshape(-1, inputs.shape[-1]).t()
-        rows = max(1, BLOCK // (weight.shape[1] * weight.itemsize))
-        block = torch.empty_like(weight[:rows])
-        outputs = columns.new_empty(weight.shape[0], columns.shape[1])
-        for into, here, along in zip(outputs.split(rows), weight.split(rows), direction.split(rows), strict=True):
-            built = torch.sub(here, along, alpha=self.eta, out=block[: len(here)])
-            torch.mm(built, columns, out=into)
-        return outputs.t().contiguous().view(*inputs.shape[:-1], weight.shape[0])
-
-
-def placeholder(parameter: Tensor) -> Tensor:
-    """Return NaN in the shape of a parameter.
-
-    The loss is then NaN wherever a use of the parameter is not detected.
-    """
-    return parameter.new_full((), torch.nan).expand(parameter.shape)
-
-
-def _in_layout(tensor: Tensor, layout: torch.memory_format) -> Tensor:
-    return tensor if layout is torch.preserve_format else tensor.contiguous(memory_format=layout)
+    def move_to(self, eta: float) -> None:
+        """Write the parameters at ``eta``."""
+        for name, tensor in self.point.items():
+            torch.sub(self._origin[name], self._direction[name], alpha=eta, out=tensor)
 
 
 def check_model(model: nn.Module) -> None:

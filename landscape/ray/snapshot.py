@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from landscape.distributed.parameter_space import Parameters
@@ -63,8 +63,6 @@ class ForwardSnapshot:
             all buffers, and parameters that are known to be written to.
         random: The RNG state.
         autocast: The autocast state of each type of device.
-        detects_foreign_modules: True if calls of modules outside of ``loss_module`` are detected. Code that is to be
-            compiled does not allow it.
     """
 
     loss_module: LossModule
@@ -72,7 +70,6 @@ class ForwardSnapshot:
     tensors: Sequence[TensorSlot]
     random: RngState
     autocast: tuple[Autocast, ...]
-    detects_foreign_modules: bool = True
 
     @classmethod
     def capture(cls, loss_module: LossModule) -> "ForwardSnapshot":
@@ -132,19 +129,6 @@ class ForwardSnapshot:
                 results = run()
             return results
 
-    def written_copies(self, points: int) -> list[Tensor]:
-        """Return copies of `tensors` for each point, (points, ...)."""
-        copies: dict[int, Tensor] = {}
-        for _, _, tensor in self.tensors:
-            if id(tensor) not in copies:
-                copies[id(tensor)] = tensor.expand(points, *tensor.shape).clone()
-        return [copies[id(tensor)] for _, _, tensor in self.tensors]
-
-    def enter_written(self, tensors: Sequence[Tensor]) -> None:
-        """Put ``tensors``, in the order of `tensors`, into the modules."""
-        for (owner, name, _), tensor in zip(self.tensors, tensors, strict=True):
-            owner[name] = tensor
-
     def _apply(self) -> None:
         """Make this the current state, with new copies of tensors."""
         self.random.restore(host=self.loss_module.traits.draws)
@@ -177,7 +161,7 @@ class ForwardSnapshot:
             ProbeDeferred: One of them has changed.
         """
         # If parameters are sharded, an error on one rank would make the others wait.
-        if not self.detects_foreign_modules or self.loss_module.space.is_sharded:
+        if self.loss_module.space.is_sharded:
             yield
             return
         known = {id(module) for module, _ in self.attributes}

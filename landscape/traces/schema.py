@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-VERSION = 3
+VERSION = 4
 """Version of the trace format; older versions are read, newer ones are refused."""
 
 
@@ -45,6 +45,13 @@ UPDATES = (
         "l2 norm of the direction: a step moves the parameters by |eta| * direction_norm",
         since=2,
     ),
+    Column(
+        "gradient_rest",
+        "float64",
+        "1",
+        "part of the optimizer's gradient that is not along the loss's, relative to it; NaN if unknown",
+        since=4,
+    ),
     Column("step_sizes", "list<float64>", "learning rate", "the K step sizes eta"),
     Column("losses", "list<float64>", "loss", "the K losses at theta - eta * direction"),
     Column(
@@ -53,6 +60,13 @@ UPDATES = (
         "loss / parameter",
         "l2 distances of the K gradients there from the gradient at theta; missing without gradients=True",
         since=2,
+    ),
+    Column(
+        "gradient_cosines",
+        "list<float64>",
+        "1",
+        "cosines between the K gradients there and the gradient at theta; missing without gradients=True",
+        since=4,
     ),
     Column("loss_min", "float64", "loss", "smallest of the K losses; NaN if one of them is NaN"),
     Column("loss_max", "float64", "loss", "largest of the K losses; NaN if one of them is NaN"),

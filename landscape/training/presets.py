@@ -24,7 +24,6 @@ _CIFAR10 = Recipe(
     lr_end=1e-4,
     augment=("crop", "flip"),
     channels_last=True,
-    engine="channels_last",
 )
 
 # Section 3.2, tables 1 and 2: a learning rate of 0.1 per batch of 128, scaled to 512, with warm-up (Goyal et al. 2017).
@@ -45,9 +44,8 @@ _CLASSIFY = Recipe(
     augment=("crop", "flip", "cutout"),
     validation=5000,
     channels_last=True,
-    engine="channels_last",
 )
-_CLASSIFY_SMALL = replace(_CLASSIFY, model="simplenet", rise=0.1, augment=(), channels_last=False, engine="affine")
+_CLASSIFY_SMALL = replace(_CLASSIFY, model="simplenet", rise=0.1, augment=(), channels_last=False)
 
 RECIPES = {
     # Section 3.1, figure 4. BatchNorm attains a test accuracy of 98.0 % in 5 epochs.

@@ -102,11 +102,8 @@ class Recipe:
     """
     gradients: bool = False
     """True to measure the gradient at each step size, too."""
-    engine: str = "affine"
-    """Engine that evaluates the rays, as for `landscape.ray_losses`.
-
-    ``auto`` is not reproducible, because another engine may be the fastest in the next run.
-    """
+    engine: str = "auto"
+    """Engine that evaluates the rays, as for `landscape.ray_losses`."""
     seed: int = 0
     """Seed of initial weights, data order and augmentation."""
 

@@ -27,7 +27,7 @@ def train(kind, moment, victim, folder):
         fully_shard(network[2])
     model = fully_shard(network) if kind == "sharded" else DistributedDataParallel(network)
     optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
-    probe = LandscapeProbe(model, optimizer, criterion, step_sizes=[0.1, 0.4], trace=f"{folder}/run")
+    probe = LandscapeProbe(model, optimizer, criterion, engine="loop", step_sizes=[0.1, 0.4], trace=f"{folder}/run")
 
     def die(now):
         if (now, dist.get_rank(), probe.step) == (moment, victim, STEP):

@@ -69,7 +69,7 @@ def parts(inputs, targets, by, groups):
 
 def ghost_cases(groups):
     """Return models, numbers of samples (divisible by the groups or not), and options of the probe."""
-    by_loop, by_affine = {"gradients": True, "engine": "loop"}, {"engine": "affine"}
+    by_loop, by_affine = {"gradients": True, "engine": "loop"}, {"engine": "auto"}
     return {
         ("SimpleNet", 4 * groups): by_affine,
         ("SimpleNet", 4 * groups + 1): by_loop,

@@ -16,7 +16,7 @@ def writing(ranks, folder):
     """Write a trace, with an engine that does not fit."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        options = {"trace": folder / "run", "engine": "affine"}
+        options = {"trace": folder / "run", "engine": "tape"}
         probe, _ = run(network("batch"), ranks.rank, ranks.size, **options)
     return {"rows": len(probe.frame()), "words": [str(warning.message) for warning in seen]}
 

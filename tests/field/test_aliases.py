@@ -235,7 +235,7 @@ def trial(lab, name, observed):
 
 
 @pytest.mark.parametrize("observed", [False, True], ids=["criterion", "observed"])
-@pytest.mark.parametrize("engine", [*ENGINES, "channels_last"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NAMES)
 def test_probe_keeps_aliases(name, engine, observed):
     check_rows(functools.partial(trial, name=name, observed=observed), engine=engine)

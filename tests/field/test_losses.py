@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from lab import ENGINES, batches, check_rows, mlp, run
+from lab import ENGINES, batches, check_rows, check_same_training, mlp, run
 from torch import nn
 
 from landscape import LandscapeError
@@ -118,8 +118,11 @@ def test_observe_any_loss(name, engine):
 
 @pytest.mark.parametrize("name", OTHER_LOSSES | WITHOUT_CRITERION)
 def test_criterion_other_loss(name):
+    """The loop refuses it, and the tape measures it."""
+    told = functools.partial(trial, name=name, observed=False)
     with pytest.raises(LandscapeError, match=r"probe\.observe"):
-        run(functools.partial(trial, name=name, observed=False), True)
+        run(told, True, engine="loop")
+    check_rows(told)
 
 
 @pytest.mark.parametrize("rest", ["penalty", "rmse"])
@@ -134,7 +137,7 @@ def test_observe_changed_result(rest):
                 optimizer.step()
 
     with pytest.raises(LandscapeError, match=r"probe\.observe"):
-        run(trial, True)
+        run(trial, True, engine="loop")
 
 
 def test_criterion_later_penalty():
@@ -151,12 +154,13 @@ def test_criterion_later_penalty():
                 optimizer.step()
         lab.record_state(model)
 
-    result = check_rows(trial, missing=[2])
+    result = check_rows(trial, missing=[2], engine="loop")
     assert sum("Step 2" in message for message in result.warnings) == 1
 
 
-def test_differentiated_constant_part():
-    """The sum of the losses of two models is differentiated; each model has an optimizer."""
+@pytest.mark.parametrize("engine", ENGINES)
+def test_differentiated_constant_part(engine):
+    """The sum of the losses of two models is differentiated; the tape records all of it, the loop one model's part."""
 
     def trial(lab):
         model, other, criterion = mlp().double(), mlp().double(), MEAN
@@ -165,14 +169,15 @@ def test_differentiated_constant_part():
             for x, y in batches():
                 lab.copy_modules(model)
                 optimizer.zero_grad()
-                loss = criterion(model(x), y)
-                (loss + F.cross_entropy(other(x), y)).backward()
-                lab.record_update(loss, lambda m, x=x, y=y: criterion(m(x), y))
+                loss, rest = criterion(model(x), y), F.cross_entropy(other(x), y)
+                (loss + rest).backward()
+                constant = 0 if engine == "loop" else rest.detach()
+                lab.record_update(loss + constant, lambda m, x=x, y=y, c=constant: criterion(m(x), y) + c)
                 optimizer.step()
         lab.record_state(model, other)
 
-    result = check_rows(trial)
-    assert any("differentiated" in message for message in result.warnings)
+    result = check_rows(trial, engine=engine, alone=engine != "loop")
+    assert any("differentiated" in message for message in result.warnings) is (engine == "loop")
 
 
 def test_criterion_penalty_under_autocast():
@@ -188,4 +193,5 @@ def test_criterion_penalty_under_autocast():
                 optimizer.step()
 
     with pytest.raises(LandscapeError, match=r"probe.observe"):
-        run(trial, True)
+        run(trial, True, engine="loop")
+    assert len(check_same_training(trial).frame) == len(list(batches()))

@@ -288,20 +288,25 @@ def test_retained_graph():
 
 
 def test_gradients_set_by_the_loop():
-    """They cannot be distinguished from gradients of an attack."""
+    """The loop cannot distinguish them from gradients of an attack."""
 
     def by_hand(lab):
         model = mlp().double()
         optimizer = sgd(model)
         with lab.attached(model, optimizer, CRITERION):
             for x, y in batches():
-                gradients = torch.autograd.grad(CRITERION(model(x), y), list(model.parameters()))
+                lab.copy_modules(model)
+                loss = CRITERION(model(x), y)
+                gradients = torch.autograd.grad(loss, list(model.parameters()))
                 for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                     parameter.grad = gradient
+                lab.record_update(loss, lambda m, x=x, y=y: CRITERION(m(x), y))
                 optimizer.step()
+        lab.record_state(model)
 
     with pytest.raises(LandscapeError, match=r"loss\.backward"):
-        run(by_hand, True)
+        run(by_hand, True, engine="loop")
+    check_rows(by_hand)
 
 
 def test_trainings_in_threads():
@@ -396,7 +401,8 @@ def test_inputs_computed_from_parameters(how):
 
     check_rows(functools.partial(with_derived_input, whole=True))
     with pytest.raises(LandscapeError, match=r"probe\.observe"):
-        run(functools.partial(with_derived_input, whole=False), True)
+        run(functools.partial(with_derived_input, whole=False), True, engine="loop")
+    check_rows(functools.partial(with_derived_input, whole=False))
 
 
 @pytest.mark.parametrize("how", ["outputs from outside", "an object around outputs"])
@@ -426,7 +432,7 @@ def test_loss_without_dependence(how):
 
 
 def test_target_network_moved_before_step():
-    """The target is outside of the model; updates at which it moves are skipped."""
+    """The target is outside of the model; the loop skips updates at which it moves."""
 
     def learning(lab):
         model, target = mlp().double(), mlp().double().eval()
@@ -446,7 +452,8 @@ def test_target_network_moved_before_step():
                 optimizer.step()
         lab.record_state(model, target)
 
-    check_rows(learning, missing=[3, 6])
+    check_rows(learning, missing=[3, 6], engine="loop")
+    check_rows(learning)
 
 
 def test_accumulated_zero_gradient():
@@ -500,7 +507,7 @@ def test_first_batch_skipped():
                 optimizer.step()
         lab.record_state(model)
 
-    check_rows(throwing, missing=[0])
+    check_rows(throwing, missing=[0], alone_missing=[0])
 
 
 def test_kept_losses_hold_no_batch():
@@ -530,7 +537,7 @@ def test_backward_patched_twice(monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "backward", counting)
-    check_rows(trial)
+    check_rows(trial, alone=False)
     assert len(calls) == 10
     assert torch.autograd.backward is counting
 
@@ -613,4 +620,4 @@ def test_criterion_changed_by_the_loop(how, when):
         check_rows(changing)
     else:
         with pytest.raises(LandscapeError, match=r"probe\.observe"):
-            run(changing, True)
+            run(changing, True, engine="loop")

@@ -231,7 +231,5 @@ CASES: dict[str, Callable[[], Case]] = {
         for norm in ("batch", "ghost", "seq")
     },
 }
-REFUSED = {
-    "stacked": {"recurrent", "branching", "late use", "writes", "spectral norm", "transformer"},
-}
-"""Cases that an engine rejects, so that the loop evaluates them."""
+DIVERGING = {"late use"}
+"""Cases whose code takes another course at some points, so that the tape cannot follow."""

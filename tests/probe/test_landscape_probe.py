@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from landscape import GhostNorm, LandscapeError, LandscapeProbe, ray_losses
-from landscape.ray.engines.loop import loop
+from landscape.ray import evaluator
 from landscape.ray.engines.registry import ENGINES
+from landscape.ray.engines.tape import tape
 
 STEP_SIZES = [0.05, 0.1, 0.2, 0.4]
 
@@ -50,7 +51,7 @@ def probed(norm="batch", optimizer="sgd", loop=None, **options):
     """Train a model with a probe, and return the probe."""
     model, criterion = make_model(norm), nn.CrossEntropyLoss()
     made = OPTIMIZERS[optimizer](model.parameters())
-    with LandscapeProbe(model, made, criterion, **{"step_sizes": STEP_SIZES, "engine": "affine"} | options) as probe:
+    with LandscapeProbe(model, made, criterion, **{"step_sizes": STEP_SIZES, "engine": "auto"} | options) as probe:
         train(model, made, criterion, **loop or {})
     return probe
 
@@ -87,7 +88,7 @@ def test_rows_against_ray_losses():
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     expected = []
     torch.manual_seed(1)
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto") as probe:
         for _ in range(3):
             inputs, targets = batch()
             before, state = copy.deepcopy(model), torch.get_rng_state()
@@ -113,7 +114,7 @@ def test_accumulation_weights():
     optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss()
     inputs, targets = torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(3, 4, 1, dtype=torch.float64)
     weights = [0.5, 0.3, 0.2]
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto") as probe:
         for x, y, weight in zip(inputs, targets, weights, strict=True):
             (weight * criterion(model(x), y)).backward()
         gradient = model.weight.grad.clone()
@@ -131,7 +132,7 @@ def test_loss_changed_in_place():
     def losses(in_place):
         model, criterion = make_model(), nn.CrossEntropyLoss()
         optimizer = OPTIMIZERS["sgd"](model.parameters())
-        with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
+        with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto") as probe:
             torch.manual_seed(1)
             inputs, targets = batch()
             loss = criterion(model(inputs), targets)
@@ -178,7 +179,7 @@ def test_step_closure():
         model, criterion = make_model(), nn.CrossEntropyLoss()
         optimizer = make(model.parameters())
         torch.manual_seed(1)
-        with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
+        with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto") as probe:
             for _ in range(3):
                 inputs, targets = batch()
 
@@ -207,7 +208,7 @@ def test_evaluation_between_updates():
     evaluation = batch()
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto") as probe:
         train(model, optimizer, criterion, after=after)
     assert probe.frame().losses.map(list).tolist() == probed().frame().losses.map(list).tolist()
 
@@ -218,7 +219,7 @@ def test_observe():
         optimizer = OPTIMIZERS["sgd"](model.parameters())
         torch.manual_seed(1)
         with LandscapeProbe(
-            model, optimizer, None if observe else criterion, step_sizes=STEP_SIZES, engine="affine"
+            model, optimizer, None if observe else criterion, step_sizes=STEP_SIZES, engine="auto"
         ) as probe:
             for _ in range(3):
                 optimizer.zero_grad()
@@ -249,9 +250,7 @@ def test_loss_scaler_skipped_update():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    with LandscapeProbe(
-        model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine", grad_scaler=scaler
-    ) as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto", grad_scaler=scaler) as probe:
         recorded = []
         for overflow in (False, True, False):
             optimizer.zero_grad()
@@ -267,7 +266,7 @@ def test_loss_scaler_skipped_update():
 def test_clipped_gradient():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto") as probe:
         criterion(*(lambda x, y: (model(x), y))(*batch())).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
@@ -278,11 +277,12 @@ def step_after(loss_of, criterion=None, **options):
     model = make_model()
     criterion = criterion or nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    probe = LandscapeProbe(model, optimizer, criterion, **{"step_sizes": STEP_SIZES, "engine": "affine"} | options)
+    probe = LandscapeProbe(model, optimizer, criterion, **{"step_sizes": STEP_SIZES, "engine": "auto"} | options)
     with probe:
         inputs, targets = batch()
         loss_of(model, criterion, inputs, targets).mean().backward()
         optimizer.step()
+    return probe
 
 
 REFUSED = {
@@ -298,9 +298,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("loss_of", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_losses(loss_of, message):
+def test_losses_that_the_loop_refuses(loss_of, message):
     with pytest.raises(LandscapeError, match=f"{message}.*probe.observe"):
-        step_after(loss_of)
+        step_after(loss_of, engine="loop")
+    losses = step_after(loss_of, engine="tape").frame().losses[0]
+    assert len(losses) == len(STEP_SIZES)
 
 
 def test_overwritten_batch():
@@ -318,7 +320,7 @@ def test_overwritten_batch():
 def test_refused_update_after_first_row():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto") as probe:
         train(model, optimizer, criterion, updates=2)
         with pytest.warns(UserWarning, match="Step 2 is not in the trace: No loss was captured"):
             optimizer.step()
@@ -338,7 +340,7 @@ def test_error_after_first_row():
     model = make_model()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with (
-        LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES, engine="affine") as probe,
+        LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES, engine="loop") as probe,
         warnings.catch_warnings(record=True) as seen,
     ):
         warnings.simplefilter("always")
@@ -362,11 +364,12 @@ def test_loss_not_repeatable():
         step_after(lambda m, c, x, y: c(m(x), y), Noisy(), engine="loop")
 
 
-def test_wrong_engine(monkeypatch):
-    monkeypatch.setitem(ENGINES, "wrong", lambda: lambda ray: 1.1 * loop(ray))
-    with pytest.warns(UserWarning, match="engine 'wrong' does not fit this model .it gives other losses than the loop"):
-        probe = probed(engine="wrong")
+def test_wrong_tape(monkeypatch):
+    monkeypatch.setattr(evaluator, "tape", lambda ray: 1.1 * tape(ray))
+    with pytest.warns(UserWarning, match="loop evaluates .*the tape cannot: it gives the losses"):
+        probe = probed(engine="tape")
     assert probe.frame().losses.map(list).tolist() == probed(engine="loop").frame().losses.map(list).tolist()
+    assert set(probe.frame().engine) == {"loop"}
 
 
 def test_criterion_with_buffers_and_keywords():
@@ -381,7 +384,7 @@ def test_criterion_with_buffers_and_keywords():
 
     model, criterion = make_model(), Counting()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto") as probe:
         for _ in range(3):
             inputs, targets = batch()
             optimizer.zero_grad()
@@ -412,7 +415,7 @@ def test_written_frozen_parameters():
         torch.manual_seed(0)
         model, criterion = Momentum(), nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.layer.parameters(), lr=0.1)
-        probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine")
+        probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="loop")
         if with_probe:
             probe.attach()
             with pytest.warns(UserWarning, match="Step 0 is not in the trace: The forward pass writes to frozen"):
@@ -434,7 +437,7 @@ def test_flags_set_by_closure():
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     inputs, targets = batch()
     model.eval()
-    with LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES, engine="affine") as probe:
+    with LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES, engine="auto") as probe:
         probe.observe(lambda model: criterion(model.train()(inputs), targets)).backward()
         model.eval()
         optimizer.step()
@@ -444,7 +447,7 @@ def test_flags_set_by_closure():
 def test_copied_model(tmp_path):
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=lambda step: STEP_SIZES, engine="affine") as probe:
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=lambda step: STEP_SIZES, engine="auto") as probe:
         train(model, optimizer, criterion, updates=1)
         torch.save(model, tmp_path / "model.pt")
         for copied in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
@@ -457,7 +460,7 @@ def test_two_probes():
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     arguments = {
         "step_sizes": STEP_SIZES,
-        "engine": "affine",
+        "engine": "auto",
         "grad_scaler": torch.amp.GradScaler("cpu", enabled=False),
     }
     with (
@@ -504,7 +507,7 @@ def test_outputs_in_object():
 def test_first_check_of_zero_gradient():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine"):
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="loop"):
         inputs, targets = batch()
         (criterion(model(inputs), targets) * 0).backward()
         optimizer.step()
@@ -518,7 +521,7 @@ def test_losses_without_backward_freed():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     held = []
-    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine"):
+    with LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto"):
         for _ in range(5):
             inputs, targets = batch()
             held.append(weakref.ref(targets))
@@ -546,7 +549,7 @@ def test_compiled_model():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     compiled = torch.compile(model, backend="eager")
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with LandscapeProbe(compiled, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine") as probe:
+    with LandscapeProbe(compiled, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto") as probe:
         train(compiled, optimizer, criterion)
     torch.testing.assert_close(
         torch.tensor([*probe.frame().losses]), torch.tensor([*probed().frame().losses]), rtol=1e-5, atol=1e-6
@@ -568,7 +571,7 @@ def test_trace_and_facts(tmp_path):
 
 def test_folder_after_refusal(tmp_path):
     with pytest.raises(LandscapeError, match="No loss was captured"):
-        step_after(lambda m, c, x, y: F.cross_entropy(m(x), y), trace=tmp_path / "run")
+        step_after(lambda m, c, x, y: F.cross_entropy(m(x), y), engine="loop", trace=tmp_path / "run")
     assert len(probed(trace=tmp_path / "run").frame()) == 5
 
 
@@ -583,7 +586,7 @@ def test_last_row():
 def test_detach():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="affine")
+    probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto")
     train(model, optimizer, criterion, updates=1)
     probe.attach().attach()
     train(model, optimizer, criterion, updates=2)
@@ -602,7 +605,7 @@ def test_detach():
         ({"every": 0}, "every=0"),
         ({"direction": "sideways"}, "direction='sideways'.*gradient, update"),
         ({"engine": "warp"}, "engine='warp': must be one of"),
-        ({"criterion": F.cross_entropy}, "nn.Module.*probe.observe"),
+        ({"criterion": F.cross_entropy}, "nn.Module.*omit criterion"),
     ],
 )
 def test_arguments_out_of_range(options, message):
@@ -610,3 +613,59 @@ def test_arguments_out_of_range(options, message):
     arguments = {"criterion": nn.CrossEntropyLoss(), "step_sizes": STEP_SIZES} | options
     with pytest.raises(LandscapeError, match=message):
         LandscapeProbe(model, OPTIMIZERS["sgd"](model.parameters()), **arguments)
+
+
+CHANGED_GRADIENTS = {
+    "unchanged": lambda parameters: None,
+    "clipped by norm": lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.01),
+    "clipped by value": lambda parameters: nn.utils.clip_grad_value_(parameters, 0.01),
+    "replaced": lambda parameters: [setattr(p, "grad", p.grad.sign()) for p in parameters],
+}
+
+
+@pytest.mark.filterwarnings("ignore:The optimizer's gradient is not")
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("how", CHANGED_GRADIENTS)
+def test_part_of_the_gradient_that_is_not_of_the_loss(how, gradients):
+    model = make_model().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = []
+    with LandscapeProbe(model, optimizer, step_sizes=[0.0, 0.1], gradients=gradients) as probe:
+        for _ in range(3):
+            optimizer.zero_grad()
+            inputs, targets = batch()
+            F.cross_entropy(model(inputs.double()), targets).backward()
+            own = nn.utils.parameters_to_vector([p.grad for p in model.parameters()])
+            CHANGED_GRADIENTS[how](list(model.parameters()))
+            got = nn.utils.parameters_to_vector([p.grad for p in model.parameters()])
+            cosine = min(1.0, F.cosine_similarity(own, got, dim=0).item())
+            expected.append((1 - cosine**2) ** 0.5)
+            optimizer.step()
+    frame = probe.frame()
+    assert list(frame["gradient_rest"]) == pytest.approx(expected, abs=1e-6)
+    assert (max(expected) > 0.1) == (how in ("clipped by value", "replaced"))
+    if gradients:  # The gradient at step size 0 is the loss's, not the optimizer's.
+        assert [row[0] for row in frame["gradient_distances"]] == pytest.approx([0.0] * 3, abs=1e-9)
+        assert [row[0] for row in frame["gradient_cosines"]] == pytest.approx([1.0] * 3)
+
+
+def test_gradient_changed_within_the_pass_is_unknown():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[0].weight.register_hook(lambda gradient: gradient.sign())
+    with LandscapeProbe(model, optimizer, step_sizes=[0.1]) as probe:
+        inputs, targets = batch()
+        F.cross_entropy(model(inputs), targets).backward()
+        with pytest.warns(UserWarning, match="gradient is not"):
+            optimizer.step()
+    assert probe.frame()["gradient_rest"].isna().all()
+
+
+def test_foreach_writes_are_counted():
+    """Under a dispatch mode torch does not count them."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LandscapeProbe(model, optimizer, step_sizes=[0.1]):
+        tensor = torch.ones(3)
+        torch._foreach_mul_([tensor], 2.0)
+        assert tensor._version == 1

@@ -41,6 +41,9 @@ def test_quadratic_exact():
         point = start - eta * direction
         torch.testing.assert_close(loss, 0.5 * point @ CURVATURE @ point, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(distance, abs(eta) * (CURVATURE @ direction).norm(), rtol=1e-10, atol=1e-10)
+        here, now = CURVATURE @ start, CURVATURE @ point
+    cosine = here @ now / (here.norm() * now.norm())
+    torch.testing.assert_close(there.cosines[-1], cosine, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(there.slope, CURVATURE @ start @ direction, rtol=1e-10, atol=1e-10)
 
 

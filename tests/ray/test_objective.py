@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from landscape.ray.linear_cache import CachedLinear
 from landscape.ray.loss_module import ForwardTraits, LossModule
 from landscape.ray.objective import LossTerm, Objective
 from landscape.ray.snapshot import Autocast, ForwardSnapshot
@@ -118,25 +117,9 @@ def test_terms_are_weighted():
     assert Objective(terms)({}) == Objective(terms).training_loss() == 6.5
 
 
-@pytest.mark.parametrize("change", ["inputs", "outputs", "weight", "rebound"])
-def test_cached_linear_invalid_after_write(change):
-    layer, inputs = nn.Linear(3, 2), torch.randn(4, 3)
-    outputs = layer(inputs).detach()
-    base = CachedLinear.of({"weight": layer.weight, "bias": layer.bias}, inputs, outputs)
-    assert base.is_valid()
-    with torch.no_grad():
-        if change == "rebound":
-            layer.weight.data = layer.weight.data.clone()
-        else:
-            {"inputs": inputs, "outputs": outputs, "weight": layer.weight}[change][1:].add_(1)
-    assert not base.is_valid()
-
-
 def test_traits_survive_a_checkpoint():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    saved = ForwardTraits(
-        {id(model[0].weight)}, True, True, streamed={"1.weight"}, shared={"0.weight"}, overwritten={"0.bias"}
-    )
+    saved = ForwardTraits({id(model[0].weight)}, True, True)
     state, loaded = saved.state_dict(model), ForwardTraits()
     loaded.load_state_dict(state, model)
     assert state["written_parameters"] == ["0.weight"]
@@ -146,4 +129,4 @@ def test_traits_survive_a_checkpoint():
 def test_traits_of_an_old_checkpoint():
     model, traits = nn.Linear(2, 3), ForwardTraits()
     traits.load_state_dict({"moving": ["bias"], "draws": True, "streamed": [], "shared": ["weight"]}, model)
-    assert traits == ForwardTraits({id(model.bias)}, True, shared={"weight"})
+    assert traits == ForwardTraits({id(model.bias)}, True)

@@ -101,7 +101,7 @@ def empty(folder):
 
 def flip(folder):
     content = bytearray((folder / part(4)).read_bytes())
-    content[len(content) // 8] ^= 1
+    content[len(content) // 6] ^= 1
     (folder / part(4)).write_bytes(content)
 
 

@@ -149,7 +149,7 @@ def test_overwrite_removes_checkpoint(begun):
     [
         ({"lr": 0.1}, "lr=0.1: must be 0.4, .*Use .*another folder"),
         ({"epochs": 3}, "epochs=3: must be 2"),
-        ({"engine": "loop"}, r"engine=loop: must be affine, .*checkpoint\.pt"),
+        ({"engine": "loop"}, r"engine=loop: must be auto, .*checkpoint\.pt"),
         ({"step_sizes": (0.1,)}, "step_sizes=.*0.1.*: must be"),
     ],
 )
