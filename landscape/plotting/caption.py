@@ -14,9 +14,9 @@ from landscape.text import short
 
 DIRECTIONS = {"gradient": "the gradient", "update": "the optimizer's update"}
 QUOTED = 3
+"""Maximum number of quoted reading errors."""
 CHANGED = 1e-3
 """Part of the optimizer's gradient, not along the loss's, from which on the caption states it."""
-"""Maximum number of quoted reading errors."""
 MODES = {"training": ", in training mode (batch statistics)", "evaluation": ", in evaluation mode (running statistics)"}
 
 

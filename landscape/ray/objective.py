@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from landscape.distributed.parameter_space import Parameters, ParameterSpace
 from landscape.errors import LandscapeError
+from landscape.ray.graph import graph_nodes
 from landscape.ray.loss_module import Closure, LossModule
 from landscape.ray.snapshot import ForwardSnapshot
 from landscape.rng import RngState
@@ -170,13 +171,7 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
 
     Its parameters are not in the graph.
     """
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [child for child, _ in node.next_functions]
-    return any(node.name() == "CheckpointFunctionBackward" for node in seen)
+    return any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes(loss))
 
 
 def _stay() -> None:

@@ -17,7 +17,7 @@ from processes import PATIENCE, landscape
 from landscape import read_traces, train
 from landscape.traces.schema import TABLES
 
-VARYING = {"seconds", "id", "started", "ended", "resumed", "peak_memory", "environment"}
+VARYING = {"seconds", "id", "started", "ended", "resumed", "environment"}
 """Columns and metadata that differ between processes."""
 
 

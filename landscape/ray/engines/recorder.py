@@ -23,6 +23,7 @@ from landscape.ray.engines.functions import FunctionTraits, function_traits, lis
 from landscape.ray.engines.slopes import affinity
 from landscape.ray.engines.slots import PRUNED, SlotTable, key_of
 from landscape.ray.engines.tape import Tape
+from landscape.ray.graph import graph_nodes
 from landscape.ray.loss_module import LossModule
 
 aten = torch.ops.aten
@@ -179,7 +180,7 @@ class Recorder(TorchDispatchMode):
         for addend in addends[1:]:
             root = self._table.add_replayed(aten.add.Tensor, Read(root, True), Read(addend, True))
         self._table.roots.append(root)
-        nodes = [node for tensor in tensors for node in _graph(tensor)]
+        nodes = [node for tensor in tensors for node in graph_nodes(tensor)]
         self.has_functions |= any(isinstance(node, BackwardCFunction) for node in nodes)
         if any(node.name().startswith("CompiledFunction") for node in nodes):
             self._table.append(Call(None, outputs=[root], problem="a part of it is compiled by torch.compile"))
@@ -437,20 +438,9 @@ class Recorder(TorchDispatchMode):
 
 def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the leaves of a tensor's graph."""
-    for node in _graph(tensor):
+    for node in graph_nodes(tensor):
         if node.name() == "torch::autograd::AccumulateGrad":
             yield node.variable
-
-
-def _graph(tensor: Tensor) -> Iterator[Any]:
-    """Yield the nodes of a tensor's graph."""
-    nodes, seen = [tensor.grad_fn], set[Any]()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            nodes += [child for child, _ in node.next_functions]
 
 
 def _boundary() -> FrameType | None:

@@ -1,6 +1,6 @@
 """The tape: the calls of a training step, replayed at any step size."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,26 +122,31 @@ def _differentiable_step(call: Call, values: list[Any], is_view: bool) -> None:
 
     A view is of both: who reads it says whether there is a dependence.
     """
-
-    def argument(value: Any) -> Any:
-        if not isinstance(value, Read):
-            return [argument(item) for item in value] if isinstance(value, list) else resolved(value)
-        tensor = values[value.slot.index]
-        if is_view:
-            return tensor
-        if value.requires_grad and not tensor.requires_grad:
-            raise NoTapeError("an autograd.Function has a derivative of its own")
-        return tensor.detach() if tensor.requires_grad and not value.requires_grad else tensor
-
     for generator, state in call.states:
         set_state(generator, state)
-    result = call.func(*map(argument, call.args), **{name: argument(value) for name, value in call.kwargs.items()})
+    args = [_differentiable(value, values, is_view) for value in call.args]
+    kwargs = {name: _differentiable(value, values, is_view) for name, value in call.kwargs.items()}
+    result = call.func(*args, **kwargs)
     if call.guard is not None:
         compare(call.guard, result)
     outputs = [result] if isinstance(result, Tensor) else result if isinstance(result, list | tuple) else []
     for slot, output in zip(call.outputs, outputs, strict=False):
         if slot is not None:
             values[slot.index] = output
+
+
+def _differentiable(value: Any, values: Sequence[Any], is_view: bool) -> Any:
+    """Return an argument with the dependence of training."""
+    if isinstance(value, list):
+        return [_differentiable(item, values, is_view) for item in value]
+    if not isinstance(value, Read):
+        return resolved(value)
+    tensor = values[value.slot.index]
+    if is_view:
+        return tensor
+    if value.requires_grad and not tensor.requires_grad:
+        raise NoTapeError("an autograd.Function has a derivative of its own")
+    return tensor.detach() if tensor.requires_grad and not value.requires_grad else tensor
 
 
 def tape(ray: Ray) -> Tensor:
