@@ -237,3 +237,10 @@ def test_caption_learning_rate():
     runs = runs.reset_index(drop=True).assign(**FACTS, schedule="triangle")
     assert "8 epochs at learning rates up to 3 (No normalization: 1). Measured" in text_of(runs)
     assert "learning rates" not in text_of(runs.assign(schedule="constant"))
+
+
+@pytest.mark.parametrize(("rest", "expected"), [([0.0] * 3, None), ([np.nan] * 3, None), ([0.2, np.nan, 0.4], "30%")])
+def test_caption_states_a_changed_gradient(rest, expected):
+    text = text_of(frame(steps=3).assign(gradient_rest=rest))
+    assert ("optimizer's gradient" in text) == (expected is not None)
+    assert expected is None or expected in text
