@@ -51,8 +51,7 @@ def measure_once(workbench: Workbench) -> dict[str, float]:
         watch.end("plan")
         replay = Replay(tape, origin, workbench.gradient)
         watch.end("build")
-        for eta in workbench.step_sizes:
-            replay.loss(eta)
+        replay.losses(workbench.step_sizes)
         watch.end("replay")
     seconds = watch.seconds
     seconds["record"] -= seconds.pop("step")  # The step itself is the training's.

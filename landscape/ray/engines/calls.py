@@ -106,6 +106,7 @@ class Call:
         states: Generators from which it draws, with their states before.
         guard: A number that it returned, or shapes that depend on values; None otherwise.
         base: The output of a product that is affine in the step size.
+        rows: The input in training of a product with a large weight.
         scope: Number of the model's call in which it was made, from 1 on; 0 for other code.
         problem: Reason why it cannot be repeated.
     """
@@ -119,6 +120,7 @@ class Call:
     states: Sequence[tuple[Any, Tensor]] = ()
     guard: Any = None
     base: Constant | None = None
+    rows: Constant | None = None
     scope: int = 0
     problem: str | None = None
 
@@ -135,7 +137,7 @@ class Call:
 
     def constants(self) -> Iterator[Constant]:
         """Yield the constants that it holds."""
-        yield from of_type(Constant, (self.args, self.kwargs, self.base))
+        yield from of_type(Constant, (self.args, self.kwargs, self.base, self.rows))
 
     def makes(self) -> Iterator[Slot]:
         """Yield the new slots among the outputs."""

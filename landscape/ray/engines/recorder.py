@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape.ray.engines.calls import Call, Constant, NoTapeError, Read, Slot, of_type, tensors_of
 from landscape.ray.engines.exports import unwatch_exports, watch_exports
+from landscape.ray.engines.factors import input_of
 from landscape.ray.engines.functions import FunctionTraits, function_traits, list_versions, rng_states
 from landscape.ray.engines.slopes import affinity
 from landscape.ray.engines.slots import PRUNED, SlotTable, key_of
@@ -321,9 +322,12 @@ class Recorder(TorchDispatchMode):
             {self._table.memories[key] for tensor in written if (key := key_of(tensor)) in self._table.memories}
         )
         states = rng_states(func, args, kwargs) if traits.draws else ()
-        return Call(
+        call = Call(
             func, recorded_args, recorded_kwargs, [], memories, torch.is_grad_enabled(), states, scope=self._scope
         )
+        if (rows := input_of(call, args)) is not None:
+            call.rows = self._table.kept(rows)
+        return call
 
     def _after(
         self, func: Any, args: Any, kwargs: Mapping[str, Any], call: Call | None, is_unseen: bool, result: Any

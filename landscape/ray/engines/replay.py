@@ -1,7 +1,7 @@
 """Replays of recorded calls along a ray: which calls are needed, and how they are made."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from landscape.ray.engines.calls import (
     Slot,
     of_type,
 )
+from landscape.ray.engines.factors import Factors, factor_input, find_factors, product_step
 from landscape.ray.engines.slopes import slope
 from landscape.rng import GENERATORS
 
@@ -29,6 +30,9 @@ _IN_PLACE = ("add", "sub", "mul", "div", "neg", "relu", "gelu", "silu", "sigmoid
 """Functions that may overwrite their first argument where nothing reads it later."""
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _RESHAPING = {aten.view.default, aten._unsafe_view.default}
+
+Step = Callable[[Sequence[list[Any]], Sequence[float]], None]
+"""Makes a call at several points, given the values of their slots and their step sizes."""
 
 
 @dataclass
@@ -42,8 +46,13 @@ class Plan:
     """Slots whose values are read."""
 
     @classmethod
-    def of(cls, tape: Recording) -> "Plan":
-        """Walk the calls backwards from the roots."""
+    def of(cls, tape: Recording, factors: Collection[Call] = ()) -> "Plan":
+        """Walk the calls backwards from the roots.
+
+        Args:
+            tape: The tape.
+            factors: Products that read only their input.
+        """
         plan, memories = cls(slots=set(tape.roots)), {root.memory for root in tape.roots}
         sloped, scopes = set[Slot](), set[int]()
         for call in reversed(tape.calls):
@@ -56,8 +65,9 @@ class Plan:
                 if call.base is not None:
                     sloped.update(made)
                 else:
-                    plan.slots.update(slot for slot, _ in call.reads())
-                    memories.update(slot.memory for slot, _ in call.reads())
+                    read = [factor_input(call)] if call in factors else [slot for slot, _ in call.reads()]
+                    plan.slots.update(read)
+                    memories.update(slot.memory for slot in read)
             if any(slot in sloped for slot in made):
                 plan.slopes.append(call)
                 sloped.update(slot for slot, _ in call.reads())
@@ -122,40 +132,52 @@ class Replay:
 
     def __init__(self, tape: Recording, origin: Parameters, direction: Parameters, is_exact: bool = False) -> None:
         self.tape, self.origin, self.direction = tape, origin, direction
-        plan = Plan.of(tape)
+        self._named = {slot: name for name, slot in tape.parameters.items()}
+        found = {call: find_factors(call, tape, origin, direction) for call in tape.calls}
+        factors = {call: one for call, one in found.items() if one is not None}
+        stacked = {call: one for call, one in factors.items() if call.base is None}
+        plan = Plan.of(tape, stacked)
+        if stacked and not self._fits_together(plan, stacked):
+            stacked, plan = {}, Plan.of(tape)
+        self._is_together = bool(stacked)
+        """True if calls are made at all points before the next call."""
         on_cpu = all(tensor.device.type == "cpu" for tensor in origin.values())
         self._formats = _CHANNELS_LAST if on_cpu and not is_exact and _fits_channels_last(plan) else {}
-        named = {slot: name for name, slot in tape.parameters.items()}
-        self._moved = [(slot.index, named[slot]) for slot in plan.slots if slot in named]
-        written = {memory for call in plan.calls for memory in call.written}
-        self._points = {
-            name: torch.empty_like(origin[name], memory_format=self._format(origin[name]))
-            if name in direction or tape.parameters[name].memory in written
-            else origin[name]
-            for _, name in self._moved
-        }
-        slopes = self._slopes(plan, named)
+        self._moved = [(slot.index, self._named[slot]) for slot in plan.slots if slot in self._named]
+        self._written = {memory for call in plan.calls for memory in call.written}
+        slopes = self._slopes(plan, factors)
         last = _last_uses(plan.calls, tape.roots)
-        self._steps = [
-            _step(call, self._combination(call, slopes), last.get(place, ()), bool(self._formats))
-            for place, call in enumerate(plan.calls)
-        ]
+        self._steps: list[Step] = []
+        for place, call in enumerate(plan.calls):
+            freed = last.get(place, ())
+            if call in stacked:
+                self._steps.append(product_step(call, stacked[call], [slot.index for slot in freed]))
+            else:
+                self._steps.append(self._step(call, slopes, freed))
+
+    def _fits_together(self, plan: Plan, stacked: Mapping[Call, Factors]) -> bool:
+        """Return True if all points may be held at once.
+
+        Each has its own copy of the parameters that are left, so that they must be few.
+        """
+        names = {self._named[slot] for slot in plan.slots if slot in self._named}
+        moved = sum(self.origin[name].nbytes for name in names & self.direction.keys())
+        return moved <= sum(one.weight.nbytes for one in stacked.values()) / 8
 
     def _format(self, tensor: Tensor) -> torch.memory_format:
         return self._formats.get(tensor.dim(), torch.preserve_format)
 
-    def _combination(self, call: Call, slopes: Mapping[Slot, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Return base and slope of an affine product."""
+    def _step(self, call: Call, slopes: Mapping[Slot, Tensor], dying: Sequence[Slot]) -> Step:
         if call.base is None:
-            return None
-        base, along = call.base.tensor, slopes[next(call.makes())]
-        layout = self._format(base)
-        if layout is torch.preserve_format:
-            return base, along
-        return base.contiguous(memory_format=layout), along.contiguous(memory_format=layout)
+            return _repetition(call, dying, bool(self._formats))
+        (out,) = call.makes()
+        base, along = call.base.tensor, slopes[out]
+        if (layout := self._format(base)) is not torch.preserve_format:
+            base, along = base.contiguous(memory_format=layout), along.contiguous(memory_format=layout)
+        return _combination(out.index, base, along, self.tape.anchor)
 
-    def _slopes(self, plan: Plan, named: Mapping[Slot, str]) -> dict[Slot, Tensor]:
-        slopes: dict[Slot, Tensor] = {}
+    def _slopes(self, plan: Plan, factors: Mapping[Call, Factors]) -> dict[Slot, Tensor]:
+        slopes, named = dict[Slot, Tensor](), self._named
         for call in plan.slopes:
             for slot, _ in call.reads():
                 if slot in named:
@@ -163,41 +185,60 @@ class Replay:
                     along = self.direction[name].to(origin.dtype) if name in self.direction else None
                     slopes[slot] = torch.zeros_like(origin) if along is None else along
             (out,) = call.makes()
-            slopes[out] = slope(call, slopes)
+            slopes[out] = factors[call].slope() if call in factors else slope(call, slopes)
         return slopes
 
-    def loss(self, eta: float) -> Tensor:
-        """Return the loss at a step size.
+    def losses(self, etas: Sequence[float]) -> list[Tensor]:
+        """Return the loss at each step size.
 
         Raises:
             DivergedError: The model's code would take another course there.
         """
+        groups = [etas] if self._is_together else [[eta] for eta in etas]
+        buffers = [self._buffers() for _ in groups[0]]
+        return [loss for group in groups for loss in self._losses(group, buffers)]
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return memory for the parameters at a point."""
+        return {
+            name: torch.empty_like(self.origin[name], memory_format=self._format(self.origin[name]))
+            for _, name in self._moved
+            if name in self.direction or self.tape.parameters[name].memory in self._written
+        }
+
+    def _losses(self, etas: Sequence[float], buffers: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        points = [self._point(eta, buffer) for eta, buffer in zip(etas, buffers, strict=True)]
+        for step in self._steps:
+            step(points, etas)
+        roots = [torch.stack([values[root.index].reshape(()) for root in self.tape.roots]) for values in points]
+        return [self.tape.unscaled(values.sum(0)) for values in roots]
+
+    def _point(self, eta: float, buffer: Mapping[str, Tensor]) -> list[Any]:
+        """Return the values of all slots, those of parameters set."""
         values: list[Any] = [None] * self.tape.count
         for index, name in self._moved:
-            origin, point = self.origin[name], self._points[name]
+            origin = self.origin[name]
             if name in self.direction:
-                torch.sub(origin, self.direction[name], alpha=eta, out=point)
-            elif point is not origin:
-                point.copy_(origin)
-            values[index] = point
-        distance = eta - self.tape.anchor
-        for step in self._steps:
-            step(values, distance)
-        return self.tape.unscaled(torch.stack([values[root.index].reshape(()) for root in self.tape.roots]).sum(0))
+                torch.sub(origin, self.direction[name], alpha=eta, out=buffer[name])
+            elif name in buffer:
+                buffer[name].copy_(origin)
+            values[index] = buffer.get(name, origin)
+        return values
 
 
-def _step(
-    call: Call, combination: tuple[Tensor, Tensor] | None, dying: Sequence[Slot], copies_views: bool
-) -> Callable[[list[Any], float], None]:
-    """Return a function that makes a call in a replay."""
+def _combination(out: int, base: Tensor, along: Tensor, anchor: float) -> Step:
+    """Return a function that computes an affine product."""
+
+    def combine(points: Sequence[list[Any]], etas: Sequence[float]) -> None:
+        for values, eta in zip(points, etas, strict=True):
+            values[out] = torch.sub(base, along, alpha=eta - anchor)
+
+    return combine
+
+
+def _repetition(call: Call, dying: Sequence[Slot], copies_views: bool) -> Step:
+    """Return a function that makes a call."""
     freed = [slot.index for slot in dying]
-    if combination is not None:
-        (out,), (base, along) = call.makes(), combination
-
-        def combine(values: list[Any], distance: float) -> None:
-            values[out.index] = torch.sub(base, along, alpha=distance)
-
-        return combine
     func = aten.reshape.default if copies_views and call.func in _RESHAPING else _in_place(call, dying)
     args = [resolved(value) for value in call.args]
     reads = [(at, value.slot.index) for at, value in enumerate(args) if isinstance(value, Read)]
@@ -207,7 +248,7 @@ def _step(
     outputs = [None if slot is None else slot.index for slot in call.outputs]
     single = len(outputs) == 1
 
-    def make(values: list[Any], distance: float) -> None:
+    def make(values: list[Any]) -> None:
         for at, index in reads:
             args[at] = values[index]
         for at, nest in nests:
@@ -230,7 +271,11 @@ def _step(
         for index in freed:
             values[index] = None
 
-    return make
+    def make_at_each(points: Sequence[list[Any]], etas: Sequence[float]) -> None:
+        for values in points:
+            make(values)
+
+    return make_at_each
 
 
 def resolved(value: Any) -> Any:

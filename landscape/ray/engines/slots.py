@@ -108,9 +108,14 @@ class SlotTable:
                 memory = self.memories[key] = Memory(StorageWeakRef(output.untyped_storage()))
                 call.outputs.append(self._slot_in(memory, output, affine))
                 if affine == "product" and output.dtype in (torch.float32, torch.float64):
-                    call.base = Constant(output.detach())
-                    call.base.version, call.base.is_alias = None, True
-                    self._constants.setdefault(key, []).append(call.base)
+                    call.base = self.kept(output)
+
+    def kept(self, tensor: Tensor) -> Constant:
+        """Keep the values of a tensor that depends on parameters."""
+        constant = Constant(tensor.detach())
+        constant.version, constant.is_alias = None, True
+        self._constants.setdefault(key_of(tensor), []).append(constant)
+        return constant
 
     def argument(self, value: Any, depends: Mapping[int, bool]) -> Any:
         """Return a value with each tensor's `Read` or `Constant`."""

@@ -33,9 +33,8 @@ class Tape(Recording):
     def __call__(self, parameters: Parameters) -> Tensor:
         """Return the loss at ``parameters``, a scalar tensor."""
         with self.rng_restored(), torch.no_grad():
-            return Replay(self, {**self.start(self._live(), parameters), **parameters}, {}, is_exact=True).loss(
-                self.anchor
-            )
+            start = {**self.start(self._live(), parameters), **parameters}
+            return Replay(self, start, {}, is_exact=True).losses([self.anchor])[0]
 
     @property
     def space(self) -> ParameterSpace:
@@ -158,4 +157,4 @@ def tape(ray: Ray) -> Tensor:
     assert isinstance(ray.objective, Tape)
     with ray.objective.rng_restored(), torch.no_grad():
         replay = Replay(ray.objective, ray.objective.start(ray.origin, ray.direction), ray.direction)
-        return torch.stack([replay.loss(eta) for eta in ray.step_sizes])
+        return torch.stack(replay.losses(ray.step_sizes))
