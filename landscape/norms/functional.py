@@ -6,18 +6,18 @@ values is normalized by its own mean and biased variance.
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from landscape.errors import LandscapeError
-from landscape.norms.standardize import NormOutput, at_least_float32, slices_of, standardize
+from landscape.norms.operators import standardize
+from landscape.norms.slices import at_least_float32, slices_of, split_uneven_groups
 
 Layout = Literal["contiguous", "interleaved"]
+NormOutput = tuple[Tensor, Tensor, Tensor]
+"""Output, means and unbiased variances of the slices."""
 
 
 def ghost_norm(
@@ -58,6 +58,7 @@ def ghost_norm(
             of ``x`` or the layout is not one of the above.
 
     Examples:
+        >>> import torch
         >>> x = torch.tensor([35.0, 39, 30, 4, 38, 26, 27, 19]).view(8, 1)
         >>> ghost_norm(x, groups=2).flatten()
         tensor([ 0.5858,  0.8787,  0.2197, -1.6842,  1.5440, -0.2206, -0.0735, -1.2499])
@@ -97,6 +98,7 @@ def seq_norm(
         LandscapeError: A constraint of `ghost_norm` or `group_norm` is violated.
 
     Examples:
+        >>> import torch
         >>> y = seq_norm(torch.randn(8, 6, 5), groups=2, channel_groups=3)
         >>> torch.allclose(y[:4].mean((0, 2)), torch.zeros(6), atol=1e-6)  # each channel of the first group
         True
@@ -130,6 +132,7 @@ def group_norm(
         LandscapeError: ``channel_groups`` does not divide C, or each slice has a single value.
 
     Examples:
+        >>> import torch
         >>> group_norm(torch.tensor([[1.0, 3.0, 10.0, 30.0]]), channel_groups=2)
         tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
@@ -177,6 +180,7 @@ def ghost_mean_norm(
         LandscapeError: A constraint of `ghost_norm` is violated.
 
     Examples:
+        >>> import torch
         >>> y, mean, var = ghost_mean_norm(torch.tensor([[1.0], [3.0], [10.0], [30.0]]), groups=2)
         >>> y.flatten(), mean, var
         (tensor([-0.0872,  0.0872, -0.8720,  0.8720]), tensor([[11.]]), tensor([[175.3333]]))
@@ -184,7 +188,7 @@ def ghost_mean_norm(
     _smallest_slice(x, groups, layout)
     y, mean, var = ghost_norm_with_statistics(at_least_float32(x), 1, None, None, "contiguous", eps)
     # The means of groups may be subtracted last, because the mean of the batch, subtracted first, cancels.
-    (y,) = split_uneven_groups(_center, y, groups, layout)
+    (y,) = split_uneven_groups(_center, [y], groups, layout == "interleaved")
     return _scale_channels(y, weight, bias).to(x.dtype), mean, var
 
 
@@ -225,6 +229,7 @@ def batch_group_norm(
         LandscapeError: A constraint of `ghost_norm` is violated, or ``channel_groups`` does not divide C.
 
     Examples:
+        >>> import torch
         >>> y, mean, var = batch_group_norm(torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]), 2, channel_groups=1)
         >>> y.round(decimals=2), mean
         (tensor([[-1.2200,  0.0000,  1.2200],
@@ -252,47 +257,10 @@ def ghost_norm_with_statistics(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, layout: Layout, eps: float
 ) -> NormOutput:
     """Return `ghost_norm`, and means and unbiased variances, each (G, C)."""
-    if has_torch_function((x, weight, bias)):
-        # A TorchFunctionMode sees one call, as of torch's functions: 30 calls would take longer than the norm.
-        arguments = (x, groups, weight, bias, layout, eps)
-        return handle_torch_function(ghost_norm_with_statistics, (x, weight, bias), *arguments)
     if _smallest_slice(x, groups, layout) == 2:
         _warn_of_signs(len(x), groups)
 
-    def standardize_groups(x: Tensor, groups: int, interleaved: bool) -> NormOutput:
-        y, mean, var = standardize(x, weight, bias, slices_of(x, groups, interleaved), eps)
-        return y, mean.view(groups, -1), var.view(groups, -1)
-
-    y, mean, var = split_uneven_groups(standardize_groups, x, groups, layout)
-    return y, mean, var
-
-
-def split_uneven_groups(
-    function: Callable[[Tensor, int, bool], tuple[Tensor, ...]], x: Tensor, groups: int, layout: Layout
-) -> tuple[Tensor, ...]:
-    """Apply a function of equal groups to any groups.
-
-    Args:
-        function: Function of (batch, groups, interleaved), called only if ``groups`` divides the size of the batch.
-            Its first output has a row per sample, the others have a row per group.
-        x: (M, ...).
-        groups: G, from 1 to M.
-        layout: ``"contiguous"`` or ``"interleaved"``.
-
-    Returns:
-        Outputs of the function, for the whole batch.
-    """
-    if len(x) % groups == 0:
-        return function(x, groups, layout == "interleaved")
-    if layout == "interleaved":
-        order = torch.arange(len(x), device=x.device).remainder(groups).argsort(stable=True)
-        y, *statistics = split_uneven_groups(function, x[order], groups, "contiguous")
-        return y[order.argsort()], *statistics
-    # 8 samples in 3 groups of 3, 3 and 2: the first 6 samples in 2 groups, and the last 2 in 1 group.
-    size, larger = divmod(len(x), groups)
-    head, tail = x.split([larger * (size + 1), (groups - larger) * size])
-    parts = function(head, larger, False), function(tail, groups - larger, False)
-    return tuple(torch.cat(pair) for pair in zip(*parts, strict=True))
+    return standardize(x, weight, bias, groups, layout == "interleaved", eps)
 
 
 def _smallest_slice(x: Tensor, groups: int, layout: str) -> int:

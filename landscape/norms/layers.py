@@ -9,13 +9,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from landscape.errors import LandscapeError
 from landscape.norms.functional import (
     Layout,
+    NormOutput,
     batch_group_norm,
     check_channel_groups,
     ghost_mean_norm,
     ghost_norm_with_statistics,
     group_norm,
 )
-from landscape.norms.standardize import NormOutput
+from landscape.norms.operators import update_running_stats
 
 
 class BatchNorm(_BatchNorm):
@@ -139,9 +140,11 @@ class GhostNorm(BatchNorm):
         if count is None or running_mean is None or running_var is None:
             return
         count.add_(1)
-        momentum = 1 / float(count) if self.momentum is None else self.momentum
-        for running, groups in ((running_mean, mean), (running_var, var)):
-            running.mul_(1 - momentum).add_(groups.sum(0), alpha=momentum / len(groups))
+        if self.momentum is not None:
+            update_running_stats(running_mean, running_var, mean, var, self.momentum)
+            return
+        for running, groups in ((running_mean, mean), (running_var, var)):  # The count stays on its device.
+            running.add_((groups.mean(0) - running) / count)
 
     def extra_repr(self) -> str:
         """Return BatchNorm's options and the groups."""

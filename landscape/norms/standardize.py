@@ -1,160 +1,105 @@
-"""Standardize the slices of a batch in few operator calls and few passes over memory."""
-
-from math import prod
-from typing import Any, NamedTuple
+"""Ghost normalization of equal groups: differentiable, in place, and by torch's batch normalization."""
 
 import torch
 from torch import Tensor
 
-NormOutput = tuple[Tensor, Tensor, Tensor]
-"""Output, means and unbiased variances of the slices."""
+from landscape.norms.slices import Slices, slices_of
+
+Output = tuple[Tensor, Tensor, Tensor, Tensor]
+"""y in the form of the batch, and mean, unbiased variance and inv_std of its slices, each (G, C)."""
 
 _NO_REDUCTION = 0
 """Argument of ``aten.mse_loss``, which then squares a difference in one pass."""
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return half precision as float32, and other dtypes unchanged."""
-    return x.float() if x.dtype.itemsize < 4 else x
+# Arguments: x is (M, C) or (M, C, ...), weight and bias are (C,) or None, mean and inv_std (G, C); dy is the gradient
+# of y. The number of groups divides M. Backward passes return dweight and dbias of each slice, (G, C).
 
 
-class Slices(NamedTuple):
-    """View of a batch, with dimensions of its slices.
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, interleaved: bool, eps: float
+) -> Output:
+    """Compute the formula of `standardize` for equal groups.
 
-    A slice holds the values of one channel in one group of samples. The view follows the batch in memory, so that
-    neither a contiguous nor a channels_last batch is copied.
-
-    Attributes:
-        shape: Shape of the view.
-        dims: Dimensions of the view that run over the values of a slice, positions before samples.
-        channels_last: True if the batch is channels_last in memory.
-
-    Examples:
-        >>> slices_of(torch.zeros(12, 64, 8, 8), groups=3, interleaved=False)
-        Slices(shape=(3, 4, 64, 64), dims=(3, 1), channels_last=False)
+    y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance of a channel in a group. All operations
+    are differentiable.
     """
-
-    shape: tuple[int, ...]
-    dims: tuple[int, ...]
-    channels_last: bool
-
-    @property
-    def numel(self) -> int:
-        """Number of values of a slice."""
-        return prod([self.shape[dim] for dim in self.dims])
-
-    @property
-    def channels_innermost(self) -> bool:
-        """True if channels are the view's last dimension."""
-        return 3 not in self.dims
-
-    def view(self, x: Tensor) -> Tensor:
-        """Return the view of a batch, in at least float32."""
-        return at_least_float32((x.movedim(1, -1) if self.channels_last else x).reshape(self.shape))
-
-    def unview(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return a view in the form of the batch ``x``."""
-        y = y.view(x.movedim(1, -1).shape).movedim(-1, 1) if self.channels_last else y.view(x.shape)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
-
-    def broadcast(self, parameter: Tensor) -> Tensor:
-        """Return (C,) in a shape that broadcasts over the view."""
-        return parameter if self.channels_innermost else parameter.unsqueeze(-1)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return the sum over each slice, with dimensions kept."""
-        # Two reductions over one dimension take less time than one over both.
-        for dim in self.dims:
-            x = x.sum(dim, keepdim=True)
-        return x
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Return the mean over each slice, with dimensions kept."""
-        for dim in self.dims:
-            x = x.mean(dim, keepdim=True)
-        return x
-
-    def sum_over_groups(self, sums: Tensor) -> Tensor:
-        """Return (C,): sums of slices, added over the groups."""
-        return sums.view(-1, sums.shape[-1 if self.channels_innermost else -2]).sum(0)
-
-
-def slices_of(x: Tensor, groups: int, interleaved: bool) -> Slices:
-    """Return the slices of a batch in equal groups.
-
-    Args:
-        x: (M, C) or (M, C, ...).
-        groups: Number of groups of samples; divides M.
-        interleaved: True if sample i is in group i mod groups, False if a group is a run of consecutive samples.
-    """
-    size, channels, positions = len(x) // groups, x.shape[1], x.shape[2:].numel()
-    last = x.dim() > 2 and x.stride(-1) != 1 and x.movedim(1, -1).is_contiguous()
-    batch, samples = ((size, groups), 0) if interleaved else ((groups, size), 1)
-    # Dimensions are merged where possible, because operators over 4 dimensions take longer than over 3.
-    if positions == 1:
-        return Slices((*batch, channels), (samples,), last)
-    if not last:
-        return Slices((*batch, channels, positions), (3, samples), last)
-    if interleaved:
-        return Slices((*batch, positions, channels), (2, samples), last)
-    return Slices((groups, size * positions, channels), (1,), last)
-
-
-def standardize(x: Tensor, weight: Tensor | None, bias: Tensor | None, slices: Slices, eps: float) -> NormOutput:
-    """Standardize each slice, then scale and shift its channel.
-
-    y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance of the slice. The returned statistics
-    broadcast over the view.
-    """
-    if _is_transformed() or not (x.is_cpu or x.is_cuda):
-        y, mean, var = _forward(x, weight, bias, slices, eps)
-    elif torch.is_grad_enabled():
-        y, mean, var = _Standardize.apply(x, weight, bias, slices, eps)
-    else:
-        y, mean, var, _, _ = _forward_in_place(x, weight, bias, slices, eps)
-    # Outside of _Standardize, because autograd forbids in-place operations on a view that a Function returns.
-    return slices.unview(y, x), mean, var
-
-
-def _is_transformed() -> bool:
-    # These transform plain operations, not an autograd.Function that writes in place.
-    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-
-
-def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, slices: Slices, eps: float) -> NormOutput:
-    """Compute the formula with differentiable operations."""
-    y, mean, var, _ = _normalize(slices.view(x), slices, eps)
-    y = y if weight is None else y * slices.broadcast(weight)
+    slices = slices_of(x, groups, interleaved)
+    normal, mean, var, inv_std = _normalize(slices.view(x), slices, eps)
+    y = normal if weight is None else normal * slices.broadcast(weight)
     y = y if bias is None else y + slices.broadcast(bias)
-    return y, mean.detach(), var.detach()
+    unbiased = var * (slices.numel / (slices.numel - 1))
+    mean, unbiased, inv_std = (one.detach().view(groups, -1) for one in (mean, unbiased, inv_std))
+    return slices.unview(y, x), mean, unbiased, inv_std
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, groups: int, interleaved: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, and dweight and dbias of each slice.
+
+    With n values in a slice, normal = (x - mean) * inv_std and scale = inv_std * weight:
+    dweight = sum(dy * normal), dbias = sum(dy), dx = scale * (dy - (dbias + normal * dweight) / n).
+    All operations are differentiable.
+    """
+    slices = slices_of(x, groups, interleaved)
+    above = slices.view(dy)
+    normal, _, _, inv_std = _normalize(slices.view(x), slices, eps)
+    scale = inv_std if weight is None else inv_std * slices.broadcast(weight)
+    dweight, dbias = slices.sum(above * normal), slices.sum(above)
+    dx = scale * (above - (dbias + normal * dweight) / slices.numel)
+    return slices.unview(dx, x), dweight.view(groups, -1), dbias.view(groups, -1)
 
 
 def _normalize(x: Tensor, slices: Slices, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return normalized x, mean, unbiased variance and inv_std."""
+    """Return normalized x, mean, variance and inv_std of a view."""
     mean = slices.mean(x)
     centered = x - mean
     var = slices.mean(centered.square())
     inv_std = (var + eps).rsqrt()
-    return centered * inv_std, mean, var * (slices.numel / (slices.numel - 1)), inv_std
+    return centered * inv_std, mean, var, inv_std
 
 
-def _forward_in_place(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, slices: Slices, eps: float
-) -> tuple[Tensor, ...]:
-    """Compute `_forward` with one allocation; also return inv_std and scale.
+def forward_in_place(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, interleaved: bool, eps: float
+) -> Output:
+    """Compute `forward` with one allocation.
 
     A new allocation of the size of x costs more than the arithmetic, so y first holds the squared deviations, then
     y = scale * x + (bias - scale * mean), where scale = inv_std * weight.
     """
-    x, n = slices.view(x), slices.numel
-    mean = slices.mean(x)
-    y = torch.ops.aten.mse_loss(x, mean, _NO_REDUCTION)
+    slices = slices_of(x, groups, interleaved)
+    view, n = slices.view(x), slices.numel
+    mean = slices.mean(view)
+    y = torch.ops.aten.mse_loss(view, mean, _NO_REDUCTION)
     var = slices.sum(y).mul_(1 / (n - 1))
     inv_std = torch.add(var.new_full((), eps), var, alpha=(n - 1) / n).rsqrt_()
     scale = inv_std if weight is None else inv_std * slices.broadcast(weight)
     shift = mean.new_zeros(()) if bias is None else slices.broadcast(bias)
-    _scale_and_shift(x, scale, torch.addcmul(shift, mean, scale, value=-1), 1, slices, out=y)
-    return y, mean, var, inv_std, scale
+    _scale_and_shift(view, scale, torch.addcmul(shift, mean, scale, value=-1), 1, slices, out=y)
+    return slices.unview(y, x), mean.view(groups, -1), var.view(groups, -1), inv_std.view(groups, -1)
+
+
+def backward_in_place(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv_std: Tensor, groups: int, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `backward` with one allocation.
+
+    With slope = dweight * inv_std * scale / n, dx is gathered by powers of x:
+    dx = (slope * mean - dbias * scale / n) - slope * x + scale * dy.
+    """
+    slices = slices_of(x, groups, interleaved)
+    above, view = slices.view(dy), slices.view(x)
+    mean, inv_std = slices.of_slices(mean), slices.of_slices(inv_std)
+    scale = inv_std if weight is None else inv_std * slices.broadcast(weight)
+    dx = view.new_empty(slices.shape)
+    # 2 (x - mean) dy
+    doubled = torch.ops.aten.mse_loss_backward.grad_input(above, view, mean, _NO_REDUCTION, grad_input=dx)
+    dweight, dbias = slices.sum(doubled).mul_(inv_std).mul_(0.5), slices.sum(above)
+    scale_by_n = scale * (1 / slices.numel)
+    slope = dweight * inv_std * scale_by_n
+    shift = torch.addcmul(mean * slope, dbias, scale_by_n, value=-1)
+    _scale_and_shift(view, slope, shift, -1, slices, out=dx).addcmul_(above, scale)
+    return slices.unview(dx, x), dweight.view(groups, -1), dbias.view(groups, -1)
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, sign: int, slices: Slices, out: Tensor) -> Tensor:
@@ -165,65 +110,59 @@ def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, sign: int, slices:
     return torch.add(shift, torch.mul(x, scale, out=out), alpha=sign, out=out)
 
 
-class _Standardize(torch.autograd.Function):
-    """Standardization with a hand-written derivative.
+def forward_native(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, interleaved: bool, eps: float
+) -> Output:
+    """Compute `forward` in few launches of kernels.
 
-    As in BatchNorm, x is the only large tensor that is saved, and each direction allocates one tensor of its size.
+    Groups become channels of torch's batch normalization, which is a copy unless they are interleaved.
     """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> NormOutput:
-        x, weight, _, ctx.slices, ctx.eps = inputs
-        y, mean, var, inv_std, scale = _forward_in_place(*inputs)
-        ctx.save_for_backward(x, weight, mean, inv_std, scale)
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)  # Gradients of the statistics are not allocated.
-        return y, mean, var
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if (dy := gradients[0]) is None:
-            return None, None, None, None, None
-        slices, (x, weight, mean, inv_std, scale) = ctx.slices, ctx.saved_tensors
-        if torch.is_grad_enabled() or _is_transformed():
-            dx, dweight, dbias = _backward(slices.view(x), weight, dy, slices, ctx.eps)
-        else:
-            dx, dweight, dbias = _backward_in_place(slices.view(x), mean, inv_std, scale, dy, slices)
-        _, needs_dweight, needs_dbias, _, _ = ctx.needs_input_grad
-        return (
-            slices.unview(dx, x),
-            slices.sum_over_groups(dweight) if needs_dweight else None,
-            slices.sum_over_groups(dbias) if needs_dbias else None,
-            None,
-            None,
-        )
+    merged, shape = _groups_as_channels(x, groups, interleaved)
+    # With a momentum of 1 the running statistics are those of the batch.
+    mean, var = torch.zeros(2, merged.shape[1], dtype=_statistics_type(x), device=x.device)
+    scale, shift = (None if one is None else one.repeat(groups) for one in (weight, bias))
+    y, _, inv_std = torch.native_batch_norm(merged, scale, shift, mean, var, True, 1.0, eps)
+    y = _channels_as_groups(y, shape, x, groups, interleaved)
+    return y, mean.view(groups, -1), var.view(groups, -1), inv_std.view(groups, -1)
 
 
-def _backward(x: Tensor, weight: Tensor | None, dy: Tensor, slices: Slices, eps: float) -> tuple[Tensor, ...]:
-    """Return dx, and dweight and dbias of each slice.
+def backward_native(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    groups: int,
+    interleaved: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `backward` in few launches of kernels."""
+    merged, shape = _groups_as_channels(x, groups, interleaved)
+    above, _ = _groups_as_channels(dy, groups, interleaved)
+    repeated = None if weight is None else weight.repeat(groups)
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        above, merged, repeated, None, None, mean.flatten(), inv_std.flatten(), True, eps, [True, True, True]
+    )
+    return _channels_as_groups(dx, shape, x, groups, interleaved), dweight.view(groups, -1), dbias.view(groups, -1)
 
-    With n values in a slice, normal = (x - mean) * inv_std and scale = inv_std * weight:
-    dweight = sum(dy * normal), dbias = sum(dy), dx = scale * (dy - (dbias + normal * dweight) / n).
-    All operations are differentiable.
+
+def _groups_as_channels(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor, torch.Size]:
+    """Return the batch as (M / G, G C, ...).
+
+    The second value is its shape before groups and channels were merged.
     """
-    normal, _, _, inv_std = _normalize(x, slices, eps)
-    scale = inv_std if weight is None else inv_std * slices.broadcast(weight)
-    dweight, dbias = slices.sum(dy * normal), slices.sum(dy)
-    return scale * (dy - (dbias + normal * dweight) / slices.numel), dweight, dbias
+    shape = x.shape[1:] if x.dim() > 2 else (*x.shape[1:], 1)
+    split = x.reshape(*((-1, groups) if interleaved else (groups, len(x) // groups)), *shape)
+    moved = split if interleaved else split.transpose(0, 1)
+    return moved.flatten(1, 2), moved.shape
 
 
-def _backward_in_place(
-    x: Tensor, mean: Tensor, inv_std: Tensor, scale: Tensor, dy: Tensor, slices: Slices
-) -> tuple[Tensor, ...]:
-    """Compute `_backward` with one allocation.
+def _channels_as_groups(y: Tensor, shape: torch.Size, x: Tensor, groups: int, interleaved: bool) -> Tensor:
+    """Return the batch in the form of ``x``."""
+    moved = y.view(shape) if interleaved else y.view(shape).transpose(0, 1)
+    whole, like = moved.reshape(x.shape), torch.empty_like(x)
+    return whole if whole.stride() == like.stride() else like.copy_(whole)
 
-    With slope = dweight * inv_std * scale / n, dx is gathered by powers of x:
-    dx = (slope * mean - dbias * scale / n) - slope * x + scale * dy.
-    """
-    dx = x.new_empty(slices.shape)
-    doubled = torch.ops.aten.mse_loss_backward.grad_input(dy, x, mean, _NO_REDUCTION, grad_input=dx)  # 2 (x - mean) dy
-    dweight, dbias = slices.sum(doubled).mul_(inv_std).mul_(0.5), slices.sum(dy)
-    scale_by_n = scale * (1 / slices.numel)
-    slope = dweight * inv_std * scale_by_n
-    shift = torch.addcmul(mean * slope, dbias, scale_by_n, value=-1)
-    return _scale_and_shift(x, slope, shift, -1, slices, out=dx).addcmul_(dy, scale), dweight, dbias
+
+def _statistics_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32

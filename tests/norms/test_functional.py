@@ -9,7 +9,7 @@ from landscape.errors import LandscapeError
 from landscape.norms import functional
 from landscape.norms.functional import ghost_norm, ghost_norm_with_statistics, seq_norm
 from landscape.norms.layers import GhostNorm
-from landscape.norms.standardize import slices_of
+from landscape.norms.slices import slices_of
 
 LAYOUTS = ["contiguous", "interleaved"]
 SHAPES = [(24, 5), (24, 5, 3), (24, 5, 2, 3), (24, 5, 2, 3, 2)]

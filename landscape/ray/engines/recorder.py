@@ -182,7 +182,7 @@ class Recorder(TorchDispatchMode):
             root = self._table.add_replayed(aten.add.Tensor, Read(root, True), Read(addend, True))
         self._table.roots.append(root)
         nodes = [node for tensor in tensors for node in graph_nodes(tensor)]
-        self.has_functions |= any(isinstance(node, BackwardCFunction) for node in nodes)
+        self.has_functions |= any(isinstance(node, BackwardCFunction) and not _is_operator(node) for node in nodes)
         if any(node.name().startswith("CompiledFunction") for node in nodes):
             self._table.append(Call(None, outputs=[root], problem="a part of it is compiled by torch.compile"))
         return root
@@ -445,6 +445,17 @@ def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
     for node in graph_nodes(tensor):
         if node.name() == "torch::autograd::AccumulateGrad":
             yield node.variable
+
+
+def _is_operator(node: BackwardCFunction) -> bool:
+    """Return True for the derivative of an operator.
+
+    A replay calls the operator, and so has its derivative, too.
+    """
+    name = type(node).__name__
+    return name.startswith("GeneratedBackwardFor_") or getattr(
+        getattr(node, "_forward_cls", None), "is_operator", False
+    )
 
 
 def _boundary() -> FrameType | None:

@@ -1,0 +1,111 @@
+"""The compiled kernel of ghost normalization, if there is one for a batch.
+
+It is built when the package is installed where there is a C++ compiler with OpenMP.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+_BATCH = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 2]
+"""Types of samples, positions, channels, groups, interleaved, threads."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernel, or None if there is none."""
+    for suffix in EXTENSION_SUFFIXES:
+        if (path := Path(__file__).with_name(f"_kernel{suffix}")).exists():
+            try:
+                return load(path)
+            except OSError:  # built for another machine, or its OpenMP is gone
+                return None
+    return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load a compiled ``kernel.cpp``.
+
+    Raises:
+        OSError: It is not for this machine.
+    """
+    # Not imported: it is no module, so that it serves all versions of Python and torch. With torch's OpenMP, which is
+    # loaded for all, there is one pool of threads.
+    found = ctypes.CDLL(str(path))
+    for name in _NAMES.values():
+        there, back = getattr(found, f"{name}_forward"), getattr(found, f"{name}_backward")
+        there.argtypes, there.restype = [*[ctypes.c_void_p] * 7, *_BATCH, ctypes.c_double], None
+        update = getattr(found, f"{name}_update")
+        update.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2, ctypes.c_double]
+        update.restype = None
+        back.argtypes, back.restype = [*[ctypes.c_void_p] * 8, *_BATCH], None
+    return found
+
+
+def takes(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Return True if the kernel can normalize a batch.
+
+    Its channels must be innermost in memory: (M, C), or channels_last.
+    """
+    if x.device.type != "cpu" or x.dtype not in _NAMES or library() is None or not x.numel():
+        return False
+    if not x.movedim(1, -1).is_contiguous():
+        return False
+    return all(one is None or (one.dtype is x.dtype and one.is_contiguous()) for one in parameters)
+
+
+def takes_statistics(*statistics: Tensor) -> bool:
+    """Return True if the kernel can update running statistics."""
+    kinds = {(one.dtype, one.device.type) for one in statistics}
+    is_plain = len(kinds) == 1 and all(one.is_contiguous() for one in statistics)
+    return is_plain and statistics[0].is_cpu and statistics[0].dtype in _NAMES and library() is not None
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, interleaved: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, and mean, unbiased variance and inv_std (G, C)."""
+    y = torch.empty_like(x)
+    mean, var, inv_std = (x.new_empty(groups, x.shape[1]) for _ in range(3))
+    addresses = map(_address, (x, weight, bias, y, mean, var, inv_std))
+    _function(x, "forward")(*addresses, *_batch(x, groups, interleaved), eps)
+    return y, mean, var, inv_std
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv_std: Tensor, groups: int, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dweight and dbias."""
+    dy = dy.movedim(1, -1).contiguous()
+    dx = torch.empty_like(x)
+    # The first row is the sum over the groups.
+    dweight, dbias = mean.new_empty(2, groups, mean.shape[1])
+    addresses = map(_address, (dy, x, weight, mean, inv_std, dx, dweight, dbias))
+    _function(x, "backward")(*addresses, *_batch(x, groups, interleaved))
+    return dx, dweight[0], dbias[0]
+
+
+def update_running_stats(running: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor], momentum: float) -> None:
+    """Move running statistics (C,) towards means over groups (G, C)."""
+    _function(running[0], "update")(*map(_address, (*running, *batch)), *batch[0].shape, momentum)
+    increment_version(running)
+
+
+def _function(x: Tensor, name: str) -> Callable[..., None]:
+    return getattr(library(), f"{_NAMES[x.dtype]}_{name}")
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _batch(x: Tensor, groups: int, interleaved: bool) -> tuple[int, ...]:
+    samples, channels = x.shape[:2]
+    return samples, x.shape[2:].numel(), channels, groups, int(interleaved), torch.get_num_threads()

@@ -1,0 +1,179 @@
+"""The operator of ghost normalization: each way to compute it equals the formula."""
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+from landscape import GhostNorm, ghost_norm
+from landscape.norms import kernel
+from landscape.norms.operators import standardize, update_running_stats
+from landscape.norms.slices import split_uneven_groups
+from landscape.norms.standardize import (
+    backward,
+    backward_in_place,
+    backward_native,
+    forward,
+    forward_in_place,
+    forward_native,
+)
+
+needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="the kernel was not compiled at installation")
+SHAPES = [(9, 5), (64, 1), (40, 32), (33, 71), (8, 16, 3, 5), (6, 33, 4), (7, 8, 2, 3, 2), (12, 4, 1, 1)]
+EPS = 1e-3
+
+
+def channels_last(x):
+    """Return a copy with channels innermost in memory."""
+    return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+def batch(shape, dtype=torch.float64, scale=2.0):
+    torch.manual_seed(0)
+    x, dy = (channels_last(scale * torch.randn(shape, dtype=dtype) + 1) for _ in range(2))
+    return x, dy, *torch.randn(2, shape[1], dtype=dtype)
+
+
+def by_formula(x, dy, weight, bias, groups, interleaved):
+    """Return the outputs of both passes by differentiable operations."""
+
+    def there(x, groups, interleaved):
+        return forward(x, weight, bias, groups, interleaved, EPS)
+
+    def back(dy, x, groups, interleaved):
+        return backward(dy, x, weight, groups, interleaved, EPS)
+
+    found = split_uneven_groups(there, [x], groups, interleaved)
+    return found, split_uneven_groups(back, [dy, x], groups, interleaved)
+
+
+def summed(back):
+    """Return the outputs of a backward pass with the gradients of parameters added over the groups."""
+    dx, *slices = back
+    return dx, *(one.sum(0) for one in slices)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups", [1, 3, 4])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("affine", [True, False])
+def test_kernel_equals_the_formula(shape, groups, interleaved, affine):
+    x, dy, *parameters = batch(shape)
+    weight, bias = parameters if affine else (None, None)
+    assert kernel.takes(x, weight, bias)
+    found = kernel.forward(x, weight, bias, groups, interleaved, EPS)
+    expected, expected_back = by_formula(x, dy, weight, bias, groups, interleaved)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    _, mean, _, inv_std = found
+    back = kernel.backward(dy, x, weight, mean, inv_std, groups, interleaved)
+    torch.testing.assert_close(back, summed(expected_back), rtol=1e-11, atol=1e-11)
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_kernel_has_the_same_bits_with_any_threads(threads):
+    x, _, weight, bias = batch((64, 71), torch.float32)
+    expected = kernel.forward(x, weight, bias, 4, False, EPS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = kernel.forward(x, weight, bias, 4, False, EPS)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(100_000, 40), (64, 16, 40, 40)])
+def test_kernel_adds_many_values_without_losing_digits(shape):
+    x, dy, weight, bias = batch(shape, torch.float32)
+    found = kernel.forward(x, weight, bias, 2, False, EPS)
+    doubled = [one.double() for one in (x, dy, weight, bias)]
+    expected, expected_back = by_formula(*doubled, 2, False)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-6, atol=2e-6)
+    _, mean, _, inv_std = found
+    dx, *sums = kernel.backward(dy, x, weight, mean, inv_std, 2, False)
+    torch.testing.assert_close(dx.double(), expected_back[0], rtol=1e-5, atol=1e-5)
+    for one, other in zip(sums, summed(expected_back)[1:], strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_kernel_keeps_what_is_not_finite(value):
+    x, dy, weight, bias = batch((12, 40), torch.float32)
+    x[2, 33] = value
+    found = kernel.forward(x, weight, bias, 3, False, EPS)
+    expected, _ = by_formula(x, dy, weight, bias, 3, False)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+    assert found[0][:4, 33].isnan().all()
+    assert found[0].isfinite().sum() == x.numel() - 4
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels last"])
+@pytest.mark.parametrize(("shape", "groups"), [(s, g) for s in SHAPES for g in (1, 3, 4) if s[0] % g == 0])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("way", ["in place", "native"])
+def test_other_ways_equal_the_formula(way, shape, groups, interleaved, memory):
+    x, dy, weight, bias = batch(shape)
+    x = x if memory == "channels last" else x.contiguous()
+    ways = {"in place": (forward_in_place, backward_in_place, ()), "native": (forward_native, backward_native, (EPS,))}
+    there, back, more = ways[way]
+    found = there(x, weight, bias, groups, interleaved, EPS)
+    expected, expected_back = by_formula(x, dy, weight, bias, groups, interleaved)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert found[0].stride() == torch.empty_like(x).stride()
+    backs = back(dy, x, weight, found[1], found[3], groups, interleaved, *more)
+    torch.testing.assert_close(backs, expected_back, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernel), False])
+@pytest.mark.parametrize("groups", [4, 5])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_operator_is_well_behaved(compiled, groups, interleaved, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    x, _, weight, bias = (one.requires_grad_() for one in batch((12, 5)))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(torch.ops.landscape.standardize.default, (x, weight, bias, groups, interleaved, EPS), test_utils=checks)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: standardize(*inputs, groups, interleaved, EPS)[0], (x, weight, bias)
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda *inputs: standardize(*inputs, groups, interleaved, EPS)[0], (x, weight, bias)
+    )
+
+
+def test_later_operations_may_write_to_the_output():
+    x, dy, weight, bias = (one.requires_grad_() for one in batch((12, 5)))
+    gradients = []
+    for relu in (torch.relu, torch.relu_):
+        gradients.append(torch.autograd.grad(relu(ghost_norm(x, 3, weight, bias)), (x, weight, bias), dy))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_running_statistics_of_any_momentum_follow_batch_norm(momentum):
+    mine, other = GhostNorm(3, groups=1, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
+    for seed in range(3):
+        x, *_ = batch((8, 3), torch.float32, scale=1.0 + seed)
+        torch.testing.assert_close(mine(x), other(x))
+    torch.testing.assert_close(mine.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernel), False])
+def test_running_statistics_are_seen_to_change(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    running, batch = torch.rand(2, 5), torch.rand(2, 4, 5)
+    expected = 0.7 * running + 0.3 * batch.mean(1)
+    mean, var = running.unbind()
+    version = mean._version
+    update_running_stats(mean, var, *batch, 0.3)
+    torch.testing.assert_close(running, expected)
+    assert mean._version > version
+    arguments = (mean, var, *batch, 0.3)
+    opcheck(torch.ops.landscape.update_running_stats.default, arguments, test_utils=("test_schema", "test_faketensor"))
