@@ -2,6 +2,9 @@
 
 The parts are: record the training step's calls, plan which of them a ray needs, build the replay (with the slopes of
 products), and replay them at the K step sizes. CPU time of one thread, as ratios to K bare forward passes.
+
+The column "probe" is a whole probe, measured as an update with it less one without, in the same unit. The column
+"gradients" is an update with ``gradients=True``, in updates without a probe.
 """
 
 import time
@@ -10,7 +13,7 @@ import click
 import pandas as pd
 import torch
 
-from benchmarks.methods import Workbench, bare
+from benchmarks.methods import ProbedCopy, Workbench, bare
 from benchmarks.timing import keep_memory, machine
 from benchmarks.workloads import WORKLOADS, Workload
 from landscape.ray.engines.recorder import Recorder
@@ -59,12 +62,27 @@ def measure_once(workbench: Workbench) -> dict[str, float]:
     return seconds | {"calls": calls}
 
 
+def measure_updates(workbench: Workbench, probed: ProbedCopy, differentiated: ProbedCopy) -> dict[str, float]:
+    """Return CPU seconds of an update, without a probe and with two."""
+    watch = Stopwatch()
+    for part, update in (("update", workbench.update), ("probed", probed.update), ("both", differentiated.update)):
+        update()
+        watch.end(part)
+    return watch.seconds
+
+
 def measure(workload: Workload, rounds: int) -> dict[str, float]:
     """Return median ratios of the parts to K bare passes."""
     workbench = Workbench(workload, "cpu")
-    rows = pd.DataFrame([measure_once(workbench) for _ in range(rounds + 1)]).iloc[1:]
+    copies = ProbedCopy(workbench), ProbedCopy(workbench, gradients=True)
+    for probed in copies:
+        probed.warm_up()
+    rows = [measure_once(workbench) | measure_updates(workbench, *copies) for _ in range(rounds + 1)]
+    rows = pd.DataFrame(rows).iloc[1:]
     ratios = rows[PARTS].div(rows["bare"], axis=0).median()
-    return {"calls": rows["calls"].iloc[0], **ratios, "whole": ratios.sum()}
+    probe = ((rows["probed"] - rows["update"]) / rows["bare"]).median()
+    gradients = (rows["both"] / rows["update"]).median()
+    return {"calls": rows["calls"].iloc[0], **ratios, "probe": probe, "gradients": gradients}
 
 
 @click.command()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +63,11 @@ class ProbedCopy:
     It has its own criterion, which the probe is told if it is ``given``, so hooks do not affect the original.
     """
 
-    def __init__(self, workbench: Workbench, engine: str = "auto", given: bool = False) -> None:
+    def __init__(self, workbench: Workbench, given: bool = False, **options: Any) -> None:
         self.workbench, self.model, self.criterion = workbench, copy.deepcopy(workbench.model), nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
-        step_sizes = workbench.step_sizes
-        criterion = self.criterion if given else None
-        self.probe = LandscapeProbe(self.model, self.optimizer, criterion, step_sizes=step_sizes, engine=engine)
+        options = {"step_sizes": workbench.step_sizes} | options
+        self.probe = LandscapeProbe(self.model, self.optimizer, self.criterion if given else None, **options)
         self.probe.attach()
 
     def update(self) -> None:
