@@ -63,7 +63,7 @@ def measure_once(workbench: Workbench) -> dict[str, float]:
 
 
 def measure_updates(workbench: Workbench, probed: ProbedCopy, differentiated: ProbedCopy) -> dict[str, float]:
-    """Return CPU seconds of an update, without a probe and with two."""
+    """Return CPU seconds of updates, without and with probes."""
     watch = Stopwatch()
     for part, update in (("update", workbench.update), ("probed", probed.update), ("both", differentiated.update)):
         update()

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks import components, overhead, rays, trace_store
+from benchmarks import components, launches, overhead, rays, trace_store
 from benchmarks.charts import draw_rays
 from benchmarks.methods import METHODS, Method, Workbench
 from benchmarks.side_effects import SideEffects
@@ -63,8 +63,46 @@ def test_rays_agreement_with_loop(table):
 
 def test_components():
     parts = components.measure(TINY, 1)
-    assert set(parts) == {"calls", *components.PARTS, "whole"}
+    assert set(parts) == {"calls", *components.PARTS, "probe", "gradients"}
     assert parts["calls"] > 5
+
+
+def test_launches_of_operators_and_views():
+    library = torch.library.Library("landscape", "FRAGMENT")
+    library.define("twice_sine(Tensor x) -> Tensor")
+    library.impl("twice_sine", lambda x: torch.empty_like(x).copy_(x.sin().t().t()) * 2, "CompositeExplicitAutograd")
+    with launches.Launches("cpu") as mode:
+        torch.ops.landscape.twice_sine(torch.eye(2).view(4, 1))
+    assert mode.counts == {f"aten.{name}": 1 for name in ("eye.default", "copy_.default", "sin.default", "mul.Tensor")}
+    with launches.Launches("cuda") as mode:
+        torch.ones(2)
+    assert mode.total == 0
+
+
+def test_launches_of_update():
+    wide = replace(TINY, model=layers(*[layer for _ in range(5) for layer in (nn.BatchNorm1d(5), nn.Linear(5, 5))]))
+    tiny, large = (launches.count_update(workload, None, "cpu") for workload in (TINY, wide))
+    # Linear, BatchNorm (its counter, and all else), ReLU, Linear, log-softmax, the loss.
+    assert (tiny["forward"], tiny["step"], tiny["K passes"]) == (7, 1, 21)
+    assert large["K passes"] > 40
+    # The loop itself takes as many, however many parameters and buffers there are.
+    assert tiny["probe, loop"] - tiny["K passes"] == large["probe, loop"] - large["K passes"] < 42
+
+
+@pytest.mark.parametrize("name", launches.NORMS)
+def test_launches_of_norms(name):
+    counts = launches.count_norm(launches.NORMS[name], "cpu")
+    assert 2 <= counts["forward"] < counts["forward + backward"] < 50
+
+
+def test_launches_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "simplenet-none", TINY)
+    options = ["--workload", "simplenet-none", "--json", str(tmp_path / "launches.json")]
+    result = CliRunner().invoke(launches.main, options, catch_exceptions=False)
+    assert "probe, loop" in result.output
+    assert "GhostNorm, interleaved" in result.output
+    rows = json.loads((tmp_path / "launches.json").read_text())["rows"]
+    assert {"name": "simplenet-none", "part": "K passes", "launches": 21, "device": "cpu"} in rows
 
 
 def test_loss_landscapes_same_points():

@@ -16,8 +16,11 @@ from landscape.distributed.group import (
     translate_collective_errors,
 )
 
+foreach: Any = torch
+"""Torch with its ``_foreach`` functions, which its types leave out."""
 K = TypeVar("K")
 Parameters = Mapping[str, Tensor]
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class WholeParameters:
@@ -98,7 +101,7 @@ class WholeParameters:
 
     def inner(self, a: Parameters, b: Parameters) -> Tensor:
         """Return the inner product over the tensors of ``a``."""
-        return torch.stack(list(_products(a, b).values())).sum()
+        return torch.stack(_products(a, b)).sum()
 
     def norm(self, a: Parameters) -> Tensor:
         """Return the l2 norm over the tensors of ``a``."""
@@ -172,11 +175,12 @@ class ShardedParameters:
         """Write ``point`` into the shards for one pass."""
         self._held = self.parameters()
         shards = {name: local(self._held[name]) for name in point}
-        before = {name: shard.clone() for name, shard in shards.items()}
+        before = clones(shards)
         self._entered = []
         hooks = [part.register_forward_pre_hook(self._enter) for part in self._parts]
         try:
-            _write(point, shards)
+            with torch.no_grad():
+                write(point, shards)
             yield
         finally:
             for hook in hooks:
@@ -186,7 +190,8 @@ class ShardedParameters:
                     # Clears the state that a failed pass leaves, or one without a backward pass.
                     part.reset_iter_state()
             self.parameters()
-            _write(before, shards)
+            with torch.no_grad():
+                write(before, shards)
 
     def evaluate(self, closure: Callable[[nn.Module], Tensor]) -> Tensor:
         """Return ``closure(model)``, or NaN if it fails.
@@ -251,12 +256,12 @@ class ShardedParameters:
 
     def inner(self, a: Parameters, b: Parameters) -> Tensor:
         """Return the inner product, given shards of both."""
-        return self._sum(_products(a, b))
+        return self._sum(a, torch.stack(_products(a, b)).double())
 
     def norm(self, a: Parameters) -> Tensor:
         """Return the l2 norm, given shards."""
-        norms = {name: torch.linalg.vector_norm(single_precision(tensor).detach()) for name, tensor in a.items()}
-        return self._sum({name: norm.double() ** 2 for name, norm in norms.items()}).sqrt()
+        norms = foreach._foreach_norm([single_precision(tensor).detach() for tensor in a.values()])
+        return self._sum(a, torch.stack(norms).double() ** 2).sqrt()
 
     def all_mean(self, compute: Callable[[], Mapping[K, Tensor]]) -> dict[K, Tensor]:
         """Return the means over the ranks of ``compute()``.
@@ -266,12 +271,17 @@ class ShardedParameters:
         """
         return self._ranks.all_mean(compute, local=self._held)
 
-    def _sum(self, numbers: Parameters) -> Tensor:
-        """Return the sum of numbers that were computed from shards."""
+    def _sum(self, names: Iterable[str], numbers: Tensor) -> Tensor:
+        """Return the sum of numbers that were computed from shards.
+
+        Args:
+            names: The parameter of each number.
+            numbers: One number for each shard, in double precision.
+        """
         held = self.parameters()
         # The mean over the ranks counts each number as many times as there are different shards of the parameter.
-        own = torch.stack([number.double() * _shard_count(held[name]) for name, number in numbers.items()])
-        return self._ranks.all_reduce_mean_(own.sum())
+        foreach._foreach_mul_(list(numbers), [float(_shard_count(held[name])) for name in names])
+        return self._ranks.all_reduce_mean_(numbers.sum())
 
     def _check(self) -> None:
         self._raise()
@@ -318,9 +328,9 @@ def single_precision(tensor: Tensor) -> Tensor:
     return dense(tensor).float() if tensor.dtype.itemsize < 4 else dense(tensor)
 
 
-def _products(a: Parameters, b: Parameters) -> dict[str, Tensor]:
-    pairs = ((name, single_precision(tensor), single_precision(b[name])) for name, tensor in a.items())
-    return {name: torch.dot(one.flatten(), other.flatten()) for name, one, other in pairs}
+def _products(a: Parameters, b: Parameters) -> list[Tensor]:
+    pairs = ((single_precision(tensor), single_precision(b[name])) for name, tensor in a.items())
+    return [torch.dot(one.flatten(), other.flatten()) for one, other in pairs]
 
 
 def _shard_count(parameter: Any) -> int:
@@ -331,7 +341,39 @@ def _shard_count(parameter: Any) -> int:
     return math.prod(parameter.device_mesh.size(dim) for dim in dims)
 
 
-@torch.no_grad()
-def _write(values: Parameters, shards: Parameters) -> None:
-    for name, value in values.items():
-        shards[name].copy_(value)
+def foreach_groups(rows: Iterable[tuple[Tensor, ...]]) -> tuple[list[tuple[Tensor, ...]], list[list[list[Tensor]]]]:
+    """Group rows of tensors for torch's ``_foreach`` functions.
+
+    Such a function launches one kernel for many tensors of the same device and type, but one for each if they differ.
+
+    Returns:
+        Rows with sparse tensors or subclasses, which these functions may not take; and the columns of each group.
+    """
+    others, groups = list[tuple[Tensor, ...]](), dict[Any, list[tuple[Tensor, ...]]]()
+    for row in rows:
+        if all(map(_is_plain, row)):
+            groups.setdefault(tuple((tensor.device, tensor.dtype) for tensor in row), []).append(row)
+        else:
+            others.append(row)
+    return others, [[list(column) for column in zip(*group, strict=True)] for group in groups.values()]
+
+
+def write(values: Mapping[K, Tensor], targets: Mapping[K, Tensor]) -> None:
+    """Copy values to targets by key, with few kernels."""
+    others, groups = foreach_groups((targets[key], value) for key, value in values.items())
+    for target, value in others:
+        target.copy_(value)
+    for columns in groups:
+        foreach._foreach_copy_(*columns)
+
+
+def clones(tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
+    """Return detached copies of tensors, made by few kernels."""
+    plain = {key: tensor.detach() for key, tensor in tensors.items() if _is_plain(tensor)}
+    copies = {key: torch.empty_like(tensor) for key, tensor in plain.items()}
+    write(plain, copies)
+    return {key: copies[key] if key in copies else tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided

@@ -7,9 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from landscape.distributed.parameter_space import Parameters
+from landscape.distributed.parameter_space import Parameters, foreach, foreach_groups, write
 from landscape.errors import LandscapeError
 from landscape.ray.objective import LossFunction, Objective
+
+LARGE = 1 << 17
+"""Elements from which a parameter is moved by a kernel of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,40 @@ class Ray:
         return self.step_sizes, len(self.objective.terms)
 
 
+class PointBuffer:
+    """Memory for parameters at a point, written by few kernels.
+
+    Args:
+        tensors: The memory, by the names of parameters.
+        origin: The parameters at step size 0.
+        direction: The direction; parameters that it lacks are the same at all points.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], origin: Parameters, direction: Parameters) -> None:
+        self.tensors = tensors
+        self._still = {name: origin[name] for name in tensors if name not in direction}
+        rows = [(tensors[name], origin[name], direction[name]) for name in tensors if name in direction]
+        # Two kernels for many tensors read them twice, which for large ones costs more than it saves.
+        others, self._groups = foreach_groups(row for row in rows if 0 < row[0].numel() < LARGE)
+        self._singles = [*others, *(row for row in rows if row[0].numel() >= LARGE)]
+
+    def move_to(self, eta: float | Tensor) -> None:
+        """Write the parameters at ``eta``."""
+        for point, origin, direction in self._singles:
+            if isinstance(eta, Tensor):
+                torch.addcmul(origin, direction, eta.to(origin.dtype), value=-1, out=point)
+            else:
+                torch.sub(origin, direction, alpha=eta, out=point)
+        for points, origins, directions in self._groups:
+            foreach._foreach_copy_(points, origins)
+            if isinstance(eta, Tensor):
+                foreach._foreach_sub_(points, foreach._foreach_mul(directions, eta.to(directions[0].dtype)))
+            else:
+                foreach._foreach_sub_(points, directions, alpha=eta)
+        if self._still:
+            write(self._still, self.tensors)
+
+
 class ParametersAlongRay:
     """A buffer for the parameters at any point.
 
@@ -69,8 +106,8 @@ class ParametersAlongRay:
     """
 
     def __init__(self, ray: Ray) -> None:
-        self._origin, self._direction = ray.origin, ray.direction
         self.point: dict[str, Tensor] = {name: torch.empty_like(ray.origin[name]) for name in ray.direction}
+        self._buffer = PointBuffer(self.point, ray.origin, ray.direction)
 
     def moves(self, step_sizes: Sequence[float]) -> list[Callable[[], None]]:
         """Return a move to each of the step sizes."""
@@ -78,8 +115,7 @@ class ParametersAlongRay:
 
     def move_to(self, eta: float) -> None:
         """Write the parameters at ``eta``."""
-        for name, tensor in self.point.items():
-            torch.sub(self._origin[name], self._direction[name], alpha=eta, out=tensor)
+        self._buffer.move_to(eta)
 
 
 def check_model(model: nn.Module) -> None:

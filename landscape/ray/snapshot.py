@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from landscape.distributed.parameter_space import Parameters
+from landscape.distributed.parameter_space import Parameters, clones
 from landscape.errors import ProbeDeferred
 from landscape.ray.loss_module import COMPARED_BYTES, LossModule, TensorSlot
 from landscape.rng import HostRngState, RngState
@@ -278,8 +278,6 @@ class ForeignModule:
 
 def _copies(slots: Iterable[TensorSlot]) -> list[TensorSlot]:
     """Return the slots with one copy of each tensor."""
-    slots, copies = list(slots), {}
-    for _, _, tensor in slots:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach().clone()
+    slots = list(slots)
+    copies = clones({id(tensor): tensor for _, _, tensor in slots})
     return [(owner, name, copies[id(tensor)]) for owner, name, tensor in slots]

@@ -77,7 +77,7 @@ class Experiment:
             weight_decay=recipe.weight_decay,
         )
         self.schedule = learning_rate(recipe, self.optimizer, recipe.epochs * self.updates)
-        self._augment = augmentation(recipe.augment, self.data.train.inputs.shape[-1])
+        self._augment = augmentation(recipe.augment)
         self._order = torch.Generator().manual_seed(recipe.seed)
         self._order_before = self._order.get_state()
 

@@ -111,7 +111,6 @@ def test_evaluate_equals_definition():
 
 
 def test_augmentation_depends_on_seed():
-    pytest.importorskip("kornia", reason="the extra landscape-probe[augment]")
     recipe = replace(RECIPES["digits"], augment=("crop", "flip", "cutout"))
     first, second = losses(recipe)[0], losses(recipe)[0]
     assert torch.equal(first, second)

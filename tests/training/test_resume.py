@@ -75,8 +75,6 @@ def train_in_parts(recipe, out, *steps):
 )
 def test_resume_of_stopped_run(tmp_path, changes):
     """The stops are after the first update, within an epoch, at its end, after it, and at the end of the run."""
-    if "augment" in changes:
-        pytest.importorskip("kornia", reason="the extra landscape-probe[augment]")
     recipe = replace(SHORT, **changes)
     whole = train(recipe, tmp_path / "whole", device="cpu")
     parts = train_in_parts(recipe, tmp_path / "parts", 1, 3, UPDATES // 2, UPDATES // 2 + 1, UPDATES)

@@ -51,7 +51,7 @@ class Factors(NamedTuple):
         along = (self.rows @ self.rows.t()) @ self.delta
         return along if self.bias_along is None else along + self.bias_along
 
-    def products(self, inputs: Sequence[Tensor], etas: Sequence[float]) -> list[Tensor]:
+    def products(self, inputs: Sequence[Tensor], etas: Sequence[float | Tensor]) -> list[Tensor]:
         """Return the product at each step size."""
         stacked = torch.cat([*inputs])
         likeness = (stacked @ self.rows.t()).chunk(len(etas))
@@ -60,12 +60,12 @@ class Factors(NamedTuple):
         # In memory of their own, to which later calls may write.
         return [self._with_bias(part, eta) for part, eta in zip(parts, etas, strict=True)]
 
-    def _with_bias(self, product: Tensor, eta: float) -> Tensor:
+    def _with_bias(self, product: Tensor, eta: float | Tensor) -> Tensor:
         if self.bias is None:
             return product.clone()
         if self.bias_along is None:
             return product + self.bias
-        return product + torch.sub(self.bias, self.bias_along, alpha=eta)
+        return product + (self.bias - eta * self.bias_along)
 
 
 def input_of(call: Call, args: Sequence[Any]) -> Tensor | None:
@@ -110,11 +110,11 @@ def factor_input(call: Call) -> Slot:
 
 def product_step(
     call: Call, factors: Factors, freed: Sequence[int]
-) -> Callable[[Sequence[list[Any]], Sequence[float]], None]:
+) -> Callable[[Sequence[list[Any]], Sequence[float | Tensor]], None]:
     """Return a function that computes the product at all points."""
     read, (out,) = factor_input(call).index, call.makes()
 
-    def multiply(points: Sequence[list[Any]], etas: Sequence[float]) -> None:
+    def multiply(points: Sequence[list[Any]], etas: Sequence[float | Tensor]) -> None:
         products = factors.products([values[read] for values in points], etas)
         for values, product in zip(points, products, strict=True):
             values[out.index] = product

@@ -1,7 +1,7 @@
 """Replays of recorded calls along a ray: which calls are needed, and how they are made."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from landscape.ray.engines.calls import (
 )
 from landscape.ray.engines.factors import Factors, factor_input, find_factors, product_step
 from landscape.ray.engines.slopes import slope
+from landscape.ray.ray import PointBuffer
 from landscape.rng import GENERATORS
 
 aten = torch.ops.aten
@@ -31,7 +32,8 @@ _IN_PLACE = ("add", "sub", "mul", "div", "neg", "relu", "gelu", "silu", "sigmoid
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _RESHAPING = {aten.view.default, aten._unsafe_view.default}
 
-Step = Callable[[Sequence[list[Any]], Sequence[float]], None]
+Etas = Sequence[float | Tensor]
+Step = Callable[[Sequence[list[Any]], Etas], None]
 """Makes a call at several points, given the values of their slots and their step sizes."""
 
 
@@ -76,16 +78,22 @@ class Plan:
         known = {*tape.parameters.values(), *(slot for call in tape.calls for slot in call.makes())}
         if not known.issuperset(tape.roots):
             raise NoTapeError("parameters were written to between the forward pass and the optimizer's step")
-        for call in plan.calls:
-            if call.problem is not None:
-                raise NoTapeError(call.problem)
-            if not all(constant.is_unwritten() for constant in call.constants()):
-                shape = next(tuple(c.tensor.shape) for c in call.constants() if not c.is_unwritten())
+        check_repeatable(plan.calls)
+        return plan
+
+
+def check_repeatable(calls: Iterable[Call]) -> None:
+    """Raise a NoTapeError unless calls can be made again."""
+    for call in calls:
+        if call.problem is not None:
+            raise NoTapeError(call.problem)
+        for constant in call.constants():
+            if not constant.is_unwritten():
+                shape = tuple(constant.tensor.shape)
                 raise NoTapeError(
                     f"a tensor of shape {shape} was overwritten between the forward pass and the optimizer's step; "
                     "pass a copy of it: tensor.clone()"
                 )
-        return plan
 
 
 def _without_statistics(call: Call, live: set[Memory]) -> Call:
@@ -188,50 +196,53 @@ class Replay:
             slopes[out] = factors[call].slope() if call in factors else slope(call, slopes)
         return slopes
 
-    def losses(self, etas: Sequence[float]) -> list[Tensor]:
+    def losses(self, etas: Etas) -> list[Tensor]:
         """Return the loss at each step size.
+
+        Step sizes that are tensors may change between two runs of a graph.
 
         Raises:
             DivergedError: The model's code would take another course there.
         """
         groups = [etas] if self._is_together else [[eta] for eta in etas]
-        buffers = [self._buffers() for _ in groups[0]]
+        buffers = [self._buffer() for _ in groups[0]]
         return [loss for group in groups for loss in self._losses(group, buffers)]
 
-    def _buffers(self) -> dict[str, Tensor]:
+    def _buffer(self) -> PointBuffer:
         """Return memory for the parameters at a point."""
-        return {
+        tensors = {
             name: torch.empty_like(self.origin[name], memory_format=self._format(self.origin[name]))
             for _, name in self._moved
             if name in self.direction or self.tape.parameters[name].memory in self._written
         }
+        return PointBuffer(tensors, self.origin, self.direction)
 
-    def _losses(self, etas: Sequence[float], buffers: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    def _losses(self, etas: Etas, buffers: Sequence[PointBuffer]) -> list[Tensor]:
         points = [self._point(eta, buffer) for eta, buffer in zip(etas, buffers, strict=True)]
         for step in self._steps:
             step(points, etas)
-        roots = [torch.stack([values[root.index].reshape(()) for root in self.tape.roots]) for values in points]
-        return [self.tape.unscaled(values.sum(0)) for values in roots]
+        roots = [[values[root.index].reshape(()) for root in self.tape.roots] for values in points]
+        return [self.tape.unscaled(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)) for parts in roots]
 
-    def _point(self, eta: float, buffer: Mapping[str, Tensor]) -> list[Any]:
+    def _point(self, eta: float | Tensor, buffer: PointBuffer) -> list[Any]:
         """Return the values of all slots, those of parameters set."""
+        buffer.move_to(eta)
         values: list[Any] = [None] * self.tape.count
         for index, name in self._moved:
-            origin = self.origin[name]
-            if name in self.direction:
-                torch.sub(origin, self.direction[name], alpha=eta, out=buffer[name])
-            elif name in buffer:
-                buffer[name].copy_(origin)
-            values[index] = buffer.get(name, origin)
+            values[index] = buffer.tensors.get(name, self.origin[name])
         return values
 
 
 def _combination(out: int, base: Tensor, along: Tensor, anchor: float) -> Step:
     """Return a function that computes an affine product."""
 
-    def combine(points: Sequence[list[Any]], etas: Sequence[float]) -> None:
+    def combine(points: Sequence[list[Any]], etas: Etas) -> None:
         for values, eta in zip(points, etas, strict=True):
-            values[out] = torch.sub(base, along, alpha=eta - anchor)
+            distance = eta - anchor if anchor else eta
+            if isinstance(distance, Tensor):
+                values[out] = torch.addcmul(base, along, distance.to(base.dtype), value=-1)
+            else:
+                values[out] = torch.sub(base, along, alpha=distance)
 
     return combine
 
@@ -271,7 +282,7 @@ def _repetition(call: Call, dying: Sequence[Slot], copies_views: bool) -> Step:
         for index in freed:
             values[index] = None
 
-    def make_at_each(points: Sequence[list[Any]], etas: Sequence[float]) -> None:
+    def make_at_each(points: Sequence[list[Any]], etas: Etas) -> None:
         for values in points:
             make(values)
 
