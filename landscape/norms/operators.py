@@ -160,7 +160,8 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Output:
         x, weight, _, ctx.groups, ctx.interleaved, ctx.eps = inputs
-        y, mean, var, inv_std = _below_autograd(*inputs)
+        with torch.enable_grad():  # as in the code that calls it, which a recorder of calls sees
+            y, mean, var, inv_std = _below_autograd(*inputs)
         ctx.save_for_backward(x, weight, mean, inv_std)
         ctx.mark_non_differentiable(mean, var, inv_std)
         ctx.set_materialize_grads(False)  # Gradients of the statistics are not allocated.

@@ -452,10 +452,7 @@ def _is_operator(node: BackwardCFunction) -> bool:
 
     A replay calls the operator, and so has its derivative, too.
     """
-    name = type(node).__name__
-    return name.startswith("GeneratedBackwardFor_") or getattr(
-        getattr(node, "_forward_cls", None), "is_operator", False
-    )
+    return getattr(getattr(node, "_forward_cls", None), "is_operator", False)
 
 
 def _boundary() -> FrameType | None:

@@ -1,6 +1,7 @@
 """Awkward models and loops: replays equal moved copies of the model, or are refused."""
 
 import copy
+import itertools
 import math
 import warnings
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from landscape import LandscapeError, LandscapeProbe, ray_losses
+from landscape import LandscapeError, LandscapeProbe, make_norm, ray_losses
 
 ETAS = [0.0, 0.7, -0.2, 3.0]
 
@@ -503,3 +504,23 @@ def test_gradients_equal_loop_or_are_refused(name):
         frames[engine] = probe.frame()
     for row, expected in zip(frames["tape"]["gradient_distances"], frames["loop"]["gradient_distances"], strict=True):
         assert all(math.isclose(a, b, rel_tol=1e-8, abs_tol=1e-10) for a, b in zip(row, expected, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["ghost", "seq", "ghost-mean"])
+def test_gradients_of_our_norms_are_on_the_tape(norm):
+    """Their operator has the derivative of training."""
+    frames = []
+    for engine in ("tape", "loop"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), make_norm(norm, groups=4)(8), nn.ReLU(), nn.Linear(8, 3)).double()
+        optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+        with LandscapeProbe(model, optimizer, criterion, engine=engine, gradients=True) as probe:
+            for x, y in itertools.islice(batches(), 3):
+                optimizer.zero_grad()
+                criterion(model(x), y).backward()
+                optimizer.step()
+        frames.append(probe.frame())
+    assert [frame["engine"].iloc[-1] for frame in frames] == ["tape", "loop"]
+    for column in ("losses", "gradient_distances", "gradient_cosines"):
+        found, expected = (np.stack(frame[column].tolist()) for frame in frames)
+        np.testing.assert_allclose(found, expected, rtol=1e-9)

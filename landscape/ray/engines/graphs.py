@@ -1,0 +1,228 @@
+"""Replays as one graph of a GPU, which launches all of their kernels at once."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landscape.ray.engines.calls import Call, Constant, Read, Recording, needed_calls
+from landscape.ray.engines.replay import Replay, check_repeatable
+from landscape.ray.ray import Ray
+
+# A graph repeats kernels with the same addresses. Parameters stay where they are; all else that a replay reads is
+# copied to where it was at the capture:
+#
+#     the tapes of two updates    the same signature: functions, arguments, shapes, types, devices
+#     first one                   replayed call by call
+#     second one                  its constants and the direction are copied, the replays are captured
+#     from the third one on       constants, direction and step sizes are copied into those; the graph runs
+#
+# Calls that draw random numbers, or return numbers to the host, are not captured.
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Captures the kernels that a function launches, and returns a function that launches them again."""
+CHECK_EVERY = 100
+"""Runs of a graph after which it runs at step size 0, too."""
+
+
+class NotCapturableError(RuntimeError):
+    """A tape that cannot be captured as a graph."""
+
+
+def capture_on_cuda(run: Callable[[], None]) -> Callable[[], None]:
+    """Capture what a function launches as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # Libraries allocate their workspaces.
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors that a replay of a tape reads.
+
+    Attributes:
+        signature: What must be the same for the kernels to be the same.
+        tensors: What is copied: constants, the direction, a loss scale.
+    """
+
+    signature: Hashable
+    tensors: list[Tensor]
+
+    @classmethod
+    def of(cls, tape: Recording, ray: Ray) -> "Inputs":
+        """Return the inputs of the replays along a ray.
+
+        Raises:
+            NotCapturableError: They are no graph.
+        """
+        calls = needed_calls(tape.calls, tape.roots)
+        if tape.initial or any(call.states or call.guard is not None for call in calls):
+            raise NotCapturableError("a call draws random numbers, decides by values, or writes to parameters")
+        check_repeatable(calls)
+        tensors, places = list[Tensor](), dict[Hashable, int]()
+        for constant in _constants(calls):
+            if (key := _identity(constant.tensor)) not in places:
+                places[key] = len(tensors)
+                tensors.append(constant.tensor)
+        tensors += [ray.direction[name] for name in sorted(ray.direction)]
+        tensors += [] if tape.scale is None else [tape.scale]
+        devices = {tensor.device for tensor in (*tensors, *ray.origin.values())}
+        if len(devices) > 1:
+            raise NotCapturableError(f"tensors are on several devices, {sorted(map(str, devices))}")
+        signature = (
+            tuple(_signature(call, places) for call in calls),
+            tuple((name, slot.index, *_memory(ray.origin[name])) for name, slot in tape.parameters.items()),
+            tuple(map(_layout, tensors)),
+            tuple(sorted(ray.direction)),
+            tuple(root.index for root in tape.roots),
+            (len(ray.step_sizes), tape.anchor, tape.scale is None),
+        )
+        return cls(signature, tensors)
+
+
+class Program:
+    """Captured replays of a tape.
+
+    Args:
+        tape: The tape.
+        ray: The ray; of its step sizes only their number matters.
+        inputs: The inputs of both.
+        capture: Captures what is launched.
+    """
+
+    def __init__(self, tape: Recording, ray: Ray, inputs: Inputs, capture: Capture) -> None:
+        self.signature = inputs.signature
+        self._tensors = [tensor.detach().clone() for tensor in inputs.tensors]
+        device = self._tensors[0].device
+        self._etas = torch.zeros(len(ray.step_sizes), device=device, dtype=torch.float64 if _is_double(ray) else None)
+        # Origins are the parameters themselves, whose memory is part of the signature.
+        places = {_identity(tensor): place for place, tensor in enumerate(inputs.tensors)}
+        calls = [self._frozen(call, places) for call in needed_calls(tape.calls, tape.roots)]
+        count = len(ray.direction) + (tape.scale is not None)
+        moved = dict(zip(sorted(ray.direction), self._tensors[len(self._tensors) - count :], strict=False))
+        scale = None if tape.scale is None else self._tensors[-1]
+        self._tape = replace(tape, calls=calls, scale=scale)
+        self._losses = torch.empty(0)
+
+        def run() -> None:
+            replay = Replay(self._tape, ray.origin, moved)
+            self._losses = torch.stack(replay.losses(self._etas.unbind()))
+
+        self._run = capture(run)
+
+    def losses(self, tensors: Sequence[Tensor], step_sizes: Tensor) -> Tensor:
+        """Return the losses of another tape of the signature.
+
+        Args:
+            tensors: Its inputs.
+            step_sizes: (K,), on the host or the device.
+        """
+        torch._foreach_copy_(self._tensors, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+        self._etas.copy_(step_sizes, non_blocking=True)
+        self._run()
+        return self._losses.clone()
+
+    def _frozen(self, call: Call, places: dict[Hashable, int]) -> Call:
+        """Return a call that reads the copies."""
+
+        def frozen(value: Any) -> Any:
+            if isinstance(value, Constant):
+                copy = Constant(self._tensors[places[_identity(value.tensor)]])
+                copy.version = None
+                return copy
+            if isinstance(value, list):
+                return [frozen(item) for item in value]
+            return value
+
+        kwargs = {name: frozen(value) for name, value in call.kwargs.items()}
+        return replace(
+            call, args=[frozen(value) for value in call.args], kwargs=kwargs, base=frozen(call.base), rows=None
+        )
+
+
+class Graphs:
+    """The latest program of a probe's replays.
+
+    A signature is captured when two updates in a row have it, and kept until two in a row have another one, so that a
+    smaller last batch does not replace it.
+
+    Args:
+        capture: Captures what is launched.
+    """
+
+    def __init__(self, capture: Capture = capture_on_cuda) -> None:
+        self._capture = capture
+        self._program: Program | None = None
+        self._last: Hashable = None
+        self._refused: Hashable = None
+        self._runs = 0
+
+    def losses(self, tape: Recording, ray: Ray) -> tuple[Tensor, Tensor | None] | None:
+        """Return the K losses, or None without a program.
+
+        The second value is the loss at step size 0, by the program, after every `CHECK_EVERY` runs.
+        """
+        try:
+            inputs = Inputs.of(tape, ray)
+        except NotCapturableError:
+            return None
+        is_second, self._last = inputs.signature == self._last, inputs.signature
+        if self._program is None or self._program.signature != inputs.signature:
+            if not is_second or inputs.signature == self._refused:
+                return None
+            try:
+                self._program = Program(tape, ray, inputs, self._capture)
+            except (RuntimeError, NotImplementedError):  # A kernel waits for the host.
+                self._refused, self._program = inputs.signature, None
+                return None
+        etas = torch.tensor(list(ray.step_sizes), dtype=torch.float64)
+        self._runs += 1
+        at_zero = None
+        if self._runs % CHECK_EVERY == 1:
+            at_zero = self._program.losses(inputs.tensors, torch.zeros_like(etas))[0]
+        return self._program.losses(inputs.tensors, etas), at_zero
+
+
+def _constants(calls: Iterable[Call]) -> Iterator[Constant]:
+    for call in calls:
+        yield from call.constants()
+
+
+def _signature(call: Call, places: dict[Hashable, int]) -> Hashable:
+    def of(value: Any) -> Hashable:
+        if isinstance(value, Read):
+            return "slot", value.slot.index
+        if isinstance(value, Constant):
+            return "constant", places[_identity(value.tensor)]
+        if isinstance(value, list | tuple):
+            return tuple(map(of, value))
+        # Numbers of different types may be equal.
+        return type(value), value if isinstance(value, Hashable) else id(value)
+
+    kwargs = tuple((name, of(value)) for name, value in call.kwargs.items())
+    outputs = tuple(None if slot is None else (slot.index, slot.affinity) for slot in call.outputs)
+    return call.func, of(call.args), kwargs, of(call.base), outputs
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), *_layout(tensor)
+
+
+def _layout(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _memory(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.data_ptr(), *_layout(tensor)
+
+
+def _is_double(ray: Ray) -> bool:
+    return any(tensor.dtype is torch.float64 for tensor in ray.origin.values())
