@@ -142,7 +142,7 @@ class LandscapeProbe:
         writes = self._ranks.is_writer or trace is None  # rows in memory are kept by every process
         self.trace = self._ranks.run_on_all(
             lambda: (
-                TraceWriter(trace, metadata, overwrite=overwrite, resume=resume, resolve=to_host)
+                TraceWriter(trace, metadata, overwrite=overwrite, resume=resume, resolve=self._to_host)
                 if writes
                 else NullWriter()
             ),
@@ -271,6 +271,10 @@ class LandscapeProbe:
         data parallelism, only the process that writes it has rows.
         """
         return self.trace.frame()
+
+    def _to_host(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        self._evaluator.check_graphs()
+        return to_host(rows)
 
     def _truncate(self, written: Mapping[str, int]) -> None:
         if not written and (rows := self.trace.written["updates"]):

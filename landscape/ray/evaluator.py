@@ -11,6 +11,7 @@ from torch import Tensor
 from landscape.distributed.parameter_space import Parameters
 from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.ray.engines.calls import NoTapeError
+from landscape.ray.engines.graphs import Graphs
 from landscape.ray.engines.loop import loop
 from landscape.ray.engines.tape import Tape, tape
 from landscape.ray.gradients import RayGradients, gradients_along
@@ -43,6 +44,7 @@ class Evaluator:
         """Updates without a tape since the last one with it."""
         self._write_checks_left = WRITE_CHECKS
         self._facts: dict[str, Any] = {}
+        self._graphs = Graphs()
 
     def losses(self, taped: Ray | NoTapeError, looped: Ray | LandscapeError) -> tuple[Ray, Tensor]:
         """Return the K losses, and the ray that gave them.
@@ -112,11 +114,25 @@ class Evaluator:
         return looped, result
 
     def _by_tape(self, ray: Ray, looped: Ray | LandscapeError) -> Tensor:
-        losses = self._measured("tape", ray, tape)
+        losses = self._measured("tape", ray, self._replayed)
         self._refusals = 0
         if not self._compared and isinstance(looped, Ray) and losses.isfinite().any():
             self._compare(losses, ray, looped)
         return losses
+
+    def _replayed(self, ray: Ray) -> Tensor:
+        """Return the losses by one graph, or call by call."""
+        assert isinstance(ray.objective, Tape)
+        if self._facts.get("engine") == "tape":  # The first ray shows what it takes, and is checked.
+            with ray.objective.rng_restored(), torch.no_grad():
+                losses = self._graphs.losses(ray.objective, ray)
+            if losses is not None:
+                return losses
+        return tape(ray)
+
+    def check_graphs(self) -> None:
+        """Check the graphs of the rows so far, and wait for the device."""
+        self._graphs.check()
 
     def _compare(self, losses: Tensor, taped: Ray, looped: Ray) -> None:
         """Compare the losses with those of the loop.
@@ -126,12 +142,12 @@ class Evaluator:
         Raises:
             NoTapeError: They differ. No more updates are recorded.
         """
+        self._compared = True
         try:
             self._detect_parameter_writes(looped)
             expected = loop(looped)
         except Exception:  # Code of the user's that cannot be called again, which the tape does not need.
             return
-        self._compared = True
         if not _agree(losses - taped.objective.training_loss(), expected - looped.objective.training_loss(), looped):
             self._refusals = PATIENCE
             raise NoTapeError(f"it gives the losses {losses.tolist()}, and the loop {expected.tolist()}")

@@ -1,5 +1,6 @@
 """Replays as one graph of a GPU, which launches all of their kernels at once."""
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from landscape.ray.engines.calls import Call, Constant, Read, Recording, needed_calls
 from landscape.ray.engines.replay import Replay, check_repeatable
+from landscape.ray.engines.tape import Tape
 from landscape.ray.ray import Ray
 
 # A graph repeats kernels with the same addresses. Parameters stay where they are; all else that a replay reads is
@@ -23,8 +25,10 @@ from landscape.ray.ray import Ray
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures the kernels that a function launches, and returns a function that launches them again."""
+DEVICES = {"cuda"}
+"""Types of devices that have graphs."""
 CHECK_EVERY = 100
-"""Runs of a graph after which it runs at step size 0, too."""
+"""Runs of a graph after which it also runs at step size 0."""
 
 
 class NotCapturableError(RuntimeError):
@@ -158,18 +162,20 @@ class Graphs:
         capture: Captures what is launched.
     """
 
-    def __init__(self, capture: Capture = capture_on_cuda) -> None:
-        self._capture = capture
+    def __init__(self, capture: Capture | None = None) -> None:
+        self._capture = capture or capture_on_cuda
         self._program: Program | None = None
         self._last: Hashable = None
         self._refused: Hashable = None
         self._runs = 0
+        self._unchecked: list[Tensor] = []
+        """Losses at step size 0, by the program and in training."""
+        self._is_trusted = True
 
-    def losses(self, tape: Recording, ray: Ray) -> tuple[Tensor, Tensor | None] | None:
-        """Return the K losses, or None without a program.
-
-        The second value is the loss at step size 0, by the program, after every `CHECK_EVERY` runs.
-        """
+    def losses(self, tape: Tape, ray: Ray) -> Tensor | None:
+        """Return the K losses, or None without a program."""
+        if next(iter(ray.origin.values())).device.type not in DEVICES or not self._is_trusted:
+            return None
         try:
             inputs = Inputs.of(tape, ray)
         except NotCapturableError:
@@ -185,10 +191,27 @@ class Graphs:
                 return None
         etas = torch.tensor(list(ray.step_sizes), dtype=torch.float64)
         self._runs += 1
-        at_zero = None
         if self._runs % CHECK_EVERY == 1:
             at_zero = self._program.losses(inputs.tensors, torch.zeros_like(etas))[0]
-        return self._program.losses(inputs.tensors, etas), at_zero
+            self._unchecked.append(torch.stack([at_zero, tape.training_loss().to(at_zero)]))
+        return self._program.losses(inputs.tensors, etas)
+
+    def check(self) -> None:
+        """Compare losses at step size 0 with those of training.
+
+        It waits for the device, and warns if they differ; then no program is run any more.
+        """
+        if not self._unchecked:
+            return
+        found, expected = torch.stack(self._unchecked).double().cpu().unbind(1)
+        self._unchecked = []
+        if not torch.allclose(found, expected, rtol=1e-2, equal_nan=True):
+            self._is_trusted, self._program = False, None
+            warnings.warn(
+                f"The CUDA graph of the replays gave the losses {found.tolist()} at step size 0, where training had "
+                f"{expected.tolist()}: rows since the last check are wrong. From now on there is no graph.",
+                stacklevel=2,
+            )
 
 
 def _constants(calls: Iterable[Call]) -> Iterator[Constant]:

@@ -1,11 +1,14 @@
 """Programs of replays, run again as they are instead of captured: all but the capture."""
 
+from contextlib import nullcontext
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from landscape import make_norm
+from landscape import LandscapeProbe, make_norm
 from landscape.ray.engines import graphs
 from landscape.ray.engines.graphs import Graphs
 from landscape.ray.engines.recorder import Recorder
@@ -49,13 +52,18 @@ def losses(programs, tape, ray):
     """Return the losses by a program, or None, and those of the tape."""
     with tape.rng_restored():
         found = programs.losses(tape, ray)
-    return found and found[0], evaluate(ray)
+    return found, evaluate(ray)
 
 
 def move(model, ray):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.sub_(ray.direction[name], alpha=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch):
+    monkeypatch.setattr(graphs, "DEVICES", {"cpu"})
 
 
 @pytest.fixture
@@ -156,16 +164,26 @@ def test_a_failed_capture_is_not_tried_again():
     assert len(tries) == 1
 
 
-def test_every_nth_run_gives_the_training_loss(monkeypatch):
-    monkeypatch.setattr(graphs, "CHECK_EVERY", 3)
-    programs, model = Graphs(capture=lambda run: run), network()
-    found = []
-    for update in range(8):
-        tape, ray = step(model, seed=update)
-        with torch.no_grad(), tape.rng_restored():
-            result = programs.losses(tape, ray)
-        if result is not None:
-            found.append(result[1] is not None)
-            if result[1] is not None:
-                torch.testing.assert_close(result[1], tape.value, rtol=1e-12, atol=0)
-    assert found == [True, False, False] * 2 + [True]
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_a_probe_with_programs_has_the_rows_of_one_without(is_stale, monkeypatch):
+    """A program that does not get its inputs is noticed when rows are read."""
+    monkeypatch.setattr(graphs, "CHECK_EVERY", 2)
+    monkeypatch.setattr(graphs, "capture_on_cuda", lambda run: run)
+    if is_stale:
+        monkeypatch.setattr(torch, "_foreach_copy_", lambda *_: None)
+    frames = []
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(graphs, "DEVICES", devices)
+        model = network("ghost")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        with LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES) as probe:
+            for seed in range(8):
+                generator = torch.Generator().manual_seed(seed)
+                x = 10 * torch.randn(16, 2, 4, 4, dtype=torch.float64, generator=generator)
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+            with pytest.warns(UserWarning, match="graph") if is_stale and devices else nullcontext():
+                frames.append(probe.frame())
+    values = [np.stack(frame["losses"].tolist()) for frame in frames]
+    assert np.allclose(*values, rtol=1e-9) is not is_stale
