@@ -131,7 +131,7 @@ class Evaluator:
         return tape(ray)
 
     def check_graphs(self) -> None:
-        """Check the graphs of the rows so far, and wait for the device."""
+        """Check the graphs, for which it waits for the device."""
         self._graphs.check()
 
     def _compare(self, losses: Tensor, taped: Ray, looped: Ray) -> None:
@@ -142,12 +142,15 @@ class Evaluator:
         Raises:
             NoTapeError: They differ. No more updates are recorded.
         """
-        self._compared = True
         try:
             self._detect_parameter_writes(looped)
             expected = loop(looped)
-        except Exception:  # Code of the user's that cannot be called again, which the tape does not need.
+        except ProbeDeferred:
             return
+        except Exception:  # Code of the user's that cannot be called again, which the tape does not need.
+            self._compared = True
+            return
+        self._compared = True
         if not _agree(losses - taped.objective.training_loss(), expected - looped.objective.training_loss(), looped):
             self._refusals = PATIENCE
             raise NoTapeError(f"it gives the losses {losses.tolist()}, and the loop {expected.tolist()}")
