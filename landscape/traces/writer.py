@@ -1,5 +1,8 @@
 """Record a run: a row buffer, metadata, and a write queue."""
 
+import atexit
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
@@ -80,6 +83,8 @@ class TraceWriter:
         self._metadata: dict[str, Any] = plain(facts or {}) if location is None else new_metadata(facts or {})
         self._part_rows: dict[str, int] = {}
         """Number of rows of each part of this writer, by name."""
+        self._closes_at_exit = 0
+        """Process that closes it at its end, if nobody else has."""
         try:
             self._store.create()
             self._queue = WriteQueue(self._store)
@@ -131,6 +136,9 @@ class TraceWriter:
         Raises:
             LandscapeError: There is no such table, or it has no such column.
         """
+        if self.location is not None and not self._closes_at_exit:
+            self._closes_at_exit = os.getpid()
+            atexit.register(self._close_at_exit)
         if self._buffer.append(row, table):
             self._encode_pending()
             self._queue.flush(in_back_off=False)
@@ -265,12 +273,25 @@ class TraceWriter:
         Raises:
             LandscapeError: Rows are missing in the folder. Another ``close`` retries those in memory.
         """
+        atexit.unregister(self._close_at_exit)
+        self._closes_at_exit = 0
         self.flush()
         if self.location is not None:
             self.update_metadata(rows=self._buffer.encoded, **({"ended": now()} if ended else {}))
         if missing := self._queue.close():
             reasons = "; ".join(f"{self._amount(names)} {why}" for why, names in missing.items())
             raise LandscapeError(f"{self._store}: is incomplete: {reasons}.")
+
+    def _close_at_exit(self) -> None:
+        """Write the rows of a run that nobody has closed.
+
+        A process that was forked has copies of them, which are not its own.
+        """
+        if self._closes_at_exit == os.getpid():
+            try:
+                self.close(ended=not hasattr(sys, "last_value"))  # which an error that ends the process has set
+            except LandscapeError as missing:
+                warnings.warn(str(missing), stacklevel=2)
 
     def _amount(self, names: Iterable[str]) -> str:
         """Return the number of rows in some files, by table."""

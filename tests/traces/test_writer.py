@@ -14,7 +14,7 @@ from recordings import rows
 
 from landscape.errors import LandscapeError
 from landscape.traces import buffer
-from landscape.traces.reader import read_traces
+from landscape.traces.reader import list_runs, read_traces
 from landscape.traces.schema import EPOCHS, UPDATES, VERSION
 from landscape.traces.writer import TraceWriter
 
@@ -361,3 +361,31 @@ def test_other_files(tmp_path):
         assert files(tmp_path) == [".owner.json", "run.json"]
     with pytest.raises(OSError, match="directory"):
         trace.write_file("no/such/folder", b"")
+
+
+UNCLOSED = """
+import os, sys
+from landscape import TraceWriter
+
+trace = TraceWriter(sys.argv[1])
+for step in range(3):
+    trace.append({"step": step, "losses": [1.0]})
+"""
+ENDS = {"end": "", "sys.exit": "sys.exit(3)", "error": "1 / 0", "fork": "os.fork() and os.wait()"}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_rows_of_an_unclosed_trace_are_written_at_the_end_of_the_process(end, tmp_path):
+    place = str(tmp_path / "run")
+    words = [sys.executable, "-W", "error", "-c", UNCLOSED + ENDS[end], place]
+    process = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert process.returncode == {"sys.exit": 3, "error": 1}.get(end, 0)
+    assert ("Traceback" in process.stderr) == (end == "error")
+    assert list(read_traces(place).step) == [0, 1, 2]
+    assert list_runs(place).ended.isna().tolist() == [end == "error"]
+
+
+def test_a_run_that_was_killed_has_no_end(tmp_path):
+    place = str(tmp_path / "run")
+    subprocess.run([sys.executable, "-c", UNCLOSED + "trace.flush(); os._exit(0)", place], check=True)
+    assert list_runs(place).ended.isna().all()
