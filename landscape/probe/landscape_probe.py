@@ -73,7 +73,8 @@ class LandscapeProbe:
             recorded losses are without its scale.
         step_sizes: The K step sizes eta, or a function of the step that returns them. The default is
             (0.5, 1, 1.5, 2) times the learning rate: from half of the step that plain SGD takes to twice as far.
-        relative: True if step sizes are multiples of the current learning rate.
+        relative: True if step sizes are multiples of the current learning rate; with several parameter groups each
+            parameter moves by its own rate.
         every: Probe every n-th update, the first included.
         direction: ``"gradient"``, the gradient as the optimizer gets it, or ``"update"``, the step that the optimizer
             takes (with momentum, Adam's scaling, ...), divided by the learning rate of the first parameter group, so
@@ -318,7 +319,7 @@ class LandscapeProbe:
             with self._schedule.probing():
                 update = make()
                 if self.options.direction == "gradient":
-                    self._measure(update, update.gradient)
+                    self._measure(update, update.gradient_direction(self.options.relative))
                 else:  # known once the optimizer has made it
                     self._pending = update.snapshot()
 

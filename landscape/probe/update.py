@@ -1,7 +1,7 @@
 """An update that an optimizer makes, and the values of its row."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -32,7 +32,8 @@ class Update:
         origin: The parameters before the step.
         gradient: The gradient that the optimizer gets.
         loss_gradient: The gradient of the loss, if it is known; the optimizer's may have been changed since.
-        lr: Learning rate of the first parameter group.
+        lr: Learning rate of the first parameter group in which it is not 0.
+        rates: The rate of each parameter divided by ``lr``, negative where the optimizer ascends.
         captured: The captured losses.
     """
 
@@ -42,6 +43,7 @@ class Update:
     gradient: Parameters
     loss_gradient: Parameters | None
     lr: float
+    rates: Mapping[str, float]
     captured: CapturedUpdate
 
     @classmethod
@@ -71,7 +73,10 @@ class Update:
         known, own = captured.gradients, None
         if known is not None and all(id(parameters[name]) in known for name in gradient):
             own = {name: dense(known[id(parameters[name])]) for name in gradient}
-        return cls(loss_module, tape, origin, gradient, own, learning_rate_of(optimizer), captured)
+        lr = learning_rate_of(optimizer)
+        by_id = {id(parameter): _rate(group, lr) for group in optimizer.param_groups for parameter in group["params"]}
+        rates = {name: by_id[id(parameters[name])] for name in gradient}
+        return cls(loss_module, tape, origin, gradient, own, lr, rates, captured)
 
     def snapshot(self) -> Self:
         """Return the update with copies of tensors that steps overwrite."""
@@ -81,6 +86,17 @@ class Update:
             own = {name: copies[name] if _same(own[name], self.gradient[name]) else own[name].clone() for name in own}
         origin = {name: tensor.clone() for name, tensor in self.origin.items()}
         return replace(self, origin=origin, gradient=copies, loss_gradient=own)
+
+    def gradient_direction(self, relative: bool) -> Parameters:
+        """Return the gradient, uphill if the optimizer ascends.
+
+        Args:
+            relative: True if step sizes are multiples of ``lr``; each parameter then moves by its own rate.
+        """
+        factors = self.rates if relative else {name: math.copysign(1.0, rate) for name, rate in self.rates.items()}
+        if all(factor == 1.0 for factor in factors.values()):
+            return self.gradient
+        return {name: tensor * factors[name] for name, tensor in self.gradient.items()}
 
     def actual_direction(self) -> Parameters:
         """Return ``(origin - parameters) / lr``, after the step."""
@@ -132,8 +148,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def learning_rate_of(optimizer: torch.optim.Optimizer) -> float:
-    """Return the first parameter group's learning rate, or NaN."""
-    return float(optimizer.param_groups[0].get("lr", math.nan))
+    """Return the first learning rate other than 0."""
+    rates = [float(group.get("lr", math.nan)) for group in optimizer.param_groups]
+    return next((rate for rate in rates if rate), rates[0])
+
+
+def _rate(group: Mapping[str, Any], lr: float) -> float:
+    rate = float(group.get("lr", math.nan))
+    share = rate / lr if lr and math.isfinite(rate) and math.isfinite(lr) else 1.0
+    return -share if group.get("maximize") else share
 
 
 def _unscaled(gradient: Tensor, scale: Tensor | None) -> Tensor:

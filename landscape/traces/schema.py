@@ -28,7 +28,7 @@ class Column:
 UPDATES = (
     Column("step", "int64", "updates", "index of the optimizer step since the probe was attached, from 0"),
     Column("epoch", "float64", "epochs", "passes over the data completed before this step; NaN if unknown"),
-    Column("lr", "float64", "1", "learning rate of the first parameter group at this step"),
+    Column("lr", "float64", "1", "learning rate at this step, of the first parameter group in which it is not 0"),
     Column("loss", "float64", "loss", "training loss at step size 0, the loss that was differentiated"),
     Column("grad_norm", "float64", "loss / parameter", "l2 norm of the gradient that the optimizer receives"),
     Column(
