@@ -1,5 +1,13 @@
 """Make any text safe to print in a terminal, a figure or a file."""
 
+import re
+
+_PASSWORD = re.compile(r"(?<=:/)(/?[^/@?:]*):.*@", re.DOTALL)
+_SECRET = re.compile(
+    r"([?&][^=&]*(?:key|passw|secret|sig|token|credential(?!_kind))[^=&]*=)[^&]*", re.IGNORECASE | re.DOTALL
+)
+"""Value of an option that holds a secret: ``access_key``, ``client_secret``, ``X-Amz-Signature``, ``sig``, ..."""
+
 
 def printable(text: str) -> str:
     r"""Return the text with control characters and lone surrogates escaped.
@@ -19,3 +27,17 @@ def short(text: str, limit: int = 60) -> str:
 def one_line(text: str) -> str:
     """Return the text in one printable line."""
     return printable(" ".join(text.split()))
+
+
+def without_secrets(url: str) -> str:
+    """Return the URL with passwords and secret options replaced.
+
+    A password may hold any character, so everything up to the last ``@`` is replaced.
+
+    Examples:
+        >>> without_secrets("postgresql://me:p@ss/word@host/tuning")
+        'postgresql://me:***@host/tuning'
+        >>> without_secrets("gs://bucket/traces?scheme=https&access_token=ya29")
+        'gs://bucket/traces?scheme=https&access_token=***'
+    """
+    return _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))

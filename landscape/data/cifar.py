@@ -22,6 +22,8 @@ class Cifar:
     """Alternative files with test images, in order of preference; all of them are optional."""
     labels: tuple[int, ...]
     """Number of classes of each label byte; the last is the target (CIFAR-100 has 20 superclasses before it)."""
+    python: tuple[str, ...]
+    """Folder and archive of the Python version, which torchvision downloads and which is not read."""
 
 
 CIFAR10 = Cifar(
@@ -45,6 +47,7 @@ CIFAR10 = Cifar(
     tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
     ("test_batch.bin", "test_batch_first1000.bin"),
     (10,),
+    ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
 )
 CIFAR100 = Cifar(
     Source(
@@ -61,6 +64,7 @@ CIFAR100 = Cifar(
     ("train.bin",),
     ("test.bin",),
     (20, 100),
+    ("cifar-100-python", "cifar-100-python.tar.gz"),
 )
 
 
@@ -74,19 +78,33 @@ def read_cifar(cifar: Cifar, folder: Path) -> tuple[ImagesAndLabels, ImagesAndLa
         Images, uint8 (N, 3, 32, 32), and labels, uint8 (N,), for training, then for the test.
 
     Raises:
-        LandscapeError: A file is damaged, or missing and cannot be downloaded.
+        LandscapeError: A file is damaged, or missing and cannot be downloaded; or the Python version is there instead.
     """
     unpacked = all(find_file(name, folder, cifar.source) for name in cifar.train)
     tests = [name for name in cifar.tests if find_file(name, folder, cifar.source)][:1] if unpacked else cifar.tests[:1]
     if unpacked and not tests and find_file(cifar.source.archive, folder, cifar.source):
         tests = cifar.tests[:1]
     names = [*cifar.train, *tests]
-    parts = [
-        parse_cifar(content, cifar.labels, name)
-        for name, content in zip(names, read_files(names, folder, cifar.source), strict=True)
-    ]
+    try:
+        contents = read_files(names, folder, cifar.source)
+    except LandscapeError as error:
+        if path := _python_version(cifar, folder):
+            raise LandscapeError(
+                f"{path} is the Python version of {cifar.source.name}: pickles, which are not read, since they can run "
+                f"code. Put the binary version into {folder}: {MIRRORS[0]}{cifar.source.archive}."
+            ) from error
+        raise
+    parts = [parse_cifar(content, cifar.labels, name) for name, content in zip(names, contents, strict=True)]
     split = len(cifar.train)
     return _concatenate(parts[:split]), _concatenate(parts[split:])
+
+
+def _python_version(cifar: Cifar, folder: Path) -> Path | None:
+    """Return the folder or archive of the Python version, if there is one."""
+    if any(find_file(name, folder, cifar.source) for name in cifar.source.sha256):
+        return None  # The error is about a file of the binary version.
+    paths = [parent / name for parent in (folder, folder / cifar.source.name) for name in cifar.python]
+    return next((path for path in [*paths, folder] if path.name in cifar.python and path.exists()), None)
 
 
 def _concatenate(parts: list[ImagesAndLabels]) -> ImagesAndLabels:

@@ -18,6 +18,7 @@ from landscape.data.cifar import CIFAR10, CIFAR100, Cifar, read_cifar
 from landscape.data.download import ImagesAndLabels
 from landscape.data.mnist import read_mnist
 from landscape.errors import LandscapeError
+from landscape.files import expand_user, is_url
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,12 +165,34 @@ def load_dataset(name: str, data_dir: str | Path | None = None, device: str | to
         *others, last = LOADERS
         raise LandscapeError(f"name={name!r}: unknown data set. Use {', '.join(others)} or {last}.")
     classes, load = LOADERS[name]
-    folder = Path(pooch.os_cache("landscape") if data_dir is None else data_dir).expanduser()
+    folder = data_dir
     try:
+        folder = _data_folder(name, data_dir)
         train, test = load(folder)
     except OSError as error:
         raise LandscapeError(f"cannot read or download the files of {name!r} in {folder}: {error}.") from error
     return _normalized(name, classes, train, test, device)
+
+
+def _data_folder(name: str, data_dir: str | Path | None) -> Path:
+    """Return the folder of the files of a data set.
+
+    Raises:
+        LandscapeError: It is a URL, or there is no home folder for the cache.
+        FileNotFoundError: There is no home folder for ``~``.
+    """
+    if name == "digits":  # The files are in this package: no folder is needed, such as that of a user without a home.
+        return Path()
+    if data_dir is not None:
+        if is_url(data_dir):  # It is not printed, since it may hold a password.
+            raise LandscapeError("data_dir: must be a folder on this machine, not a URL. Copy the files to a folder.")
+        return expand_user(data_dir)
+    try:
+        return Path(pooch.os_cache("landscape"))
+    except RuntimeError as error:
+        raise LandscapeError(
+            f"data_dir=None: the home folder of this user, for the cache, is not known. Use a folder for {name!r}."
+        ) from error
 
 
 def _normalized(

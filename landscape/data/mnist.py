@@ -1,11 +1,14 @@
 """MNIST by Y. LeCun, C. Cortes and C. J. C. Burges, read from its original idx files."""
 
+import gzip
+import hashlib
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from landscape.data.download import ImagesAndLabels, Source, read_files
+from landscape.data.download import MAX_BYTES, ImagesAndLabels, Source, read_files
 from landscape.errors import LandscapeError
 
 CLASSES = 10
@@ -30,7 +33,8 @@ def read_mnist(part: str, folder: Path, source: Source = MNIST) -> ImagesAndLabe
 
     Args:
         part: ``"train"`` or ``"t10k"``.
-        folder: Folder of the files; missing ones are downloaded into its subfolder ``mnist``.
+        folder: Folder of the files, packed or unpacked, or with the subfolders and names of torchvision or Kaggle;
+            missing files are downloaded into its subfolder ``mnist``.
         source: Names, hashes and mirrors of the files.
 
     Returns:
@@ -40,7 +44,7 @@ def read_mnist(part: str, folder: Path, source: Source = MNIST) -> ImagesAndLabe
         LandscapeError: A file is damaged, or missing and cannot be downloaded, or images and labels differ in number.
     """
     names = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
-    contents = read_files(names, folder, source)
+    contents = [_read(name, folder, source) for name in names]
     images, labels = parse_idx(contents[0], 3, names[0]), parse_idx(contents[1], 1, names[1])
     if len(images) != len(labels):
         raise LandscapeError(
@@ -51,6 +55,38 @@ def read_mnist(part: str, folder: Path, source: Source = MNIST) -> ImagesAndLabe
             f"{names[1]} is damaged: largest label {labels.max()}, expected 0 to {CLASSES - 1}. Replace the file."
         )
     return images[:, None], labels
+
+
+def _read(name: str, folder: Path, source: Source) -> bytes:
+    """Return the content of a file, found or downloaded.
+
+    Its content is verified, not its packing: files that were compressed again have other bytes.
+    """
+    places = "", "mnist", "MNIST/raw", "raw", name  # torchvision's ``root``, ``root/MNIST``; Kaggle's folders
+    names = name, name.replace("-idx", ".idx"), f"{name}.gz", f"{name.replace('-idx', '.idx')}.gz"
+    found = (path for place in places for each in names if (path := folder / place / each).is_file())
+    path = next(found, None) if name in source.sha256 else None
+    if path is None:
+        return read_files([name], folder, source)[0]
+    content, expected = _unpacked(path), source.sha256[name]
+    if (actual := hashlib.sha256(content).hexdigest()) != expected:
+        raise LandscapeError(
+            f"{path} is not {name} of {source.name}: its content has the SHA-256 {actual}, expected {expected}. Replace "
+            "it by the original, or move it away to download that."
+        )
+    return content
+
+
+def _unpacked(path: Path) -> bytes:
+    """Return the content of a file, without gzip."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise LandscapeError(f"{path} is damaged: {error}. Replace it, or move it away to download it.") from error
+    if len(content) > MAX_BYTES:
+        raise LandscapeError(f"{path} is damaged: more than {MAX_BYTES} bytes. Replace the file.")
+    return content
 
 
 def parse_idx(content: bytes, dimensions: int, name: str) -> np.ndarray:

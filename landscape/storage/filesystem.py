@@ -2,23 +2,34 @@
 
 import errno
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from typing import Any, Self, TypeVar
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from landscape.errors import LandscapeError
 from landscape.files import whole_file
+from landscape.storage.address import Location, inside, is_url, normalized
+from landscape.storage.aws import s3_endpoint, s3_region
+from landscape.text import short
 
-Location = str | Path
-"""A path, or a URL such as ``s3://bucket/traces``."""
+__all__ = ["Folder", "Location", "Memory", "ObjectStore", "Store", "inside", "is_url", "reason", "store_at"]
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5, 30
 """Timeouts of an object store in seconds; training is blocked meanwhile."""
+RETRY_SECONDS = 10
+"""Time limit of retries of Google's client, which is 15 minutes by default."""
+SLOWEST_BYTES = 100_000
+"""Bytes per second of the slowest upload that is waited for, where the client has no timeouts."""
+
+_Result = TypeVar("_Result")
 
 
 class Store(ABC):
@@ -146,14 +157,22 @@ class Folder(Store):
 
 
 class ObjectStore(Store):
-    """A prefix on an object store, whose uploads are atomic."""
+    """A prefix on an object store, whose uploads are atomic.
 
-    def __init__(self, url: str, system: fs.FileSystem, path: str) -> None:
-        self._url, self._system, self._path = url.rstrip("/"), system, path.rstrip("/")
+    Args:
+        url: URL of the prefix.
+        system: File system of pyarrow.
+        path: Path of the prefix in it.
+        has_timeouts: True if the file system has timeouts of its own. The clients of Google and Azure have none for a
+            server that accepts connections and is silent.
+    """
+
+    def __init__(self, url: str, system: fs.FileSystem, path: str, has_timeouts: bool = True) -> None:
+        self._url, self._system, self._path, self._has_timeouts = url, system, path.rstrip("/"), has_timeouts
 
     def inside(self, name: str) -> "ObjectStore":
         """Return the longer prefix."""
-        return ObjectStore(f"{self._url}/{name}", self._system, f"{self._path}/{name}")
+        return ObjectStore(str(inside(self._url, name)), self._system, f"{self._path}/{name}", self._has_timeouts)
 
     def create(self) -> None:
         """Do nothing: a prefix exists once an object has it."""
@@ -161,7 +180,7 @@ class ObjectStore(Store):
     def kind(self) -> str | None:
         """Return the kind of the URL."""
         kinds = {fs.FileType.Directory: "folder", fs.FileType.File: "file"}
-        return kinds.get(self._system.get_file_info(self._path).type)
+        return kinds.get(self._request(lambda: self._system.get_file_info(self._path)).type)
 
     def tree(self, on_error: Callable[[OSError], object]) -> dict[str, list[str]]:
         """Return all objects under the prefix, from one listing."""
@@ -173,29 +192,69 @@ class ObjectStore(Store):
 
     def open(self, name: str) -> pa.NativeFile:
         """Open an object; reads download only their range."""
-        return self._system.open_input_file(f"{self._path}/{name}")
+        path = f"{self._path}/{name}"
+
+        def open_file() -> pa.NativeFile:
+            if self._system.type_name == "abfs":
+                self._system.get_file_info(path)  # If a login fails, opening would abort the process, but this raises.
+            return self._system.open_input_file(path)
+
+        return self._request(open_file)
 
     def write(self, name: str, content: bytes) -> None:
         """Upload an object, which appears when the upload is complete."""
-        with self._system.open_output_stream(f"{self._path}/{name}") as file:
-            file.write(content)
+
+        def upload() -> None:
+            with self._system.open_output_stream(f"{self._path}/{name}") as file:
+                file.write(content)
+
+        self._request(upload, len(content))
 
     def remove(self, name: str) -> None:
         """Remove an object if it exists."""
         if name in self.names():
-            self._system.delete_file(f"{self._path}/{name}")
+            self._request(lambda: self._system.delete_file(f"{self._path}/{name}"))
 
     def names(self) -> list[str]:
         """Return the sorted names of objects directly under the prefix."""
         return sorted(info.base_name for info in self._infos(recursive=False))
 
     def _infos(self, recursive: bool) -> list[fs.FileInfo]:
-        found = self._system.get_file_info(fs.FileSelector(self._path, recursive=recursive, allow_not_found=True))
+        selector = fs.FileSelector(self._path, recursive=recursive, allow_not_found=True)
+        found = self._request(lambda: self._system.get_file_info(selector))
         return [info for info in found if info.type == fs.FileType.File]
+
+    def _request(self, call: Callable[[], _Result], size: int = 0) -> _Result:
+        """Return the result of a request that sends ``size`` bytes.
+
+        Raises:
+            OSError: The request failed, or took too long.
+        """
+        try:
+            return call() if self._has_timeouts else _within(REQUEST_SECONDS + size / SLOWEST_BYTES, call)
+        except pa.ArrowException as error:  # Azure's client raises it for a missing login.
+            raise OSError(errno.EIO, reason(error)) from error
 
     def __str__(self) -> str:
         """Return the URL."""
         return self._url
+
+
+def _within(seconds: float, call: Callable[[], _Result]) -> _Result:
+    """Return the result of a call, or raise a TimeoutError."""
+    result: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    # The process can end while the thread is stuck: it is a daemon, which the threads of an executor are not.
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([result], seconds).done:
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer in {seconds:.0f} s")
+    return result.result()
 
 
 class Memory(Store):
@@ -245,14 +304,15 @@ class Memory(Store):
 def store_at(location: Location) -> Store:
     """Return the store of a path or URL.
 
-    No file is accessed yet. URLs with ``s3://`` use the credentials, region and endpoint of the AWS tools
-    (``AWS_ENDPOINT_URL``, ``AWS_DEFAULT_REGION``, ``~/.aws/credentials``, ...). Other URLs are those of ``pyarrow.fs``.
+    No file is accessed yet. ``~`` is the home folder. URLs with ``s3://`` use the credentials, region and endpoint of
+    the AWS tools (``AWS_ENDPOINT_URL``, ``AWS_PROFILE``, ``~/.aws/config``, ...). Other URLs are those of
+    ``pyarrow.fs``.
 
     Args:
         location: Path, or URL such as ``s3://bucket/traces``.
 
     Raises:
-        LandscapeError: The URL has no bucket, or this pyarrow does not support it.
+        LandscapeError: The URL has credentials or no bucket, or this pyarrow does not support it.
 
     Examples:
         >>> store = store_at("traces")
@@ -261,64 +321,48 @@ def store_at(location: Location) -> Store:
         >>> store.names(), store.kind()
         (['run.json'], 'folder')
     """
-    if not is_url(location):
-        return Folder(location)
-    url = str(location)
-    if url.startswith("file://"):
-        return Folder(unquote(urlsplit(url).path))
+    place = normalized(location)
+    if isinstance(place, Path):
+        return Folder(place)
+    scheme, _, rest = place.partition("://")
+    if scheme == "file":
+        return Folder(unquote(urlsplit(place).path))
     try:
-        system, path = _s3(url) if url.startswith("s3://") else fs.FileSystem.from_uri(url)
-    except (ImportError, ValueError, OSError, NotImplementedError) as error:
+        system, path = _s3(rest) if scheme == "s3" else _other_system(scheme, rest)
+    except (ImportError, TypeError, ValueError, OSError, NotImplementedError, pa.ArrowException) as error:
         raise LandscapeError(
-            f"{url}: cannot be used ({reason(error)}). Use a folder or a URL of pyarrow.fs such as s3://bucket/traces, "
-            "and a pyarrow built with support for it, such as those on PyPI."
+            f"{place}: cannot be used ({reason(error)}). Use a folder or a URL of pyarrow.fs such as "
+            "s3://bucket/traces, and a pyarrow built with support for it, such as those on PyPI."
         ) from error
     if not path.strip("/"):
-        raise _no_bucket(url)
-    return ObjectStore(url, system, path)
+        raise LandscapeError(
+            f"{place}: names no bucket. Use a URL with a bucket and a folder, such as s3://bucket/traces."
+        )
+    return ObjectStore(place, system, path, has_timeouts=scheme == "s3")
 
 
-def _s3(url: str) -> tuple[fs.FileSystem, str]:
-    path = url.removeprefix("s3://")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region is None and endpoint is None and path.strip("/"):
-        region = fs.resolve_s3_region(path.split("/")[0])
+def _s3(rest: str) -> tuple[fs.FileSystem, str]:
+    path, _, query = rest.partition("?")
+    options: dict[str, Any] = {"endpoint_override": s3_endpoint()} | dict(parse_qsl(query))
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or options.get("region")
+    if region is None and options["endpoint_override"] is None:
+        with suppress(OSError):  # AWS knows the region of each bucket, which may not be that of the profile.
+            region = fs.resolve_s3_region(path.split("/")[0])
+    options["region"] = region or s3_region()
     # Two attempts are enough, because the write queue retries with every flush.
-    options: dict[str, Any] = {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=2)}
-    options |= {"connect_timeout": CONNECT_SECONDS, "request_timeout": REQUEST_SECONDS}
-    return fs.S3FileSystem(endpoint_override=endpoint, region=region, **options), path
+    options["retry_strategy"] = fs.AwsStandardS3RetryStrategy(max_attempts=2)
+    return fs.S3FileSystem(connect_timeout=CONNECT_SECONDS, request_timeout=REQUEST_SECONDS, **options), path
 
 
-def _no_bucket(url: str) -> LandscapeError:
-    return LandscapeError(f"{url}: names no bucket. Use a URL with a bucket and a folder, such as s3://bucket/traces.")
-
-
-def is_url(location: Location) -> bool:
-    """Return True for a URL, False for a path.
-
-    Examples:
-        >>> is_url("s3://bucket/traces"), is_url("traces")
-        (True, False)
-    """
-    return isinstance(location, str) and "://" in location
-
-
-def inside(location: Location, name: str) -> Location:
-    """Return the path or URL of ``name`` inside a location.
-
-    Raises:
-        LandscapeError: The URL has no bucket.
-
-    Examples:
-        >>> inside("s3://bucket/traces/", "run")
-        's3://bucket/traces/run'
-    """
-    if not is_url(location):
-        return Path(location) / name
-    if not str(location).partition("://")[2].strip("/"):
-        raise _no_bucket(str(location))
-    return f"{str(location).rstrip('/')}/{name}"
+def _other_system(scheme: str, rest: str) -> tuple[fs.FileSystem, str]:
+    """Return the file system of another URL."""
+    path, _, query = rest.partition("?")
+    host, _, path = path.partition("/")
+    options = dict(parse_qsl(query))
+    if scheme in ("gs", "gcs"):
+        options = {"retry_limit_seconds": str(RETRY_SECONDS)} | options
+    # A path is taken literally, as by the tools of the stores, but pyarrow decodes it.
+    return fs.FileSystem.from_uri(f"{scheme}://{host}/{quote(path)}?{urlencode(options)}".rstrip("?"))
 
 
 def reason(error: BaseException) -> str:
@@ -328,4 +372,5 @@ def reason(error: BaseException) -> str:
         >>> reason(FileNotFoundError(2, "No such file or directory", "run.json"))
         'No such file or directory'
     """
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    # The clients of object stores append their internals, after the cause.
+    return getattr(error, "strerror", None) or short(" ".join(str(error).split()), 400) or type(error).__name__

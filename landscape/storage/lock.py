@@ -7,6 +7,8 @@ import os
 import platform
 import time
 import uuid
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -18,7 +20,8 @@ LEASE_SECONDS = 600
 """Age in seconds at which the owner file of a store without locks is stale."""
 
 _LOCK, _OWNER = ".lock", ".owner.json"
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+_held_tokens: set[str] = set()
+"""Tokens of the locks that this process holds."""
 
 
 class Lock:
@@ -26,8 +29,9 @@ class Lock:
 
     It is held until `release` or until the process exits. In a folder it is a lock of the operating system, which a
     dead process does not hold. Object stores, and file systems without locks, use an owner file with a lease instead:
-    it names the owner, is rewritten with every write, and is stale after ``LEASE_SECONDS``. Example of two processes A
-    and B that start at the same moment::
+    it names the owner, is rewritten with every write, and is stale after ``LEASE_SECONDS``, or if the owner is dead
+    according to this host. A process id alone does not tell that: a restarted container has the ids of its former life.
+    Example of two processes A and B that start at the same moment::
 
         A: no owner file, so A writes it          B: no owner file, so B writes it over that of A
         A: reads it back: owner B, so A raises    B: reads it back: owner B, so B holds the lock
@@ -44,13 +48,19 @@ class Lock:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._me = {"host": platform.node(), "process": os.getpid(), "token": uuid.uuid4().hex}
+        process = os.getpid()
+        self._me = {"host": platform.node(), "process": process, "token": uuid.uuid4().hex, "began": _began(process)}
         self._file = _file_lock(store)
-        if self._file is None:
-            self._raise_if_held()
-        self._write_owner()
-        if self._file is None:
-            self._raise_if_held()
+        _held_tokens.add(self._me["token"])  # Before others can read it.
+        try:
+            if self._file is None:
+                self._raise_if_held()
+            self._write_owner()
+            if self._file is None:
+                self._raise_if_held()
+        except BaseException:
+            _held_tokens.discard(self._me["token"])
+            raise
 
     def refresh(self) -> None:
         """Check that the lock is held; renew its lease.
@@ -79,13 +89,15 @@ class Lock:
 
     def release(self) -> None:
         """Release the lock, even if the store is unreachable."""
+        _held_tokens.discard(self._me["token"])
         try:
             if _owner(self._store).get("token") == self._me["token"]:
                 self._store.remove(_OWNER)
         except OSError:
             pass  # The owner file stays, and is stale at the end of its lease.
         if self._file is not None:
-            self._file.release()
+            with suppress(OSError):  # A file system that lost its locks.
+                self._file.release()
 
     def _write_owner(self) -> None:
         self._store.write(_OWNER, json.dumps({**self._me, "time": time.time()}).encode())
@@ -95,7 +107,7 @@ class Lock:
         if not owner or owner.get("token") == self._me["token"]:
             return
         if _age(owner) < LEASE_SECONDS and not _is_dead(owner):
-            raise _held(self._store, owner)
+            raise _held(self._store, owner, leased=True)
 
 
 def writer_of(store: Store) -> str | None:
@@ -117,17 +129,19 @@ def _file_lock(store: Store) -> FileLock | None:
     """Acquire the folder's lock; return None without support."""
     if not isinstance(store, Folder):
         return None
-    lock = FileLock(store.path / _LOCK, timeout=0, thread_local=False)
+    path = store.path / _LOCK
+    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:
         raise _held(store, _owner(store)) from error
     except NotImplementedError:
         return None
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return None
-        raise
+    except OSError:
+        # File systems without locks, such as some NFS, have many error codes; but they can write the file.
+        if not os.access(path, os.W_OK):
+            raise
+        return None
     return lock
 
 
@@ -139,9 +153,10 @@ def _owner(store: Store) -> dict[str, Any]:
         return {}
 
 
-def _held(store: Store, owner: dict[str, Any]) -> LandscapeError:
-    is_this_process = owner.get("host") == platform.node() and owner.get("process") == os.getpid()
-    remedy = "Close its writer (probe.detach())" if is_this_process else "Stop it or let it end"
+def _held(store: Store, owner: dict[str, Any], leased: bool = False) -> LandscapeError:
+    remedy = "Close its writer (probe.detach())" if owner.get("token") in _held_tokens else "Stop it or let it end"
+    if leased:
+        remedy += f", or try again in {math.ceil(LEASE_SECONDS - _age(owner))} s if it was killed"
     return LandscapeError(f"{store}: is being written by {_description(owner)}. {remedy}, or use another folder.")
 
 
@@ -163,12 +178,28 @@ def _age(owner: dict[str, Any]) -> float:
 
 def _is_dead(owner: dict[str, Any]) -> bool:
     """Return True if the owner exited on this host."""
-    if owner.get("host") != platform.node() or os.name != "posix":
+    if owner.get("host") != platform.node() or os.name != "posix" or owner.get("token") in _held_tokens:
         return False
     try:
-        os.kill(int(owner["process"]), 0)
-    except (ProcessLookupError, KeyError, TypeError, ValueError, OverflowError):
+        process = int(owner["process"])
+    except (KeyError, TypeError, ValueError):
+        return True
+    if process == os.getpid():
+        return True  # This process does not hold the lock, so the owner was an earlier one with the same id.
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
         pass  # The process is alive and has another user.
-    return False
+    began = _began(process)
+    return began is not None and owner.get("began", began) not in (began, None)
+
+
+def _began(process: int) -> str | None:
+    """Return the boot and tick when a process began."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{stat.rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return None

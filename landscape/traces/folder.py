@@ -7,6 +7,7 @@ from typing import Any
 
 from landscape.errors import LandscapeError
 from landscape.files import finished_name
+from landscape.storage.address import outer_and_name
 from landscape.storage.filesystem import Location, Store, reason, store_at
 from landscape.traces.parquet import check_version, rows_in
 from landscape.traces.schema import TABLES, VERSION
@@ -46,7 +47,7 @@ class TraceFolder:
 
     def __init__(self, location: Location | Store, names: Iterable[str] | None = None) -> None:
         self.store = location if isinstance(location, Store) else store_at(location)
-        self.name = str(self.store).rpartition("/")[2] or str(self.store)
+        self.name = outer_and_name(str(self.store))[1] or str(self.store)
         self._names = None if names is None else list(names)
 
     def names(self) -> list[str]:

@@ -13,7 +13,8 @@ import pandas as pd
 import pyarrow as pa
 
 from landscape.errors import LandscapeError
-from landscape.storage.filesystem import Location, is_url, reason, store_at
+from landscape.storage.address import normalized, outer_and_name
+from landscape.storage.filesystem import Location, reason, store_at
 from landscape.storage.lock import writer_of
 from landscape.text import printable
 from landscape.traces.folder import TraceFolder
@@ -141,7 +142,8 @@ def _find_runs(paths: Location | Iterable[Location], table: str, left_out: list[
 
 def _locate(path: Location, table: str, left_out: list[str]) -> Iterator[Run]:
     """Yield the runs at or under one path."""
-    location = str(path) if is_url(path) else Path(os.path.realpath(path))  # realpath accepts links that form a cycle.
+    place = normalized(path)
+    location = place if isinstance(place, str) else Path(os.path.realpath(place))  # which accepts cycles of links
     store = store_at(location)
     try:
         kind = store.kind()
@@ -152,8 +154,8 @@ def _locate(path: Location, table: str, left_out: list[str]) -> Iterator[Run]:
                 if parts := folder.parts(table):
                     yield Run(inner or folder.name, folder, tuple(parts), is_whole=True)
         elif kind == "file":
-            outer, _, name = str(location).rpartition("/" if is_url(location) else os.sep)
-            folder = TraceFolder(outer if is_url(location) else Path(location).parent)
+            outer, name = outer_and_name(location)
+            folder = TraceFolder(outer)
             yield Run(folder.name, folder, (name,), is_whole=False)
     except OSError as error:
         raise LandscapeError(

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from landscape.errors import LandscapeError, MissingExtraError
+from landscape.storage.address import local_path
+from landscape.text import without_secrets
 
 if TYPE_CHECKING:  # Optuna is an optional dependency.
     from optuna.storages import RDBStorage
@@ -36,31 +38,50 @@ def open_storage(url: str, *, heartbeat: int = 20, grace: int = 60) -> "RDBStora
     except ImportError as error:
         raise MissingExtraError("Tuning (Optuna)", "tune") from error
     if not url.startswith("sqlite") and url.count("@") > 1:  # A driver would print what follows the first one.
-        raise LandscapeError(f"storage={_without_password(url)!r}: @ in a password must be written as %40.")
-    address = re.sub("^postgres(ql)?://", "postgresql+psycopg://", url)
+        raise LandscapeError(f"storage={without_secrets(url)!r}: @ in a password must be written as %40.")
     for attempt in (1, 2, 3):
         try:
             with quiet():
                 storage = optuna.storages.RDBStorage(
-                    address, {"pool_pre_ping": True}, heartbeat_interval=heartbeat, grace_period=grace
+                    _address(url), {"pool_pre_ping": True}, heartbeat_interval=heartbeat, grace_period=grace
                 )
             return _serialize_transactions(storage)
         except ArgumentError as error:
             raise LandscapeError(
-                f"storage={_without_password(url)!r}: must be the URL of a database. Use sqlite:///tuning.sqlite3 or "
+                f"storage={without_secrets(url)!r}: must be the URL of a database. Use sqlite:///tuning.sqlite3 or "
                 "postgresql://user@host/database."
             ) from error
         except ImportError as error:
-            raise MissingExtraError(f"storage={_without_password(url)!r}", "tune") from error
+            raise MissingExtraError(f"storage={without_secrets(url)!r}", "tune") from error
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             if attempt == 3:
-                raise LandscapeError(f"The database cannot be used: {str(error).splitlines()[0]}") from error
+                raise LandscapeError(
+                    f"storage={without_secrets(url)!r}: cannot be used: {without_secrets(str(error).splitlines()[0])}. "
+                    "Use a file on a local disk, since network disks may lack locks, or PostgreSQL."
+                ) from error
             time.sleep(0.5)  # Creating the tables fails if another worker creates them at the same time.
     raise AssertionError
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"(//[^:/@]*):.*@", r"\1:***@", url)
+def _address(url: str) -> str:
+    """Return the URL with its driver, and without ``~``.
+
+    Raises:
+        LandscapeError: The database is in memory.
+    """
+    from sqlalchemy import make_url
+
+    address = make_url(re.sub("^postgres(ql)?://", "postgresql+psycopg://", url))
+    if address.get_backend_name() == "sqlite":
+        path = address.database or ":memory:"
+        if ":memory:" in path or "mode=memory" in url:
+            raise LandscapeError(
+                f"storage={url!r}: is in memory, where other workers cannot share it. Use a file, such as "
+                "sqlite:///tuning.sqlite3."
+            )
+        if path.startswith("~"):
+            address = address.set(database=str(local_path(path, "storage")))
+    return address.render_as_string(hide_password=False)
 
 
 def _serialize_transactions(storage: "RDBStorage") -> "RDBStorage":

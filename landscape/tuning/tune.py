@@ -5,7 +5,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class TuningBackend:
         60
     """
 
-    storage: str
+    storage: str = field(repr=False)  # It may have a password.
     data_dir: Path | None = None
     device: str | None = None
     heartbeat: int = 20

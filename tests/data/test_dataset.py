@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import http.server
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +235,31 @@ def test_load_dataset_mnist_from_mirror(tmp_path, mirror, monkeypatch):
     expected = (IMAGES[:, None] - IMAGES.mean()) / IMAGES.std()
     torch.testing.assert_close(dataset.test.inputs.double(), torch.from_numpy(expected), rtol=0, atol=1e-6)
     assert dataset.train.targets.tolist() == LABELS.tolist()
+
+
+@pytest.fixture
+def without_home(monkeypatch):
+    """A user id without a name, an environment without HOME."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+
+
+def test_digits_need_no_home(without_home):
+    assert len(load_dataset("digits").train) == 1500
+    assert len(load_dataset("digits", "~/data").train) == 1500
+
+
+@pytest.mark.parametrize("data_dir", [None, "~/data"])
+def test_cache_without_home(without_home, data_dir):
+    with pytest.raises(LandscapeError, match="home folder"):
+        load_dataset("mnist", data_dir)
+
+
+@pytest.mark.parametrize("data_dir", ["s3://me:hidden@bucket/data", Path("gs://bucket/data")])
+def test_data_dir_is_no_url(data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LandscapeError, match="data_dir: must be a folder") as caught:
+        load_dataset("mnist", data_dir)
+    assert "hidden" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import platform
@@ -10,8 +11,9 @@ import pytest
 from recordings import rows
 
 from landscape.errors import LandscapeError
+from landscape.storage import lock as lock_module
 from landscape.storage.filesystem import Folder, Memory
-from landscape.storage.lock import LEASE_SECONDS, Lock
+from landscape.storage.lock import LEASE_SECONDS, Lock, writer_of
 from landscape.traces.reader import read_traces
 from landscape.traces.writer import TraceWriter
 
@@ -89,10 +91,82 @@ def test_lease_of_dead_process():
         process.wait()
     store = Lockless()
     store.write_owner(host=platform.node(), process=process.pid, token="theirs", time=time.time())
+    assert writer_of(store) is None
     Lock(store).release()
-    store.write_owner(host=platform.node(), process=os.getpid(), token="theirs", time=time.time())
-    with pytest.raises(LandscapeError, match="Close its writer"):
+    assert store.names() == []
+
+
+def test_lease_of_this_process():
+    store = Lockless()
+    lock = Lock(store)
+    assert writer_of(store) == f"process {os.getpid()} on host {platform.node()}"
+    with pytest.raises(LandscapeError, match=rf"process {os.getpid()} on host .*Close its writer"):
         Lock(store)
+    lock.refresh()
+    lock.release()
+    Lock(store).release()
+
+
+def test_lease_of_earlier_process_with_the_same_id():
+    """A restarted container has the host name and the process ids of its former life."""
+    store = Lockless()
+    store.write_owner(host=platform.node(), process=os.getpid(), token="former", time=time.time())
+    assert writer_of(store) is None
+    Lock(store).release()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        owner = {"host": platform.node(), "process": other.pid, "token": "former", "time": time.time()}
+        store.write_owner(**owner)  # as written by earlier versions
+        with pytest.raises(LandscapeError, match=f"process {other.pid} "):
+            Lock(store)
+        store.write_owner(**owner, began=lock_module._began(other.pid))
+        with pytest.raises(LandscapeError, match=f"process {other.pid} "):
+            Lock(store)
+        store.write_owner(**owner, began="former-boot:4711")
+        if lock_module._began(other.pid) is not None:
+            assert writer_of(store) is None
+            Lock(store).release()
+        other.communicate(b"\n")
+
+
+def test_lease_of_killed_process_says_when_it_ends():
+    store = Lockless()
+    store.write_owner(**ELSEWHERE, time=time.time() - LEASE_SECONDS + 100)
+    with pytest.raises(LandscapeError, match=r"again in (9\d|100) s"):
+        Lock(store)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO, errno.EOPNOTSUPP, errno.EINVAL, errno.ESTALE])
+def test_file_system_without_locks(tmp_path, monkeypatch, code):
+    """As NFS without its lock service, Lustre without -o flock, and FUSE file systems."""
+
+    def flock(_file, _operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with TraceWriter(tmp_path / "run", flush_rows=1) as trace:
+        trace.append(rows()[0])
+        with pytest.raises(LandscapeError, match="Close its writer"):
+            TraceWriter(tmp_path / "run", resume=True)
+    with TraceWriter(tmp_path / "run", resume=True) as trace:
+        trace.append(rows()[1])
+    assert list(read_traces(tmp_path).step) == [0, 1]
+    Folder(tmp_path / "run").write(".owner.json", json.dumps({**ELSEWHERE, "time": time.time()}).encode())
+    with pytest.raises(LandscapeError, match="process 4711 on host node17"):
+        TraceWriter(tmp_path / "run", resume=True)
+
+
+def test_locks_that_are_lost(tmp_path, monkeypatch):
+    """Closing does not fail if the file system cannot unlock."""
+    trace = TraceWriter(tmp_path / "run")
+    trace.append(rows()[0])
+
+    def flock(_file, _operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", flock)
+        trace.close()
+    assert len(read_traces(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"process": "x"}', b'{"time": "soon"}', b"[" * 100_000])

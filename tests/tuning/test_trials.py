@@ -187,3 +187,40 @@ def test_open_storage_hides_passwords(start):
         open_storage(f"{start}host/name")
     assert "hid" not in str(caught.value)
     assert "den@" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite+pysqlite:///:memory:",
+        "sqlite:///file::memory:?cache=shared&uri=true",
+        "sqlite:///file:tuning?mode=memory&cache=shared&uri=true",
+    ],
+)
+def test_open_storage_in_memory(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LandscapeError, match=r"storage=.sqlite.*in memory.*sqlite:///tuning.sqlite3"):
+        open_storage(url)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["tuning.sqlite3", "试验 memory.sqlite3"])
+def test_open_storage_in_the_home_folder(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_storage(f"sqlite:///~/{name}").engine.dispose()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_open_storage_hides_passwords_of_options():
+    with pytest.raises(LandscapeError, match="cannot be used") as caught:
+        open_storage("postgresql://127.0.0.1:1/nothing?user=me&password=hidden")
+    assert "hidden" not in str(caught.value)
+
+
+def test_open_storage_that_is_no_database(tmp_path):
+    (tmp_path / "tuning.sqlite3").write_bytes(b"no database" * 100)
+    with pytest.raises(LandscapeError, match=r"storage='sqlite:.*tuning.sqlite3': cannot be used: .*PostgreSQL"):
+        open_storage(f"sqlite:///{tmp_path}/tuning.sqlite3")
