@@ -6,8 +6,10 @@ values is normalized by its own mean and biased variance.
 
 import functools
 import warnings
+from math import prod
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +20,11 @@ from landscape.norms.slices import at_least_float32, slices_of, split_uneven_gro
 Layout = Literal["contiguous", "interleaved"]
 NormOutput = tuple[Tensor, Tensor, Tensor]
 """Output, means and unbiased variances of the slices."""
+
+_REMEDY = (
+    "Use fewer groups or a larger batch. If it is a smaller last batch, use group_size instead of groups in the layer, "
+    "or drop_last=True in the DataLoader."
+)
 
 
 def ghost_norm(
@@ -54,8 +61,8 @@ def ghost_norm(
         Shape and dtype of ``x``.
 
     Raises:
-        LandscapeError: ``groups`` is not in 1, ..., M, or a group has a single value per channel; or the dtype or shape
-            of ``x`` or the layout is not one of the above.
+        LandscapeError: ``groups`` is not in 1, ..., M, or a group has a single value per channel; or a dtype, a shape
+            or the layout is not one of the above. An empty batch is returned, as by batch normalization.
 
     Examples:
         >>> import torch
@@ -137,7 +144,8 @@ def group_norm(
         tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
     check_channel_groups(x.shape[1], channel_groups)
-    if x.shape[1:].numel() == channel_groups:
+    # In this order, so that torch.export may leave the number of positions open.
+    if x.shape[1] == channel_groups and prod(x.shape[2:]) == 1:
         raise LandscapeError(
             f"channel_groups={channel_groups} on an input of shape {tuple(x.shape)}: the variance of a single value is "
             "undefined (as of instance norm on a fully-connected layer). Use fewer channel groups or another norm."
@@ -186,6 +194,7 @@ def ghost_mean_norm(
         (tensor([-0.0872,  0.0872, -0.8720,  0.8720]), tensor([[11.]]), tensor([[175.3333]]))
     """
     _smallest_slice(x, groups, layout)
+    _check_parameters(x, weight, bias)
     y, mean, var = ghost_norm_with_statistics(at_least_float32(x), 1, None, None, "contiguous", eps)
     # The means of groups may be subtracted last, because the mean of the batch, subtracted first, cancels.
     (y,) = split_uneven_groups(_center, [y], groups, layout == "interleaved")
@@ -237,6 +246,7 @@ def batch_group_norm(
                 [20., 20., 20.]]))
     """
     check_channel_groups(x.shape[1], channel_groups)
+    _check_parameters(x, weight, bias)
     parts = at_least_float32(x).unflatten(1, (channel_groups, -1))
     y, *statistics = ghost_norm_with_statistics(parts, groups, None, None, layout, eps)
     mean, var = (statistic.repeat_interleave(parts.shape[2], 1) for statistic in statistics)
@@ -256,34 +266,49 @@ def check_channel_groups(channels: int, channel_groups: int | None) -> int:
 def ghost_norm_with_statistics(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, layout: Layout, eps: float
 ) -> NormOutput:
-    """Return `ghost_norm`, and means and unbiased variances, each (G, C)."""
-    if _smallest_slice(x, groups, layout) == 2:
-        _warn_of_signs(len(x), groups)
+    """Return `ghost_norm`, and means and unbiased variances, each (G, C).
 
+    An empty batch has no groups: they are (0, C).
+    """
+    smallest = _smallest_slice(x, groups, layout)
+    _check_parameters(x, weight, bias)
+    if smallest == 0:
+        nothing = at_least_float32(x).new_empty(0, x.shape[1])
+        return _scale_channels(x, weight, bias).to(x.dtype), nothing, nothing
+    if smallest == 2 and not torch.compiler.is_compiling():  # It cannot warn.
+        _warn_of_signs(x.shape[0], groups)
     return standardize(x, weight, bias, groups, layout == "interleaved", eps)
 
 
 def _smallest_slice(x: Tensor, groups: int, layout: str) -> int:
-    """Return the smallest size of a slice, at least 2."""
+    """Return the smallest size of a slice; 0 if empty."""
     if x.dim() < 2 or not x.is_floating_point():
         raise LandscapeError(
             f"x of dtype {x.dtype} and shape {tuple(x.shape)}: must be floating-point, (M, C) or (M, C, ...)."
         )
     if layout not in get_args(Layout):
         raise LandscapeError(f"layout={layout!r}: must be one of {', '.join(get_args(Layout))}.")
-    samples, positions = len(x), x.shape[2:].numel()
+    samples, positions = x.shape[0], prod(x.shape[2:])  # len() and numel() would fix them in torch.export.
+    if not samples * positions:
+        return 0
     if not 1 <= groups <= samples:
-        raise LandscapeError(
-            f"groups={groups} on a batch of {samples} samples: must be 1 to {samples}. "
-            "Use fewer groups or a larger batch."
-        )
+        raise LandscapeError(f"groups={groups} on a batch of {samples} samples: must be 1 to {samples}. {_REMEDY}")
     values = samples // groups * positions
     if values < 2:
         raise LandscapeError(
             f"groups={groups} on a batch of {samples} samples: a group has a single value per channel, whose variance "
-            "is undefined. Use fewer groups or a larger batch, so that each group has at least 2 samples."
+            f"is undefined: it needs at least 2. {_REMEDY}"
         )
     return values
+
+
+def _check_parameters(x: Tensor, *parameters: Tensor | None) -> None:
+    for one in parameters:
+        if one is not None and (one.shape != x.shape[1:2] or one.device != x.device):
+            raise LandscapeError(
+                f"weight or bias of shape {tuple(one.shape)} on {one.device}: must be ({x.shape[1]},) on {x.device}. "
+                "Create it for the channels of x, and move both to one device."
+            )
 
 
 @functools.cache

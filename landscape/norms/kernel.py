@@ -54,18 +54,34 @@ def takes(x: Tensor, *parameters: Tensor | None) -> bool:
 
     Its channels must be innermost in memory: (M, C), or channels_last.
     """
-    if x.device.type != "cpu" or x.dtype not in _NAMES or library() is None or not x.numel():
+    if not x.is_cpu or x.dtype not in _NAMES or library() is None or not x.numel():
         return False
-    if not x.movedim(1, -1).is_contiguous():
-        return False
-    return all(one is None or (one.dtype is x.dtype and one.is_contiguous()) for one in parameters)
+    return x.movedim(1, -1).is_contiguous() and all(
+        one is None or _is_plain(one, x.dtype, x.shape[1:2]) for one in parameters
+    )
 
 
-def takes_statistics(*statistics: Tensor) -> bool:
+def takes_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv_std: Tensor, groups: int) -> bool:
+    """Return True if the kernel can compute a backward pass."""
+    # Saved tensors may come back in another form, from the hooks of torch.autograd.graph.
+    statistics = torch.Size((groups, x.shape[1]))
+    is_plain = all(_is_plain(one, x.dtype, statistics) for one in (mean, inv_std))
+    return is_plain and takes(x, weight) and dy.is_cpu and dy.dtype is x.dtype and dy.shape == x.shape
+
+
+def takes_statistics(running: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor]) -> bool:
     """Return True if the kernel can update running statistics."""
-    kinds = {(one.dtype, one.device.type) for one in statistics}
-    is_plain = len(kinds) == 1 and all(one.is_contiguous() for one in statistics)
-    return is_plain and statistics[0].is_cpu and statistics[0].dtype in _NAMES and library() is not None
+    (first, _), shape = running, batch[0].shape
+    if first.dtype not in _NAMES or library() is None:
+        return False
+    return all(
+        _is_plain(one, first.dtype, size) for pair, size in ((running, shape[1:]), (batch, shape)) for one in pair
+    )
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> bool:
+    # The kernel gets addresses, so that anything else would be read beyond its end.
+    return tensor.dtype is dtype and tensor.is_cpu and tensor.shape == shape and tensor.is_contiguous()
 
 
 def forward(

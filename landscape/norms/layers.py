@@ -1,10 +1,15 @@
 """Normalization layers; those that normalize over samples share BatchNorm's parameters and buffers."""
 
-from typing import Any
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from numbers import Integral
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from landscape.errors import LandscapeError
 from landscape.norms.functional import (
@@ -18,8 +23,34 @@ from landscape.norms.functional import (
 )
 from landscape.norms.operators import update_running_stats
 
+_Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
 
-class BatchNorm(_BatchNorm):
+
+def _recorded_by_fx(forward: _Forward) -> _Forward:
+    """Return a forward method that ``torch.fx`` records as one call.
+
+    So are torch's own layers there. Of other layers it records the operations, and stops at a branch on a shape.
+    """
+
+    @wraps(forward)
+    def recorded(self: nn.Module, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        return forward(self, input)
+
+    return cast("_Forward", recorded)
+
+
+class _Layer(nn.Module):
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise LandscapeError(
+            f"torch.jit.script on {type(self).__name__}: it is not written in TorchScript. Use torch.export.export, or "
+            "torch.jit.trace of the model in evaluation mode."
+        )
+
+
+class BatchNorm(_Layer, _BatchNorm):
     """Batch normalization of inputs (M, C) and (M, C, ...).
 
     `torch.nn.BatchNorm1d`, `2d` and `3d` in one class, for any number of dimensions. For a value of channel c::
@@ -49,11 +80,16 @@ class BatchNorm(_BatchNorm):
                 [ 1.0000]])
     """
 
+    @_recorded_by_fx
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalized input, with its shape and dtype."""
+        return super().forward(input)
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise LandscapeError(
                 f"input of shape {tuple(input.shape)}: {type(self).__name__}({self.num_features}) takes (M, "
-                f" {self.num_features}) or (M, {self.num_features}, ...). Set num_features to its number of channels."
+                f"{self.num_features}) or (M, {self.num_features}, ...). Set num_features to its number of channels."
             )
 
 
@@ -65,8 +101,11 @@ class GhostNorm(BatchNorm):
         y = (x - mu[g, c]) / sqrt(sigma2[g, c] + eps) * weight[c] + bias[c]
 
     In evaluation batch normalization by the running statistics. A training step updates them once, with the mean over
-    the groups of mu and of the unbiased variances. The ``state_dict`` has the keys and shapes of BatchNorm's, so
-    either loads the other's.
+    the groups of mu and of the unbiased variances; an empty batch leaves them. The ``state_dict`` has the keys and
+    shapes of BatchNorm's, so either loads the other's.
+
+    With several processes the groups are of the samples of each process. ``nn.SyncBatchNorm.convert_sync_batchnorm``
+    leaves the layers of a model as they are, with a warning.
 
     Source: Hoffer et al. 2017 (arXiv:1705.08741); Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 2.
 
@@ -109,14 +148,15 @@ class GhostNorm(BatchNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         given = [number for number in (groups, group_size) if number is not None]
-        if len(given) != 1 or given[0] < 1:
+        if len(given) != 1 or not isinstance(given[0], Integral) or given[0] < 1:
             raise LandscapeError(
-                f"groups={groups}, group_size={group_size}: {type(self).__name__} takes exactly one of the two, at "
-                "least 1. Set groups for a fixed number of groups, or group_size for a fixed size."
+                f"groups={groups}, group_size={group_size}: {type(self).__name__} takes exactly one of the two, an "
+                "integer of at least 1. Set groups for a fixed number of groups, or group_size for a fixed size."
             )
         self.groups, self.group_size = groups, group_size
         self.layout: Layout = layout
 
+    @_recorded_by_fx
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalized input, with its shape and dtype."""
         return self._normalize(input, self.weight, self.bias)
@@ -125,7 +165,7 @@ class GhostNorm(BatchNorm):
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
             return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, eps=self.eps)
-        groups = self.groups or max(1, len(input) // (self.group_size or 1))
+        groups = self.groups or max(1, input.shape[0] // (self.group_size or 1))
         y, mean, var = self._normalize_batch(input, groups, weight, bias)
         if self.training and self.track_running_stats:
             self._update_running_stats(mean, var)
@@ -137,11 +177,14 @@ class GhostNorm(BatchNorm):
     def _update_running_stats(self, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics towards the mean over the groups."""
         count, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
-        if count is None or running_mean is None or running_var is None:
+        if count is not None:
+            count.add_(1)
+        if running_mean is None or running_var is None or not mean.shape[0]:  # An empty batch counts, as in BatchNorm.
             return
-        count.add_(1)
         if self.momentum is not None:
             update_running_stats(running_mean, running_var, mean, var, self.momentum)
+            return
+        if count is None:
             return
         for running, groups in ((running_mean, mean), (running_var, var)):  # The count stays on its device.
             running.add_((groups.mean(0) - running) / count)
@@ -190,10 +233,11 @@ class SeqNorm(_WithChannelGroups):
         torch.Size([32, 64, 8, 8])
     """
 
+    @_recorded_by_fx
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalized input, with its shape and dtype."""
         self._check_input_dim(input)
-        return super().forward(group_norm(input, self.channel_groups, eps=self.eps))
+        return self._normalize(group_norm(input, self.channel_groups, eps=self.eps), self.weight, self.bias)
 
 
 class ReversedSeqNorm(_WithChannelGroups):
@@ -205,6 +249,7 @@ class ReversedSeqNorm(_WithChannelGroups):
     Source: a negative result of Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 3.3.
     """
 
+    @_recorded_by_fx
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalized input, with its shape and dtype."""
         return group_norm(self._normalize(input, None, None), self.channel_groups, self.weight, self.bias, eps=self.eps)
@@ -244,7 +289,7 @@ class SeqNormWS(SeqNorm):
     standardizes_weights = True
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(_Layer, nn.GroupNorm):
     """`torch.nn.GroupNorm` with the checks of `group_norm`.
 
     Raises:
@@ -255,6 +300,35 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, num_groups: int | None, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__(check_channel_groups(num_channels, num_groups), num_channels, eps, affine)
 
+    @_recorded_by_fx
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalized input, with its shape and dtype."""
         return group_norm(input, self.num_groups, self.weight, self.bias, eps=self.eps)
+
+
+_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def _kept_unsynchronized(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | None:
+    """Return the norm that a conversion would replace by SyncBatchNorm.
+
+    ``convert_sync_batchnorm``, of torch and of timm, makes a SyncBatchNorm of every subclass of BatchNorm, with its
+    parameters and buffers, and registers it in the place of the old one.
+    """
+    old: Any = parent._modules.get(name) if isinstance(new, nn.SyncBatchNorm) else None
+    if not isinstance(old, GhostNorm):
+        return None
+    if any(getattr(new, state) is not getattr(old, state) for state in _STATE):
+        return None  # made by somebody, and not by a conversion
+    warnings.warn(
+        f"{name}: {type(old).__name__} stays as it is, as SyncBatchNorm has no groups. Its statistics are of the "
+        "samples of each process. For a SyncBatchNorm there, assign a new one.",
+        UserWarning,
+        stacklevel=2,
+    )
+    return old
+
+
+# The norms stay subclasses of BatchNorm, because `torch.optim.swa_utils.update_bn` and others find them by that. Only
+# this conversion must not.
+register_module_module_registration_hook(_kept_unsynchronized)  # pyright: ignore[reportArgumentType]

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from landscape.errors import LandscapeError
 from landscape.norms import kernel
 from landscape.norms.slices import at_least_float32, split_uneven_groups
 from landscape.norms.standardize import (
@@ -24,8 +26,8 @@ from landscape.norms.standardize import (
 #     on a CPU                                standardize.forward_in_place, backward_in_place
 #     on an accelerator                       standardize.forward_native, backward_native
 #
-# Under torch.func and torch.compile, and for derivatives of derivatives, there is no operator: standardize.forward and
-# backward are made of differentiable operations.
+# Under torch.func, forward-mode AD, torch.compile, torch.export and torch.jit.trace, and for derivatives of
+# derivatives, there is no operator: standardize.forward and backward are made of differentiable operations.
 
 _LIBRARY = torch.library.Library("landscape", "DEF")
 _LIBRARY.define(
@@ -91,15 +93,21 @@ def _update_by_operations(
 def _update_running_stats(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float
 ) -> None:
-    if kernel.takes_statistics(running_mean, running_var, mean, var):
-        kernel.update_running_stats((running_mean, running_var), (mean, var), momentum)
+    running, batch = (running_mean, running_var), (mean, var)
+    if kernel.takes_statistics(running, batch):
+        kernel.update_running_stats(running, batch, momentum)
     else:
         _update_by_operations(running_mean, running_var, mean, var, momentum)
 
 
 def _is_transformed() -> bool:
     # These transform plain operations.
-    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or forward_ad._current_level >= 0
+    )
 
 
 def _by_operations(
@@ -114,6 +122,8 @@ def _by_operations(
 def _standardize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, interleaved: bool, eps: float
 ) -> Output:
+    if not 1 <= groups <= len(x):  # The kernel would divide by 0, or read beyond the batch.
+        raise LandscapeError(f"groups={groups} on a batch of {len(x)} samples: must be 1 to {len(x)}. Use ghost_norm.")
     if kernel.takes(x, weight, bias):
         return kernel.forward(x, weight, bias, groups, interleaved, eps)
 
@@ -121,7 +131,8 @@ def _standardize(
         compute = forward_in_place if x.is_cpu else forward_native
         return compute(x, weight, bias, groups, interleaved, eps)
 
-    return split_uneven_groups(function, [x], groups, interleaved)  # pyright: ignore[reportReturnType]
+    y, mean, var, inv_std = split_uneven_groups(function, [x], groups, interleaved)
+    return _with_strides_of(x, y), mean, var, inv_std
 
 
 def _standardize_backward(
@@ -134,7 +145,7 @@ def _standardize_backward(
     interleaved: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if kernel.takes(x, weight) and dy.dtype is x.dtype:
+    if kernel.takes_backward(dy, x, weight, mean, inv_std, groups):
         return kernel.backward(dy, x, weight, mean, inv_std, groups, interleaved)
 
     def function(
@@ -145,7 +156,14 @@ def _standardize_backward(
         return backward_native(dy, x, weight, mean, inv_std, groups, interleaved, eps)
 
     dx, dweight, dbias = split_uneven_groups(function, [dy, x], groups, interleaved, [mean, inv_std])
-    return dx, dweight.sum(0), dbias.sum(0)
+    return _with_strides_of(x, dx), dweight.sum(0), dbias.sum(0)
+
+
+def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
+    """Return y, in memory as the registered shapes promise."""
+    if y.stride() == x.stride() or y.stride() == (like := torch.empty_like(x)).stride():
+        return y
+    return like.copy_(y)
 
 
 class _Standardize(torch.autograd.Function):
@@ -197,7 +215,9 @@ def _under_autograd(
 
 
 def _below_autograd(*inputs: Any) -> Output:
-    with torch._C._AutoDispatchBelowAutograd():
+    # Below the tracking of views, too, as a later operation may write to y (ReLU(inplace=True)), which autograd refuses
+    # for a view that a Function returns.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return torch.ops.landscape.standardize.default(*inputs)
 
 

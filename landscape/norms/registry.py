@@ -147,11 +147,12 @@ _OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
     """Replace every BatchNorm of a model, in place.
 
-    Each ``torch.nn.BatchNorm*`` and ``landscape.norms.BatchNorm`` becomes ``make(num_features)``. The new module gets
-    the device, dtype and training flag of the old one, and, of eps, momentum, affine, track_running_stats, parameters
-    and buffers, those that it has too. Parameters and buffers are the same objects, so that optimizers and tied weights
-    stay valid. If the new norms request weight standardization, `standardize_weights` is called, which renames
-    parameters.
+    Each ``torch.nn.BatchNorm*``, ``torch.nn.SyncBatchNorm`` and ``landscape.norms.BatchNorm`` becomes
+    ``make(num_features)``, which is not synchronized between processes. Other norms stay, such as FrozenBatchNorm,
+    which normalizes by constants. The new module gets the device, dtype and training flag of the old one, and, of eps,
+    momentum, affine, track_running_stats, parameters and buffers, those that it has too. Parameters and buffers are the
+    same objects, so that optimizers and tied weights stay valid. If the new norms request weight standardization,
+    `standardize_weights` is called, which renames parameters.
 
     Args:
         model: Any module. A BatchNorm that is used in several places stays shared.
@@ -162,7 +163,8 @@ def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
 
     Raises:
         LandscapeError: A lazy BatchNorm, or a lazy layer whose weights are to be standardized, has not been
-            initialized by a forward pass.
+            initialized by a forward pass; or a subclass of BatchNorm does more than normalize, as timm's
+            BatchNormAct2d, which would be lost. The model is then unchanged.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=0.2), nn.ReLU())
@@ -173,12 +175,11 @@ def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
           (2): ReLU()
         )
     """
-    old_norms = {path: module for path, module in model.named_modules(remove_duplicate=False) if _is_batch_norm(module)}
-    new_norms = {old: _converted(old, make) for old in old_norms.values()}
-    for path, old in old_norms.items():
-        parent, _, name = path.rpartition(".")
-        if path:
-            setattr(model.get_submodule(parent), name, new_norms[old])
+    new_norms = {old: _converted(path, old, make) for path, old in model.named_modules() if _is_batch_norm(old)}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new_norms:
+                setattr(parent, name, new_norms[child])
     return standardize_weights(new_norms.get(model, model))
 
 
@@ -186,14 +187,30 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and not isinstance(module, GhostNorm)
 
 
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
 _ATTRIBUTES = (*_RUNNING, "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def _converted(old: Any, make: Callable[[int], nn.Module]) -> nn.Module:
+def _check_only_normalizes(path: str, old: nn.Module) -> None:
+    """Raise a LandscapeError if a layer does more than normalize."""
+    more = [name for name in (*old._modules, *old._parameters, *old._buffers) if name not in _ATTRIBUTES]
+    if "forward" in vars(old) or type(old).forward not in _FORWARDS:
+        more.append("a forward method of its own")
+    if any((old._forward_hooks, old._forward_pre_hooks, old._backward_hooks, old._backward_pre_hooks)):
+        more.append("hooks")
+    if more:
+        raise LandscapeError(
+            f"{path or 'model'}: {type(old).__name__} has {', '.join(more)}, which would be lost. Put an nn.BatchNorm* "
+            "and separate layers for the rest in its place, and remove hooks, before converting the model."
+        )
+
+
+def _converted(path: str, old: Any, make: Callable[[int], nn.Module]) -> nn.Module:
     if isinstance(old, LazyModuleMixin):
         raise LandscapeError(
             f"{old}: has no number of features yet. Run one batch through the model before converting it."
         )
+    _check_only_normalizes(path, old)
     new = make(old.num_features)
     if (tensor := old.weight if old.affine else old.running_mean) is not None:
         new.to(tensor)

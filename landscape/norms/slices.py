@@ -82,7 +82,7 @@ def slices_of(x: Tensor, groups: int, interleaved: bool) -> Slices:
         groups: Number of groups of samples; divides M.
         interleaved: True if sample i is in group i mod groups, False if a group is a run of consecutive samples.
     """
-    size, channels, positions = len(x) // groups, x.shape[1], x.shape[2:].numel()
+    size, channels, positions = x.shape[0] // groups, x.shape[1], prod(x.shape[2:])
     last = x.dim() > 2 and x.stride(-1) != 1 and x.movedim(1, -1).is_contiguous()
     batch, samples = ((size, groups), 0) if interleaved else ((groups, size), 1)
     # Dimensions are merged where possible, because operators over 4 dimensions take longer than over 3.
@@ -115,7 +115,7 @@ def split_uneven_groups(
     Returns:
         Outputs of the function, for the whole batch.
     """
-    samples = len(batch[0])
+    samples = batch[0].shape[0]
     if samples % groups == 0:
         return function(*batch, *statistics, groups, interleaved)
     if interleaved:
@@ -123,7 +123,7 @@ def split_uneven_groups(
         y, *others = split_uneven_groups(function, [x[order] for x in batch], groups, False, statistics)
         return y[order.argsort()], *others
     # 8 samples in 3 groups of 3, 3 and 2: the first 6 samples in 2 groups, and the last 2 in 1 group.
-    size, larger = divmod(samples, groups)
+    size, larger = samples // groups, samples % groups  # torch.compile has no divmod.
     in_larger, smaller = larger * (size + 1), groups - larger
     heads = [x[:in_larger] for x in batch] + [statistic[:larger] for statistic in statistics]
     tails = [x[in_larger:] for x in batch] + [statistic[larger:] for statistic in statistics]

@@ -152,7 +152,7 @@ def _groups_as_channels(x: Tensor, groups: int, interleaved: bool) -> tuple[Tens
     The second value is its shape before groups and channels were merged.
     """
     shape = x.shape[1:] if x.dim() > 2 else (*x.shape[1:], 1)
-    split = x.reshape(*((-1, groups) if interleaved else (groups, len(x) // groups)), *shape)
+    split = x.reshape(*((-1, groups) if interleaved else (groups, x.shape[0] // groups)), *shape)
     moved = split if interleaved else split.transpose(0, 1)
     return moved.flatten(1, 2), moved.shape
 

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from landscape import GhostNorm, ghost_norm
+from landscape import GhostNorm, LandscapeError, ghost_norm, seq_norm
 from landscape.norms import kernel
+from landscape.norms.functional import batch_group_norm, ghost_mean_norm
 from landscape.norms.operators import standardize, update_running_stats
 from landscape.norms.slices import split_uneven_groups
 from landscape.norms.standardize import (
@@ -147,12 +151,151 @@ def test_operator_is_well_behaved(compiled, groups, interleaved, monkeypatch):
     )
 
 
-def test_later_operations_may_write_to_the_output():
-    x, dy, weight, bias = (one.requires_grad_() for one in batch((12, 5)))
+@pytest.mark.parametrize("shape", [(11, 5), (12, 5, 3, 2)])
+@pytest.mark.parametrize("memory", ["contiguous", "channels last", "transposed"])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
+def test_later_operations_may_write_to_the_output(shape, memory, groups, layout):
+    x, dy, weight, bias = batch(shape)
+    transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
+    x = {"contiguous": x.contiguous(), "channels last": x, "transposed": transposed}[memory]
+    inputs = [one.requires_grad_() for one in (x, weight, bias)]
     gradients = []
     for relu in (torch.relu, torch.relu_):
-        gradients.append(torch.autograd.grad(relu(ghost_norm(x, 3, weight, bias)), (x, weight, bias), dy))
+        y = ghost_norm(inputs[0], groups, *inputs[1:], layout=layout)
+        gradients.append(torch.autograd.grad(relu(y), inputs, dy))
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    strides = torch.empty_like(x).stride()
+    assert (y.stride(), gradients[0][0].stride()) == (strides, strides)
+
+
+def by_parts(x, groups, weight, bias):
+    """Normalize with one call of torch's batch normalization per group."""
+    parts = x.chunk(groups)
+    return torch.cat([F.batch_norm(part, None, None, weight, bias, training=True) for part in parts])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # by torch's derivatives themselves
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("backward_too", [True, False])
+def test_forward_mode_derivatives(which, backward_too):
+    x, tangent, weight, bias = batch((12, 5))
+    tangent = tangent if which == 0 else tangent[0]
+    found = []
+    for function in (ghost_norm, by_parts):
+        with forward_ad.dual_level():
+            inputs = [one.detach().requires_grad_(backward_too) for one in (x, weight, bias)]
+            inputs[which] = forward_ad.make_dual(inputs[which], tangent)
+            found.append(forward_ad.unpack_dual(function(inputs[0], 3, *inputs[1:])).tangent)
+    torch.testing.assert_close(*found)
+
+
+WRONG = [torch.ones(3), torch.ones(1), torch.ones(10), torch.ones(5, 1), torch.ones(5, device="meta")]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_parameters_of_another_form_are_refused(wrong, which):
+    x, *_ = batch((12, 5), torch.float32)
+    for function in (ghost_norm, lambda x, groups, **given: seq_norm(x, groups, 1, **given), ghost_mean_norm):
+        with pytest.raises(LandscapeError, match=r"\(5,\) on cpu"):
+            function(x, 3, **{which: wrong})
+    with pytest.raises(LandscapeError, match=r"\(5,\) on cpu"):
+        batch_group_norm(x, 3, 1, **{which: wrong})
+
+
+@pytest.mark.parametrize("groups", [0, -1, 13])
+def test_operator_refuses_other_numbers_of_groups(groups):
+    x, *_ = batch((12, 5), torch.float32)
+    with pytest.raises(LandscapeError, match=f"groups={groups} .*1 to 12"):
+        torch.ops.landscape.standardize(x, None, None, groups, False, EPS)
+
+
+def test_kernel_gets_no_tensors_of_another_form():
+    x, dy, weight, _ = batch((12, 5), torch.float32)
+    assert not kernel.takes(x, weight[:3])
+    assert not kernel.takes(x, weight.to("meta"))
+    assert not kernel.takes(x[:, ::2], None)
+    assert not kernel.takes_backward(dy, x, weight, torch.ones(1, 5), torch.ones(3, 5), 3)
+    assert not kernel.takes_backward(dy[:3], x, weight, torch.ones(3, 5), torch.ones(3, 5), 3)
+    assert not kernel.takes_statistics((torch.zeros(3), torch.zeros(3)), (torch.ones(3, 5), torch.ones(3, 5)))
+    norm = GhostNorm(5, 3)
+    norm.running_mean = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        norm(x)
+
+
+def awkward(name, x):
+    """Return the values of a batch in an unusual tensor."""
+    if name == "negated view":
+        return torch._neg_view(-x)
+    if name == "overlapping":
+        return x.flatten().as_strided(x.shape, (2, 1))
+    if name == "expanded":
+        return x[:1].expand(x.shape)
+    return x.as_subclass(Subclass) if name == "subclass" else x.t().contiguous().t()
+
+
+class Subclass(torch.Tensor):
+    """A tensor of a library."""
+
+
+@pytest.mark.parametrize("name", ["negated view", "overlapping", "expanded", "subclass", "transposed"])
+def test_unusual_tensors(name):
+    x, dy, weight, bias = batch((12, 5))
+    found = []
+    for given in (awkward(name, x), awkward(name, x).as_subclass(torch.Tensor).resolve_neg().contiguous()):
+        inputs = given.detach().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+        y = ghost_norm(inputs[0], 3, *inputs[1:])
+        assert type(y) is type(given)
+        found.append([one.as_subclass(torch.Tensor) for one in (y, *torch.autograd.grad(y, inputs, dy))])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (1, 2)])
+def test_gradients_of_some_inputs(which):
+    x, dy, weight, bias = batch((12, 5))
+    inputs = [one.clone().requires_grad_(k in which) for k, one in enumerate((x, weight, bias))]
+    asked = [inputs[k] for k in which]
+    expected = torch.autograd.grad(by_parts(inputs[0], 3, *inputs[1:]), asked, dy)
+    torch.testing.assert_close(torch.autograd.grad(ghost_norm(inputs[0], 3, *inputs[1:]), asked, dy), expected)
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda one: one.mT.contiguous().mT if one.dim() > 1 else one, lambda one: one.double().float()]
+)
+def test_saved_tensors_may_come_back_in_another_form(pack):
+    x, dy, weight, bias = (one.requires_grad_() for one in batch((12, 5), torch.float32))
+    expected = torch.autograd.grad(ghost_norm(x, 3, weight, bias), (x, weight, bias), dy)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+        y = ghost_norm(x, 3, weight, bias)
+    torch.testing.assert_close(torch.autograd.grad(y, (x, weight, bias), dy), expected)
+
+
+def test_gradient_without_memory():
+    x, *_ = batch((12, 5))
+    y = ghost_norm(x.requires_grad_(), 3)
+    zero = torch._efficientzerotensor(y.shape, dtype=y.dtype)
+    torch.testing.assert_close(torch.autograd.grad(y, x, zero)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(LandscapeError, match=f"{dtype}.*floating-point"):
+        ghost_norm(torch.ones(8, 4).to(dtype), 2)
+
+
+def test_shapes_without_values():
+    norm = GhostNorm(5, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(12, 5, 2, requires_grad=True)
+        y = norm(x)
+        y.sum().backward()
+    assert (y.shape, x.grad.shape) == (x.shape, x.shape)
+    x = torch.randn(12, 5, device="meta", requires_grad=True)
+    norm = norm.to("meta")
+    norm(x).sum().backward()
+    assert x.grad.device.type == norm.weight.grad.device.type == "meta"
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
