@@ -13,7 +13,8 @@ from landscape.training.presets import RECIPES
 from landscape.training.recipe import Recipe
 from landscape.training.target import TraceTarget
 
-from .params import Command, data_dir_option, device_option, options_under, out_option
+from .output import echo, report
+from .params import Command, LocalPath, data_dir_option, device_option, options_under, out_option
 from .runner import prepare, train_run
 
 if TYPE_CHECKING:  # pandas and matplotlib are slow to import, and --help does not need them.
@@ -55,7 +56,7 @@ def _comparison(number: str, request: FigureRequest) -> "tuple[Figure, pd.DataFr
     runs = COMPARISONS[number, request.scale]
     folder = request.traces or request.out / "traces" / runs[0].name
     if missing := pending(runs, folder):
-        click.echo(f"Training {len(missing)} of {len(runs)} runs into {folder} ...", err=True)
+        report(f"Training {len(missing)} of {len(runs)} runs into {folder} ...", err=True)
         target = TraceTarget(folder, request.data_dir, request.device, resume=True)
         for run in prepare(missing, target):
             train_run(run, target, {})
@@ -76,7 +77,7 @@ def _ranking(request: FigureRequest) -> "tuple[Figure, pd.DataFrame | None]":
         dry_run(recipe, request.data_dir, request.device)
     frames = []
     for recipe in recipes:
-        click.echo(f"Training {recipe.model} on {recipe.dataset} ...", err=True)
+        report(f"Training {recipe.model} on {recipe.dataset} ...", err=True)
         frames.append(ranking(recipe, request.data_dir, request.device))
     frame = pd.concat(frames, ignore_index=True)
     by = ["model", "dataset", "updates", "layer"]
@@ -158,7 +159,7 @@ figure_option = options_under("Figure")
 )
 @figure_option(
     "--traces",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="Folder with the runs of figure 4 or 5; missing runs are trained into it.  [default: in OUT]",
 )
 @device_option
@@ -184,8 +185,8 @@ def command(
     # A figure with given recipes gets another file name, so that it never replaces the paper's figure.
     stem = "-".join([FIGURES[name].stems[scale], *dict.fromkeys(recipes)])
     if table is not None:
-        click.echo(table.to_string(float_format="{:.4g}".format) + "\n")
+        echo(table.to_string(float_format="{:.4g}".format) + "\n")
     for suffix in ("png", "svg"):
         path = out / f"{stem}.{suffix}"
         save_figure(figure, path)
-        click.echo(f"Figure: {path}")
+        report(f"Figure: {path}")

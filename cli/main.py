@@ -3,15 +3,17 @@
 import importlib
 import io
 import sys
+import traceback
 import warnings
 from typing import Any
 
 import click
 
 from landscape import __version__
-from landscape.errors import LandscapeError
-from landscape.text import one_line
+from landscape.text import one_line, without_secrets
 
+from .errors import usage_error
+from .output import TRACEBACK, echo, raise_unwritten
 from .params import RENAMED
 
 COMMANDS = {name: f"landscape_cli.{name}" for name in ("probe", "list", "plot", "figure", "tune", "table")}
@@ -35,18 +37,21 @@ class Commands(click.Group):
             with warnings.catch_warnings():
                 warnings.simplefilter("default", UserWarning)
                 warnings.showwarning = _show_warning
-                return super().invoke(ctx)
-        except click.UsageError as error:
-            raise click.UsageError(one_line(error.format_message()), error.ctx) from error
-        except LandscapeError as error:
-            raise click.UsageError(one_line(str(error))) from error
-        except OSError as error:
-            raise click.UsageError(one_line(f"{error.filename or 'System'}: {error.strerror or error}.")) from error
+                result = super().invoke(ctx)
+            raise_unwritten(ctx)
+            return result
+        except Exception as error:
+            line = usage_error(error)
+            if line is None:
+                raise
+            if ctx.meta.get(TRACEBACK):
+                echo("\n".join(map(without_secrets, traceback.format_exc().splitlines())), err=True)
+            raise line from error
 
 
 def _show_warning(message: Warning | str, *details: Any, **options: Any) -> None:
     """Write a warning without its line of code."""
-    click.echo(f"Warning: {one_line(str(message))}", err=True)
+    echo(f"Warning: {one_line(str(message))}", err=True)
 
 
 @click.group(

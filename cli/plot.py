@@ -8,7 +8,8 @@ import click
 
 from landscape.names import MEASURES
 
-from .params import Command, LocationType, options_under
+from .output import echo, report
+from .params import Command, LocalPath, LocationType, options_under
 
 if TYPE_CHECKING:  # pandas is slow to import, and --help does not need it.
     import pandas as pd
@@ -43,9 +44,15 @@ figure_option = options_under("Figure")
     show_default=True,
     help="overlay: all bands in one panel; multiples: one panel each; auto: multiples if a band would be hidden.",
 )
-@options_under("Output")("--out", default="landscape.png", show_default=True, help="Figure: .png, .svg or .pdf.")
+@options_under("Output")(
+    "--out",
+    type=LocalPath(),
+    default=Path("landscape.png"),
+    show_default=True,
+    help="Figure: .png, .svg or .pdf.",
+)
 def command(
-    paths: tuple[str | Path, ...], out: str, measures: tuple[str, ...], x: str, scale: str, layout: str
+    paths: tuple[str | Path, ...], out: Path, measures: tuple[str, ...], x: str, scale: str, layout: str
 ) -> None:
     """Draw a band of losses per norm; print its size.
 
@@ -68,8 +75,8 @@ def command(
     save_figure(plot_landscape(frame, measure=measures, x=x, scale=scale, layout=layout), out)
     for measure in dict.fromkeys(measures):
         for table in _tables(frame, measure, per_epoch=x == "epoch"):
-            click.echo(table.to_string(float_format="{:.4g}".format) + "\n")
-    click.echo(f"Figure: {out}")
+            echo(table.to_string(float_format="{:.4g}".format) + "\n")
+    report(f"Figure: {out}")
 
 
 def _tables(frame: "pd.DataFrame", measure: str, per_epoch: bool) -> Iterator["pd.DataFrame"]:

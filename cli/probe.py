@@ -14,6 +14,7 @@ from landscape.training.presets import RECIPES
 from landscape.training.recipe import GHOST_BY, PRECISIONS, Recipe
 from landscape.training.target import TraceTarget
 
+from .output import report
 from .params import Command, LocationType, Numbers, Share, data_dir_option, device_option, options_under
 from .runner import prepare, rank, train_run
 
@@ -129,7 +130,7 @@ def command(
     for run in prepare(runs, target):
         train_run(run, target, options)
     if rank() is None:  # Under torchrun, the parent process prints it.
-        click.echo(f"Draw them: landscape plot {out}")
+        report(f"Draw them: landscape plot {out}")
 
 
 def _base(name: str, options: Mapping[str, Any]) -> Recipe:

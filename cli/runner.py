@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from landscape.errors import LandscapeError, TrainingInterrupted
 from landscape.training.recipe import Recipe
 from landscape.training.target import TraceTarget
 
+from .output import QUIET, TRACEBACK, VERBOSE, echo, is_set, report
+from .params import Share
 from .signals import SignalGuard
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it.
@@ -35,31 +35,35 @@ def prepare(runs: Sequence[Recipe], target: TraceTarget) -> list[Recipe]:
     """
     from landscape.training.train import check_processes, dry_run
 
-    runs = _unrecorded(runs, target)
+    unfinished = _unfinished(runs, target)
     if rank() is not None:
-        for run in runs:
+        for run in unfinished:
             check_processes(run)
-    for run in {replace(run, seed=0): run for run in runs}.values():
+    for run in {replace(run, seed=0): run for run in unfinished}.values():
         dry_run(run, target.data_dir, target.device)
-    return runs
+    if not target.resume and not target.overwrite:
+        _raise_if_recorded(runs, target)  # last, since it would hide other mistakes
+    return unfinished
 
 
-def _unrecorded(runs: Sequence[Recipe], target: TraceTarget) -> list[Recipe]:
-    from landscape.traces.folder import TraceFolder
+def _unfinished(runs: Sequence[Recipe], target: TraceTarget) -> list[Recipe]:
     from landscape.training.completed import is_recorded
 
-    if target.resume:
-        recorded = [run for run in runs if is_recorded(run, target.location(run))]
-        for run in [] if rank() else recorded:
-            click.echo(f"{_summary(target.location(run))} (already recorded)")
-        return [run for run in runs if run not in recorded]
+    recorded = [run for run in runs if is_recorded(run, target.location(run))] if target.resume else []
+    for run in [] if rank() else recorded:
+        report(f"{_summary(target.location(run))} (already recorded)")
+    return [run for run in runs if run not in recorded]
+
+
+def _raise_if_recorded(runs: Sequence[Recipe], target: TraceTarget) -> None:
+    from landscape.traces.folder import TraceFolder
+
     existing = [str(target.location(run)) for run in runs if TraceFolder(target.location(run)).has_rows]
-    if existing and not target.overwrite:
+    if existing:
         raise LandscapeError(
             f"These runs exist: {', '.join(existing)}. Use another --out, --resume to continue unfinished runs, or "
             "--overwrite to replace them."
         )
-    return list(runs)
 
 
 def train_run(run: Recipe, target: TraceTarget, options: Mapping[str, Any]) -> None:
@@ -87,12 +91,13 @@ def train_run(run: Recipe, target: TraceTarget, options: Mapping[str, Any]) -> N
             number = signal.SIGINT
         else:
             if not rank():
-                click.echo(_summary(target.location(run)))
+                report(_summary(target.location(run)))
+                _warn_of_few_probes(target.location(run))
             number = guard.signal  # It came after the last update.
     if number:
         if not rank():
             when = f"after {guard.step} updates" if guard.step else "before any update"
-            click.echo(f"Stopped by {number.name} {when}. {_resume_hint(run, target)}", err=True)
+            echo(f"Stopped by {number.name} {when}. {_resume_hint(run, target)}", err=True)
         raise SystemExit(128 + number)
 
 
@@ -129,11 +134,14 @@ def _arguments(run: Recipe, target: TraceTarget, options: Mapping[str, Any]) -> 
     values = {"recipe": run.name, "norm": run.norm, "groups": run.groups, "seed": run.seed, "ghost_by": run.ghost_by}
     values |= {name: value or None for name, value in vars(target).items() if name != "checkpoint_seconds"}
     values |= {"checkpoint_seconds": target.checkpoint_seconds, **options}
+    values |= {option.rpartition(".")[2]: is_set(option) or None for option in (QUIET, VERBOSE, TRACEBACK)}
     words = ["probe"]
     for name, value in values.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             words += [flag]
+        elif name == "overhead" and value is not None:
+            words += [flag, Share.to_text(value)]
         elif value is not None:
             words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return words
@@ -154,14 +162,29 @@ def _summary(location: str | Path) -> str:
     )
 
 
+def _warn_of_few_probes(location: str | Path) -> None:
+    """Warn if ``--overhead`` paid for too few probes."""
+    from landscape.traces.folder import TraceFolder
+
+    budget = TraceFolder(location).metadata().get("budget") or {}
+    if "enough_share" in budget:
+        paid = f"--overhead {100 * budget['share']:.4g}% paid for {budget['probes']} of {budget['updates']} updates"
+        enough = f"--overhead {100 * budget['enough_share']:.4g}% pays for {budget['enough_probes']}"
+        echo(f"Warning: {location}: {paid}, too few to compare runs. On this machine {enough}.", err=True)
+
+
 class _Progress:
-    """Progress bar with the loss and the range, on terminals."""
+    """Progress bar with the loss and the range, on terminals.
+
+    With ``--verbose`` it is a line per epoch elsewhere.
+    """
 
     def __init__(self, run: Recipe) -> None:
         from tqdm import tqdm
 
-        self.epochs = run.epochs
-        self.bar = tqdm(desc=run.run_name, unit=" updates", disable=True if rank() else None)
+        self.epochs, self.name = run.epochs, run.run_name
+        self.bar = tqdm(desc=run.run_name, unit=" updates", disable=True if rank() or is_set(QUIET) else None)
+        self.prints_epochs = self.bar.disable and is_set(VERBOSE) and not rank()
         self.shown = 0.0
 
     def __enter__(self) -> "_Progress":
@@ -171,6 +194,9 @@ class _Progress:
         self.bar.close()
 
     def update(self, probe: "LandscapeProbe") -> None:
+        epoch, rest = divmod(probe.step, probe.options.steps_per_epoch or probe.step)
+        if self.prints_epochs and not rest:
+            echo(f"{self.name}: epoch {epoch} of {self.epochs}", err=True)
         if not self.bar.n:  # A resumed run starts behind the updates of earlier processes.
             self.bar.n = self.bar.initial = probe.step - 1
         self.bar.total = self.epochs * (probe.options.steps_per_epoch or 0)

@@ -14,6 +14,7 @@ from landscape.training.recipe import Recipe
 from landscape.tuning.plan import TuningConfig
 from landscape.tuning.strategies import STRATEGIES, Configuration
 
+from .output import echo, report
 from .params import Command, Decorated, data_dir_option, device_option, options_under, out_option
 
 if TYPE_CHECKING:  # torch and pandas are slow to import, and --help does not need them.
@@ -131,16 +132,15 @@ def command(
 
 def run(tuning: TuningConfig, out: Path, worker: WorkerOptions, title: str = "") -> None:
     """Tune and write the table, or print the plan."""
-    from landscape.tuning.feasibility import check_feasible
     from landscape.tuning.report import abridged, reasons
 
-    plan = check_feasible(tuning, worker.data_dir, worker.device)
+    from .plan import make_plan
+
+    plan = make_plan(tuning, worker.data_dir, worker.device)
     for why, left_out in reasons(plan).items():
-        click.echo(f"Left out: {abridged(left_out)}: {why}")
+        report(f"Left out: {abridged(left_out)}: {why}")
     choosing, testing = plan.counts()
-    click.echo(
-        f"{choosing} trainings to select groups, then {testing} on the whole training set for the test accuracy."
-    )
+    report(f"{choosing} trainings to select groups, then {testing} on the whole training set for the test accuracy.")
     if worker.only_plan:
         _print_plan(plan, worker)
     else:
@@ -149,19 +149,18 @@ def run(tuning: TuningConfig, out: Path, worker: WorkerOptions, title: str = "")
 
 def _print_plan(plan: "TuningPlan", worker: WorkerOptions) -> None:
     """Print the trainings and estimate their time."""
-    from landscape.tuning.feasibility import seconds_per_training
     from landscape.tuning.report import duration
 
+    from .plan import seconds_per_training
+
     for configuration in plan.tried():
-        click.echo(f"  {configuration}, {plan.tuning.runs} seeds")
+        echo(f"  {configuration}, {plan.tuning.runs} seeds")
     if any(len(configurations[0].options) > 1 for configurations in plan.possible.values()):
-        click.echo(
-            "  (the strategy sequential combines each G_C with the selected G_M; here, that of equal accuracies)"
-        )
+        echo("  (the strategy sequential combines each G_C with the selected G_M; here, that of equal accuracies)")
     seconds = seconds_per_training(plan, worker.data_dir, worker.device)
     choosing, testing = plan.counts()
     whole = 1 + plan.samples["validation"] / plan.samples["train"]
-    click.echo(
+    echo(
         f"Estimated time on this device: {duration(seconds)} per training, "
         f"{duration(seconds * (choosing + whole * testing))} in sequence."
     )
@@ -176,7 +175,7 @@ def _tune(plan: "TuningPlan", out: Path, worker: WorkerOptions) -> "Outcome":
         place = TuningBackend(storage, worker.data_dir, worker.device)
         return tune(plan, place, jobs=worker.jobs, on_trained=_print_training)
     except KeyboardInterrupt:
-        click.echo("Interrupted. Finished trainings are kept; run the same command to continue.", err=True)
+        echo("Interrupted. Finished trainings are kept; run the same command to continue.", err=True)
         raise
 
 
@@ -185,7 +184,7 @@ def _print_training(recipe: Recipe, row: Mapping[str, Any]) -> None:
     name = Configuration(recipe.norm, **recipe.norm_options)
     part = "validation" if recipe.validation else "test"
     diverged = ", diverged" if row["score"] != row["score"] else ""
-    click.echo(
+    report(
         f"{name}, seed {recipe.seed}: {part} accuracy {row[f'{part}_accuracy']:.2%}{diverged}, {row['seconds']:.1f} s"
     )
 
@@ -200,4 +199,5 @@ def _write(plan: "TuningPlan", outcome: "Outcome", out: Path, title: str) -> Non
     write_parquet(outcome.trials, out / "trials.parquet")
     with whole_file(out / "table.md") as file:
         file.write(text.encode())
-    click.echo(f"\n{text}\nTable: {out / 'table.md'}")
+    echo(f"\n{text}")
+    report(f"Table: {out / 'table.md'}")

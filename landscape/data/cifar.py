@@ -100,7 +100,7 @@ def read_cifar(cifar: Cifar, folder: Path) -> tuple[ImagesAndLabels, ImagesAndLa
 
 
 def _python_version(cifar: Cifar, folder: Path) -> Path | None:
-    """Return the folder or archive of the Python version, if there is one."""
+    """Return the path of the Python version, or None."""
     if any(find_file(name, folder, cifar.source) for name in cifar.source.sha256):
         return None  # The error is about a file of the binary version.
     paths = [parent / name for parent in (folder, folder / cifar.source.name) for name in cifar.python]

@@ -186,7 +186,10 @@ def _data_folder(name: str, data_dir: str | Path | None) -> Path:
     if data_dir is not None:
         if is_url(data_dir):  # It is not printed, since it may hold a password.
             raise LandscapeError("data_dir: must be a folder on this machine, not a URL. Copy the files to a folder.")
-        return expand_user(data_dir)
+        folder = expand_user(data_dir)
+        if not folder.is_dir():  # It may be mistyped, so it is not created.
+            raise LandscapeError(f"data_dir={str(data_dir)!r}: is no folder. Correct it, or create it for downloads.")
+        return folder
     try:
         return Path(pooch.os_cache("landscape"))
     except RuntimeError as error:

@@ -13,6 +13,7 @@ import numpy as np
 import pooch
 
 from landscape.errors import LandscapeError
+from landscape.text import short
 
 TIMEOUT = (3, 15)
 """Timeouts in seconds: to connect (to each address of a mirror), and to receive the next bytes."""
@@ -99,6 +100,16 @@ def _read_verified(path: Path, source: Source) -> bytes:
     return content
 
 
+def _cause(error: BaseException) -> str:
+    """Return the innermost cause of a failed download, in short.
+
+    The message of an HTTP library repeats those of all its layers, with addresses of objects.
+    """
+    while isinstance(inner := getattr(error, "reason", None) or next(iter(error.args), None), BaseException):
+        error = inner
+    return short(str(error).rpartition("): ")[2], 300)
+
+
 def _download(path: Path, source: Source) -> Path:
     """Download a file from the first mirror that has it.
 
@@ -113,7 +124,7 @@ def _download(path: Path, source: Source) -> Path:
             pooch.retrieve(mirror + path.name, f"sha256:{expected}", path.name, path.parent, downloader=downloader)
             return path
         except (OSError, ValueError) as error:
-            failures.append(f"{mirror}: {error}")
+            failures.append(f"{mirror}: {_cause(error)}")
     raise LandscapeError(
         f"{path} is missing and could not be downloaded ({'; '.join(failures)}). "
         f"Put the file there (SHA-256 {expected}), or pass its folder as data_dir."

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from landscape.data.download import MAX_BYTES, ImagesAndLabels, Source, read_files
+from landscape.data.download import ImagesAndLabels, Source, read_files
 from landscape.errors import LandscapeError
 
 CLASSES = 10
+MAX_BYTES = 1 << 26
+"""Maximum size in bytes of an unpacked file; the largest one has 47 million."""
 MNIST = Source(
     "mnist",
     ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
@@ -71,8 +73,8 @@ def _read(name: str, folder: Path, source: Source) -> bytes:
     content, expected = _unpacked(path), source.sha256[name]
     if (actual := hashlib.sha256(content).hexdigest()) != expected:
         raise LandscapeError(
-            f"{path} is not {name} of {source.name}: its content has the SHA-256 {actual}, expected {expected}. Replace "
-            "it by the original, or move it away to download that."
+            f"{path} is damaged: its content has the SHA-256 {actual}, expected {expected} for {name}. "
+            "Replace it by the original, or delete it to download it again."
         )
     return content
 
@@ -83,7 +85,7 @@ def _unpacked(path: Path) -> bytes:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise LandscapeError(f"{path} is damaged: {error}. Replace it, or move it away to download it.") from error
+        raise LandscapeError(f"{path} is damaged: {error}. Replace it by the original, or delete it.") from error
     if len(content) > MAX_BYTES:
         raise LandscapeError(f"{path} is damaged: more than {MAX_BYTES} bytes. Replace the file.")
     return content

@@ -1,5 +1,6 @@
 """Selection of the updates that are probed, by number or by a share of the training time."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -8,12 +9,17 @@ from typing import Any
 
 import torch
 
+ENOUGH_PROBES = 30
+"""Number of probes below which the mean of a run says little, since it depends on which updates they are."""
+
 
 class OverheadBudget:
     """Limits probes to a share of the training time.
 
     The first update is always probed. A later update is probed once the budget covers another probe as expensive as the
-    last. For a share of 0.1 and probes of 1 s, these are updates after 20 s of training, 30 s, ...
+    last. The first probe is more expensive than the others, because of its checks. At most half of the budget pays for
+    that excess, so it is spread over the run. For a share of 0.1 and probes of 1 s, the first of 3 s, these are updates
+    after 15 s of training, 50 s, 60 s, ...
 
     Args:
         share: Most seconds of probes per second of training.
@@ -25,6 +31,10 @@ class OverheadBudget:
         """Seconds of training, without probes."""
         self.probing = 0.0
         """Seconds of probes."""
+        self.first = 0.0
+        """Seconds of the first probe."""
+        self.probes = 0
+        """Number of probes."""
         self._last = 0.0
 
     def add_training(self, seconds: float) -> None:
@@ -33,20 +43,38 @@ class OverheadBudget:
 
     def add_probe(self, seconds: float) -> None:
         """Add the seconds of one probe."""
+        self.first = self.first if self.probes else seconds
+        self.probes += 1
         self.probing += seconds
         self._last = seconds
 
     def allows_probe(self) -> bool:
         """Return True if the budget covers another probe."""
-        return self.probing + self._last <= self.share * self.training
+        if not self.probes:
+            return True
+        excess, budget = max(0.0, self.first - self._usual()), self.share * self.training
+        due = self._last if self.probes > 1 else self._usual()
+        return self.probing - excess + due <= budget - min(excess, budget / 2)
+
+    def share_for(self, probes: int) -> float:
+        """Return the share that pays for a number of probes."""
+        return (self.first + (probes - 1) * self._usual()) / max(self.training, 1e-9)
+
+    def _usual(self) -> float:
+        """Return the mean seconds of a probe after the first."""
+        # The second one is a guess. If that is too low, it only comes too early.
+        return (self.probing - self.first) / (self.probes - 1) if self.probes > 1 else self.first / 8
 
     def state_dict(self) -> dict[str, float]:
         """Return the seconds for a checkpoint."""
-        return {"training": self.training, "probing": self.probing, "last": self._last}
+        seconds = {"training": self.training, "probing": self.probing, "last": self._last}
+        return seconds | {"first": self.first, "probes": self.probes}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Resume from a checkpoint, with the share of this run."""
         self.training, self.probing, self._last = state["training"], state["probing"], state["last"]
+        # Checkpoints of earlier versions lack the last two: their first probe is taken for a usual one.
+        self.first, self.probes = state.get("first", self._last), int(state.get("probes", 2))
 
 
 class DeviceTimer:
@@ -112,6 +140,8 @@ class ProbeSchedule:
         self._budget = None if share is None else OverheadBudget(share)
         self._timer = DeviceTimer(device)
         self._updates = self._probes = 0
+        self._seconds = 0.0
+        """Seconds of blocks of a probe that has not finished."""
         self._ended = time.perf_counter()
 
     def start(self) -> None:
@@ -138,8 +168,10 @@ class ProbeSchedule:
             return
         now, probes = time.perf_counter(), [*self._timer.pop(), *([extra] if extra else [])]
         self._budget.add_training(now - self._ended - sum(probes))
-        if probes:
-            self._budget.add_probe(sum(probes))
+        self._seconds += sum(probes)
+        if self._seconds and not self._timer.pending():
+            self._budget.add_probe(self._seconds)
+            self._seconds = 0.0
         self._ended = now
         self.due = self._updates % self._every == 0 and self._decide(
             not self._timer.pending() and self._budget.allows_probe()
@@ -158,8 +190,16 @@ class ProbeSchedule:
         self.start()
 
     def facts(self) -> dict[str, Any]:
-        """Return the budget and its use, as facts."""
+        """Return the budget and its use, as facts.
+
+        If the budget paid for too few probes, they hold the number that is enough, and the share that pays for it.
+        """
         if self._budget is None:
             return {}
-        spent = {"training_seconds": self._budget.training, "probing_seconds": self._budget.probing}
-        return {"budget": {"share": self._budget.share, **spent, "probes": self._probes, "updates": self._updates}}
+        facts = {"share": self._budget.share, "training_seconds": self._budget.training}
+        facts |= {"probing_seconds": self._budget.probing, "probes": self._probes, "updates": self._updates}
+        enough = min(ENOUGH_PROBES, math.ceil(self._updates / self._every))
+        if self._probes < enough:
+            # A tenth more than needed, in steps of 5 %.
+            facts |= {"enough_probes": enough, "enough_share": 5 * math.ceil(22 * self._budget.share_for(enough)) / 100}
+        return {"budget": facts}

@@ -74,7 +74,7 @@ def test_ranking_recipes_of_paper():
         ("1 --recipe digits", "Omit --recipe"),
         ("ranking --recipe mint", "'mint' is not one of 'mnist', 'digits'"),
         ("ranking --recipe digits --device abacus", "device='abacus'"),
-        ("ranking --recipe digits --recipe mnist --data-dir file.txt", "mnist"),
+        ("ranking --recipe digits --recipe mnist --data-dir file.txt", "file.txt"),
         ("", "Missing argument"),
     ],
 )

@@ -1,11 +1,14 @@
 import re
 import shlex
 import signal
+from dataclasses import replace
 
+import click
 import pytest
 from click.testing import CliRunner
 from command_line import check_usage_error
 from landscape_cli.main import main
+from landscape_cli.runner import _arguments
 from landscape_cli.signals import SIGNALS, SignalGuard
 from processes import PATIENCE, landscape
 
@@ -13,6 +16,7 @@ from landscape import RECIPES, read_traces
 from landscape.errors import TrainingInterrupted
 from landscape.names import NORMS
 from landscape.training.recipe import GHOST_BY
+from landscape.training.target import TraceTarget
 
 
 def run(*arguments, cwd, monkeypatch):
@@ -53,6 +57,43 @@ def test_probe_keeps_existing_run(tmp_path, monkeypatch):
     assert re.fullmatch("Error: .*exist.*traces/digits-batch-seed0.*--resume.*--overwrite.*\n", again.output)
     assert not (tmp_path / "traces/digits-none-seed0").exists()
     assert run(*first, "--overwrite", cwd=tmp_path, monkeypatch=monkeypatch).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--device abacus", "abacus"),
+        ("--batch-size 5000", "batch_size=5000"),
+        ("--norm ghost --groups 300", "groups=300"),
+    ],
+)
+def test_existing_run_hides_no_mistake(tmp_path, monkeypatch, arguments, message):
+    first = ["--norm", "batch", "--epochs", "1"]
+    assert run(*first, cwd=tmp_path, monkeypatch=monkeypatch).exit_code == 0
+    result = run(*first, *arguments.split(), cwd=tmp_path, monkeypatch=monkeypatch)
+    check_usage_error(result, message)
+    assert "exist" not in result.output
+
+
+def test_share_that_pays_for_too_few_probes(tmp_path, monkeypatch):
+    result = run("--norm", "batch", "--epochs", "3", "--overhead", "0.001%", cwd=tmp_path, monkeypatch=monkeypatch)
+    assert result.exit_code == 0, result.output
+    assert re.match(r"Warning: .*digits-batch-seed0.*0\.001%.* 1 of 33 .*--overhead \d+% .* 30", result.stderr)
+    enough = re.search(r"--overhead (\d+%) pays", result.stderr)[1]
+    more = ["--norm", "batch", "--epochs", "3", "--overhead", f"{10 * int(enough[:-1])}%", "--overwrite"]
+    again = run(*more, cwd=tmp_path, monkeypatch=monkeypatch)
+    assert again.stderr == ""
+    assert len(read_traces(tmp_path / "traces")) >= 30
+
+
+def test_arguments_for_torchrun_are_read_back(tmp_path):
+    recipe = replace(RECIPES["digits"], norm="ghost", groups=2, ghost_by="ranks").resolve()
+    options = {"overhead": 0.07, "lr": 0.1, "step_sizes": (0.1, 0.2), "gradients": True, "epochs": None}
+    words = _arguments(recipe, TraceTarget(tmp_path, device="cpu", resume=True), options)
+    context = main.get_command(click.Context(main), "probe").make_context("probe", words[1:])
+    assert context.params["overhead"] == 0.07
+    assert context.params["step_sizes"] == (0.1, 0.2)
+    assert (context.params["gradients"], context.params["resume"], context.params["epochs"]) == (True, True, None)
 
 
 def test_resume_trains_unfinished_runs(tmp_path, monkeypatch):
@@ -108,6 +149,7 @@ def test_signal_guard_defers_first_signal():
         ("--probe-lrs 0.1,x", "'--step-sizes': '0.1,x': must be numbers"),
         ("--step-sizes nan", "one finite number or more"),
         ("--overhead 0", "'0': must be a positive share"),
+        ("--overhead 20", "20%"),
         ("--epochs 0", "epochs=0: must be"),
         ("--batch-size 5000", "batch_size=5000: must be at most the 1500"),
         ("--lr -1", "lr=-1.0: must be"),

@@ -150,3 +150,24 @@ def test_read_cifar_ignores_file_without_hash(tmp_path):
     (tmp_path / "test.bin.gz").write_bytes(gzip.compress(records))
     train_set, test_set = read_cifar(replace(CIFAR100, source=source), tmp_path)
     assert (len(train_set[0]), len(test_set[0])) == (1, 0)
+
+
+@pytest.mark.parametrize("place", ["{}", "{}.tar.gz", "cifar10/{}", "itself"])
+def test_python_version_is_named(tmp_path, place):
+    cifar = replace(CIFAR10, source=replace(CIFAR10.source, mirrors=()))
+    folder = tmp_path / "cifar-10-batches-py" if place == "itself" else tmp_path
+    if place == "{}.tar.gz":
+        (tmp_path / "cifar-10-python.tar.gz").touch()
+    else:
+        path = folder if place == "itself" else tmp_path / place.format("cifar-10-batches-py")
+        path.mkdir(parents=True)
+        (path / "data_batch_1").touch()
+    with pytest.raises(LandscapeError, match=r"cifar-10-.*Python version.*cifar-10-binary\.tar\.gz"):
+        read_cifar(cifar, folder)
+
+
+def test_python_version_beside_the_binary_one(tmp_path):
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / CIFAR100.source.archive).write_bytes(b"not an archive")
+    with pytest.raises(LandscapeError, match=r"damaged"):
+        read_cifar(CIFAR100, tmp_path)

@@ -113,7 +113,7 @@ def test_load_dataset_unknown_name():
 def test_load_dataset_data_dir_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.touch()
-    with pytest.raises(LandscapeError, match=f"'mnist' in {path}"):
+    with pytest.raises(LandscapeError, match=f"data_dir='{path}'"):
         load_dataset("mnist", path)
 
 
@@ -263,3 +263,16 @@ def test_data_dir_is_no_url(data_dir, tmp_path, monkeypatch):
         load_dataset("mnist", data_dir)
     assert "hidden" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_mistyped_data_dir_is_not_created(tmp_path):
+    with pytest.raises(LandscapeError, match="data_dir=.*typo"):
+        load_dataset("mnist", tmp_path / "typo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_download_failure_is_short(tmp_path):
+    with pytest.raises(LandscapeError, match="refused") as caught:
+        read_file("a", tmp_path, make_source({"a.gz": b""}, "http://127.0.0.1:1/"))
+    assert "Max retries" not in str(caught.value)
+    assert " object at " not in str(caught.value)
