@@ -274,7 +274,7 @@ def ghost_norm_with_statistics(
     _check_parameters(x, weight, bias)
     if smallest == 0:
         nothing = at_least_float32(x).new_empty(0, x.shape[1])
-        return _scale_channels(x, weight, bias).to(x.dtype), nothing, nothing
+        return _scale_channels(x.clone(), weight, bias).to(x.dtype), nothing, nothing
     if smallest == 2 and not torch.compiler.is_compiling():  # It cannot warn.
         _warn_of_signs(x.shape[0], groups)
     return standardize(x, weight, bias, groups, layout == "interleaved", eps)

@@ -266,7 +266,7 @@ def test_data_dir_is_no_url(data_dir, tmp_path, monkeypatch):
 
 
 def test_mistyped_data_dir_is_not_created(tmp_path):
-    with pytest.raises(LandscapeError, match="data_dir=.*typo"):
+    with pytest.raises(LandscapeError, match=r"data_dir=.*typo"):
         load_dataset("mnist", tmp_path / "typo")
     assert not list(tmp_path.iterdir())
 
