@@ -16,6 +16,11 @@ from torch.autograd.graph import increment_version
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _BATCH = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 2]
 """Types of samples, positions, channels, groups, interleaved, threads."""
+_ARGUMENTS = {
+    "forward": [*[ctypes.c_void_p] * 7, *_BATCH, ctypes.c_double],
+    "backward": [*[ctypes.c_void_p] * 8, *_BATCH],
+    "update": [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2, ctypes.c_double],
+}
 
 
 @cache
@@ -40,12 +45,9 @@ def load(path: Path) -> ctypes.CDLL:
     # loaded for all, there is one pool of threads.
     found = ctypes.CDLL(str(path))
     for name in _NAMES.values():
-        there, back = getattr(found, f"{name}_forward"), getattr(found, f"{name}_backward")
-        there.argtypes, there.restype = [*[ctypes.c_void_p] * 7, *_BATCH, ctypes.c_double], None
-        update = getattr(found, f"{name}_update")
-        update.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2, ctypes.c_double]
-        update.restype = None
-        back.argtypes, back.restype = [*[ctypes.c_void_p] * 8, *_BATCH], None
+        for part, types in _ARGUMENTS.items():
+            function = getattr(found, f"{name}_{part}")
+            function.argtypes, function.restype = types, None
     return found
 
 

@@ -77,8 +77,8 @@ class LandscapeProbe:
             parameter moves by its own rate.
         every: Probe every n-th update, the first included.
         direction: ``"gradient"``, the gradient as the optimizer gets it, or ``"update"``, the step that the optimizer
-            takes (with momentum, Adam's scaling, ...), divided by the learning rate of the first parameter group, so
-            that a step size equal to the learning rate is that step.
+            takes (with momentum, Adam's scaling, ...), divided by the learning rate (of the first parameter group in
+            which it is not 0), so that a step size equal to it is that step.
         steps_per_epoch: Updates in an epoch, for the column ``epoch``.
         engine: How rays are evaluated. ``"auto"`` repeats recorded calls, and calls the code of the loop again, by
             ``criterion`` or `observe`, where they cannot be repeated. ``"tape"`` does the same and warns. ``"loop"``

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from landscape.distributed.parameter_space import Parameters, dense
+from landscape.distributed.parameter_space import Parameters, clones, dense
 from landscape.errors import LandscapeError
 from landscape.probe.capture import Capture
 from landscape.probe.messages import NO_LOSS
@@ -80,12 +80,11 @@ class Update:
 
     def snapshot(self) -> Self:
         """Return the update with copies of tensors that steps overwrite."""
-        copies = {name: tensor.clone() for name, tensor in self.gradient.items()}
+        copies = clones(self.gradient)
         own = self.loss_gradient
         if own is not None:
             own = {name: copies[name] if _same(own[name], self.gradient[name]) else own[name].clone() for name in own}
-        origin = {name: tensor.clone() for name, tensor in self.origin.items()}
-        return replace(self, origin=origin, gradient=copies, loss_gradient=own)
+        return replace(self, origin=clones(self.origin), gradient=copies, loss_gradient=own)
 
     def gradient_direction(self, relative: bool) -> Parameters:
         """Return the gradient, uphill if the optimizer ascends.

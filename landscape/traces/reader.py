@@ -94,7 +94,7 @@ def list_runs(paths: Location | Iterable[Location]) -> pd.DataFrame:
             such as ``s3://bucket/traces``.
 
     Returns:
-        Columns are ``run``, the number of recorded ``updates``, the ``writer`` (the process that is recording the run,
+        Columns are ``run``, the number of recorded ``updates``, 0 for one that has started and written no row yet, the ``writer`` (the process that is recording the run,
         missing if there is none), and one column per scalar fact of ``run.json``. ``ended`` is missing if the run is in
         progress, was killed, or was interrupted to be resumed.
 
@@ -110,7 +110,7 @@ def list_runs(paths: Location | Iterable[Location]) -> pd.DataFrame:
         0  ghost        1  ghost
     """
     left_out: list[str] = []
-    rows = [_run_summary(run, left_out) for run in _find_runs(paths, "updates", left_out)]
+    rows = [_run_summary(run, left_out) for run in _find_runs(paths, "updates", left_out, with_started=True)]
     if left_out:
         warnings.warn(f"Left out: {_abridged(left_out)}", stacklevel=2)
     return fact_columns(rows)
@@ -123,11 +123,20 @@ def _run_summary(run: Run, left_out: list[str]) -> dict[str, Any]:
     return own | {name: fact for name, fact in facts.items() if name not in own} | {"ended": ended}
 
 
-def _find_runs(paths: Location | Iterable[Location], table: str, left_out: list[str]) -> list[Run]:
-    """Return the runs at or under the paths."""
+def _find_runs(
+    paths: Location | Iterable[Location], table: str, left_out: list[str], with_started: bool = False
+) -> list[Run]:
+    """Return the runs at or under the paths.
+
+    Args:
+        paths: Paths that a user gave.
+        table: Table of which there are rows.
+        left_out: Gets a line for each folder that cannot be opened.
+        with_started: True also returns runs without rows.
+    """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     found: dict[str, Run] = {}
-    for run in (run for path in paths for run in _locate(path, table, left_out)):
+    for run in (run for path in paths for run in _locate(path, table, left_out, with_started)):
         key = str(run.folder.store)
         earlier = found.get(key, run)
         parts = tuple(sorted({*earlier.parts, *run.parts}))
@@ -140,7 +149,7 @@ def _find_runs(paths: Location | Iterable[Location], table: str, left_out: list[
     return [run if count[run.name] == 1 else replace(run, name=key) for key, run in found.items()]
 
 
-def _locate(path: Location, table: str, left_out: list[str]) -> Iterator[Run]:
+def _locate(path: Location, table: str, left_out: list[str], with_started: bool) -> Iterator[Run]:
     """Yield the runs at or under one path."""
     place = normalized(path)
     location = place if isinstance(place, str) else Path(os.path.realpath(place))  # which accepts cycles of links
@@ -151,7 +160,8 @@ def _locate(path: Location, table: str, left_out: list[str]) -> Iterator[Run]:
             tree = store.tree(lambda error: left_out.append(f"{error.filename}: cannot be opened ({reason(error)})"))
             for inner, names in tree.items():
                 folder = TraceFolder(store.inside(inner) if inner else store, names)
-                if parts := folder.parts(table):
+                parts = folder.parts(table)
+                if parts or (with_started and folder.METADATA in names):
                     yield Run(inner or folder.name, folder, tuple(parts), is_whole=True)
         elif kind == "file":
             outer, name = outer_and_name(location)
@@ -230,6 +240,8 @@ def _metadata(run: Run, left_out: list[str]) -> dict[str, Any]:
 
 def _count(run: Run, left_out: list[str]) -> int | None:
     """Return the number of rows, from the last part."""
+    if not run.parts:
+        return 0
     last = run.parts[-1]
     try:
         return run.folder.end_row(last)
