@@ -80,7 +80,7 @@ class Capture:
     Args:
         model: The module that the user's loop calls: the model, or what ``DistributedDataParallel(model)`` returned.
         criterion: The module whose calls are the losses, unless the user passes them to `observe`.
-        optimizer: The optimizer that updates the model.
+        optimizers: The optimizers that update the model.
         is_due: Returns True if the current update is to be probed.
         grad_scaler: The loss scaler, if one is used.
         prepare: Called before each forward pass that is captured.
@@ -96,7 +96,7 @@ class Capture:
         self,
         model: nn.Module,
         criterion: nn.Module | None,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         is_due: Callable[[], bool],
         grad_scaler: "torch.amp.GradScaler | None" = None,
         prepare: Callable[[], None] = lambda: None,
@@ -104,7 +104,7 @@ class Capture:
         self.wrapper = model
         self.model, self.ranks = unwrap_parallel(model)
         self.criterion = criterion
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.loss_module = LossModule(self.model, criterion, parameter_space(self.model, self.ranks))
         self._is_due, self._prepare = is_due, prepare
         self.passes = BackwardPasses(
@@ -356,7 +356,8 @@ class Capture:
         self.loss_module.traits.load_state_dict(state, self.loss_module)
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        return [parameter for group in groups for parameter in group["params"]]
 
     def _moved_parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters that the optimizer may move."""
@@ -389,6 +390,8 @@ class Capture:
     def _before_wrapper(self, wrapper: nn.Module, args: Any) -> None:
         if self._measuring:
             raise LandscapeError(messages.WRAPPER_CALLED)
+        if getattr(getattr(wrapper, "_join_config", None), "enable", False):  # torch has no public way to ask
+            raise LandscapeError(messages.UNEVEN_INPUTS)
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self.criterion is not None and self._is_recording() and not self._is_lazy():

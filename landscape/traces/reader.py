@@ -15,7 +15,7 @@ import pyarrow as pa
 from landscape.errors import LandscapeError
 from landscape.storage.address import normalized, outer_and_name
 from landscape.storage.filesystem import Location, reason, store_at
-from landscape.storage.lock import writer_of
+from landscape.storage.lock import is_abandoned, writer_of
 from landscape.text import printable
 from landscape.traces.folder import TraceFolder
 from landscape.traces.frame import fact_columns, scalars, to_frame
@@ -43,7 +43,8 @@ def read_traces(paths: Location | Iterable[Location], table: str = "updates") ->
     """Read the traces of runs into one frame.
 
     Files that cannot be read (a damaged part, a part of another run or of a newer format, invalid JSON) are left out
-    and named by a warning and in ``frame.attrs["left_out"]``. Damage is found by checksums of the Parquet pages and of
+    and named by a warning and in ``frame.attrs["left_out"]``; so are runs whose process was killed before it wrote its
+    last rows. Damage is found by checksums of the Parquet pages and of
     the metadata.
 
     Args:
@@ -211,6 +212,8 @@ def _read(run: Run, table: str, left_out: list[str]) -> tuple[pa.Table | None, d
         parts.append(part)
     if run.is_whole and parts and not gap_is_named and (lacking := _recorded(metadata, table) - following) > 0:
         left_out.append(f"{store}: lacks the last {lacking} of its {table}")
+    elif run.is_whole and is_abandoned(store):
+        left_out.append(f"{store}: may lack its last {table}, as its process was killed, or ended by os._exit")
     return (pa.concat_tables(parts) if parts else None), metadata
 
 
