@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
-_BATCH = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 2]
-"""Types of samples, positions, channels, groups, interleaved, threads."""
+_BATCH = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 3]
+"""Types of samples, positions, channels, groups, interleaved, channels_innermost, threads."""
 _ARGUMENTS = {
     "forward": [*[ctypes.c_void_p] * 7, *_BATCH, ctypes.c_double],
     "backward": [*[ctypes.c_void_p] * 8, *_BATCH],
@@ -54,13 +54,17 @@ def load(path: Path) -> ctypes.CDLL:
 def takes(x: Tensor, *parameters: Tensor | None) -> bool:
     """Return True if the kernel can normalize a batch.
 
-    Its channels must be innermost in memory: (M, C), or channels_last.
+    It must be contiguous or channels_last in memory.
     """
     if not x.is_cpu or x.dtype not in _NAMES or library() is None or not x.numel():
         return False
-    return x.movedim(1, -1).is_contiguous() and all(
+    return (x.is_contiguous() or _has_channels_innermost(x)) and all(
         one is None or _is_plain(one, x.dtype, x.shape[1:2]) for one in parameters
     )
+
+
+def _has_channels_innermost(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
 
 
 def takes_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv_std: Tensor, groups: int) -> bool:
@@ -101,7 +105,7 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv_std: Tensor, groups: int, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, dweight and dbias."""
-    dy = dy.movedim(1, -1).contiguous()
+    dy = dy.movedim(1, -1).contiguous() if _has_channels_innermost(x) else dy.contiguous()
     dx = torch.empty_like(x)
     # The first row is the sum over the groups.
     dweight, dbias = mean.new_empty(2, groups, mean.shape[1])
@@ -126,4 +130,5 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _batch(x: Tensor, groups: int, interleaved: bool) -> tuple[int, ...]:
     samples, channels = x.shape[:2]
-    return samples, x.shape[2:].numel(), channels, groups, int(interleaved), torch.get_num_threads()
+    layout = int(interleaved), int(_has_channels_innermost(x))
+    return samples, x.shape[2:].numel(), channels, groups, *layout, torch.get_num_threads()

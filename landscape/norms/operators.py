@@ -22,7 +22,7 @@ from landscape.norms.standardize import (
 # What runs inside of an operator:
 #
 #     batch                                   forward and backward
-#     on a CPU, channels innermost            kernel.cpp, if it is compiled
+#     on a CPU, contiguous or channels_last   kernel.cpp, if it is compiled
 #     on a CPU                                standardize.forward_in_place, backward_in_place
 #     on an accelerator                       standardize.forward_native, backward_native
 #
