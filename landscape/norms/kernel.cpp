@@ -282,20 +282,25 @@ void run_in_threads(const Task& task, int threads) {
   for (int64_t k = 0; k < used; ++k) run(task, tasks * k / used, tasks * (k + 1) / used);
 }
 
+// Adds share * row to out.
+template <typename T>
+INLINE void add_scaled(T* out, const T* row, T share, int64_t channels) {
+  for (int64_t channel = 0; channel < channels; ++channel) out[channel] += share * row[channel];
+}
+
+FOR_ALL_PROCESSORS void add(float* out, const float* row, float share, int64_t n) { add_scaled(out, row, share, n); }
+FOR_ALL_PROCESSORS void add(double* out, const double* row, double share, int64_t n) { add_scaled(out, row, share, n); }
+
 template <typename T>
 void add_to_first_row(T* slices, int64_t groups, int64_t channels) {
-  for (int64_t group = 1; group < groups; ++group) {
-    for (int64_t channel = 0; channel < channels; ++channel) slices[channel] += slices[group * channels + channel];
-  }
+  for (int64_t group = 1; group < groups; ++group) add(slices, slices + group * channels, T(1), channels);
 }
 
 template <typename T>
 void move_to_mean(T* running, const T* slices, int64_t groups, int64_t channels, T momentum) {
-  const T share = momentum / T(groups);
   for (int64_t channel = 0; channel < channels; ++channel) running[channel] *= 1 - momentum;
   for (int64_t group = 0; group < groups; ++group) {
-    const T* row = slices + group * channels;
-    for (int64_t channel = 0; channel < channels; ++channel) running[channel] += share * row[channel];
+    add(running, slices + group * channels, momentum / T(groups), channels);
   }
 }
 

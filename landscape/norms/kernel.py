@@ -64,7 +64,7 @@ def takes(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def _has_channels_innermost(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
+    return (x if x.dim() == 2 else x.movedim(1, -1)).is_contiguous()
 
 
 def takes_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv_std: Tensor, groups: int) -> bool:
@@ -105,7 +105,7 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv_std: Tensor, groups: int, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, dweight and dbias."""
-    dy = dy.movedim(1, -1).contiguous() if _has_channels_innermost(x) else dy.contiguous()
+    dy = dy.movedim(1, -1).contiguous() if x.dim() > 2 and _has_channels_innermost(x) else dy.contiguous()
     dx = torch.empty_like(x)
     # The first row is the sum over the groups.
     dweight, dbias = mean.new_empty(2, groups, mean.shape[1])

@@ -137,9 +137,7 @@ class LandscapeProbe:
         self.step = 0
         """Number of updates so far."""
         self._hooks = StepHooks(self.optimizers, self._before_step, self._between_steps, self._after_steps)
-        self._capture = Capture(
-            model, criterion, self.optimizers, self._is_due, grad_scaler, self._hooks.before_forward
-        )
+        self._capture = Capture(model, criterion, self.optimizers, self._is_due, self._hooks, grad_scaler)
         self._inner, self._ranks = self._capture.model, self._capture.ranks
         self._seconds = 0.0
         metadata = probe_metadata(self._inner, self.optimizers, criterion, self.options)
@@ -172,7 +170,7 @@ class LandscapeProbe:
         self._measured: dict[str, Any] = {}
         """Row of the update that the optimizers are making."""
         self._versions: dict[int, list[Any]] = {}
-        """Versions of the gradients of optimizers that are yet to make their step, by id."""
+        """Versions of the measured gradients by the id of the optimizer, if there are several."""
         self._last: dict[str, Any] = {}
 
     def attach(self) -> Self:
@@ -292,7 +290,7 @@ class LandscapeProbe:
     def _is_due(self) -> bool:
         return self._hooks.attached and self._schedule.due
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, closure: Closure | None) -> Closure | None:
+    def _before_step(self, closure: Closure | None) -> Closure | None:
         """Measure the update, or return a closure that does.
 
         ``step(closure)`` computes the gradient itself, maybe several times: the first one is that of this update. Under
@@ -300,7 +298,6 @@ class LandscapeProbe:
         minimization, the gradient of the update is the one from before.
         """
         self._measured, self._pending = {}, None
-        self._versions = self._gradient_versions(other for other in self.optimizers if other is not optimizer)
         if closure is None:
             self._before_update(lambda: self._update(self._capture.pop_terms()))
             return None
@@ -323,6 +320,7 @@ class LandscapeProbe:
         if self._starts_over:
             self._truncate({})
         if self._is_due():
+            self._versions = self._gradient_versions(self.optimizers)
             with self._schedule.probing():
                 update = make()
                 if self.options.direction == "gradient":
@@ -331,14 +329,16 @@ class LandscapeProbe:
                     self._pending = update.snapshot()
 
     def _between_steps(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the row if the optimizer gets another gradient than was measured."""
+        """Drop the row if its gradient has changed since."""
         before = self._versions.get(id(optimizer))
         if before is not None and self._gradient_versions([optimizer])[id(optimizer)] != before:
             self._drop(CHANGED_GRADIENT.format(type(optimizer).__name__))
 
     def _gradient_versions(self, optimizers: Iterable[torch.optim.Optimizer]) -> dict[int, list[Any]]:
-        """Return versions by optimizer, without those that a loss scaler will change."""
-        scaler = find_grad_scaler() if len(self.optimizers) > 1 else None
+        """Return versions by optimizer, of gradients that are final."""
+        if len(self.optimizers) == 1:
+            return {}
+        scaler = find_grad_scaler()
         return {
             id(one): gradient_versions(parameter for group in one.param_groups for parameter in group["params"])
             for one in optimizers

@@ -14,8 +14,8 @@ STALE_GRADIENTS = (
 WRITTEN_PARAMETERS = (
     "Parameters were written to between the forward pass and the optimizer's step, so the gradient is not that at the "
     "start of the update. Another optimizer may have made its step: give the probe all that step together, "
-    "LandscapeProbe(model, [first, second]), or the one that steps first. A loop that writes to parameters itself, as in "
-    "sharpness-aware minimization, cannot be measured."
+    "LandscapeProbe(model, [first, second]), or the one that steps first. A loop that writes to parameters itself, as "
+    "in sharpness-aware minimization, cannot be measured."
 )
 UNKNOWN_LOSS = "A backward pass that went through no captured loss has added to the gradient. " + OBSERVE_WHOLE
 NONLINEAR = "The differentiated tensor is not a weighted sum of the captured losses, but their {}. " + OBSERVE_WHOLE
@@ -68,8 +68,8 @@ UNSEEN_BACKWARD = (
     "unknown whether its gradient is that of the update. Call loss.backward()."
 )
 UNEVEN_INPUTS = (
-    "Under torch.distributed.algorithms.join.Join, processes that have no batches left cannot take part in a probe. Give "
-    "every process as many batches, as DistributedSampler(..., drop_last=True) does, and leave out Join."
+    "Under torch.distributed.algorithms.join.Join, processes that have no batches left cannot take part in a probe. "
+    "Give every process as many batches, as DistributedSampler(..., drop_last=True) does, and leave out Join."
 )
 NO_LOSS = "No loss was captured since the last step. " + OBSERVE
 NO_STEP = (
@@ -84,8 +84,8 @@ NO_COMMON_STEP = (
     "together."
 )
 CHANGED_GRADIENT = (
-    "The gradient that {} gets was changed after another optimizer's step. Change gradients (clipping) before the first "
-    "step."
+    "The gradient that {} gets was changed after another optimizer's step. Change gradients (clipping) before the "
+    "first step."
 )
 
 # The next update is probed.

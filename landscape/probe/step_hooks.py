@@ -15,12 +15,12 @@ Closure = Callable[[], Any]
 
 
 class StepHooks:
-    """Calls functions around each update, which is a step of each optimizer.
+    """Calls functions around updates: a step of each optimizer.
 
     A step may call another one (``super().step()`` in a subclass), which is the same update, and may fail, so that its
     end is never seen::
 
-        muon.step()                         before(muon, closure)
+        muon.step()                         before(closure)
             super().step()                  nothing
         parameters are written              nothing
         adamw.step()                        between(adamw)
@@ -30,8 +30,8 @@ class StepHooks:
 
     Args:
         optimizers: The optimizers that make the updates, in any order.
-        before: Called at the first step, with its optimizer. Takes the closure that the step was given, or None, and
-            returns one that replaces it, or None.
+        before: Called at the first step. Takes the closure that the step was given, or None, and returns one that
+            replaces it, or None.
         between: Called at the other steps, with their optimizer.
         after: Called once the steps are made, with the optimizers that made none.
     """
@@ -39,7 +39,7 @@ class StepHooks:
     def __init__(
         self,
         optimizers: Sequence[torch.optim.Optimizer],
-        before: Callable[[torch.optim.Optimizer, Closure | None], Closure | None],
+        before: Callable[[Closure | None], Closure | None],
         between: Callable[[torch.optim.Optimizer], None],
         after: Callable[[Sequence[torch.optim.Optimizer]], None],
     ) -> None:
@@ -71,13 +71,13 @@ class StepHooks:
         """True between `attach` and `detach`."""
         return bool(self._handles)
 
-    def before_forward(self) -> None:
-        """Prepare for the update of a forward pass.
-
-        Hooks are registered again, behind those that may change the gradient.
-        """
+    def begin_forward(self) -> None:
+        """End the last update, if an optimizer made no step."""
         if self._stepped and not self._depth and torch.is_grad_enabled():
             self._end()
+
+    def move_last(self) -> None:
+        """Register again, behind hooks that may change the gradient."""
         for place, optimizer in enumerate(self._optimizers if self.attached else ()):
             if self._is_followed(optimizer):
                 self._handles_before[place].remove()
@@ -107,7 +107,7 @@ class StepHooks:
             self._end()
         if self._stepped:
             return self._between(optimizer)
-        replaced = self._before(optimizer, args[1] if len(args) > 1 else kwargs.get("closure"))
+        replaced = self._before(args[1] if len(args) > 1 else kwargs.get("closure"))
         if replaced is None:
             return None
         return (args[0], replaced), {name: value for name, value in kwargs.items() if name != "closure"}
@@ -137,7 +137,7 @@ def find_grad_scaler() -> Any:
 
 
 def gradient_scale(optimizer: torch.optim.Optimizer, scaler: Any) -> Tensor | None:
-    """Return the factor of an optimizer's gradients, or None for 1.
+    """Return the factor of gradients, or None for 1.
 
     Args:
         optimizer: An optimizer of the update.

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from landscape.errors import LandscapeError
 from landscape.files import whole_file
-from landscape.storage.address import Location, no_bucket, normalized
+from landscape.storage.address import Location, inside, no_bucket, normalized
 from landscape.storage.aws import s3_endpoint, s3_region
 from landscape.text import short
 

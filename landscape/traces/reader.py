@@ -95,9 +95,9 @@ def list_runs(paths: Location | Iterable[Location]) -> pd.DataFrame:
             such as ``s3://bucket/traces``.
 
     Returns:
-        Columns are ``run``, the number of recorded ``updates``, 0 for one that has started and written no row yet, the ``writer`` (the process that is recording the run,
-        missing if there is none), and one column per scalar fact of ``run.json``. ``ended`` is missing if the run is in
-        progress, was killed, or was interrupted to be resumed.
+        Columns are ``run``, the number of recorded ``updates`` (0 for a run that has just started), the ``writer`` (the
+        process that is recording the run, missing if there is none), and one column per scalar fact of ``run.json``.
+        ``ended`` is missing if the run is in progress, was killed, or was interrupted to be resumed.
 
     Raises:
         LandscapeError: A path does not exist, or no run is recorded there.
@@ -161,9 +161,9 @@ def _locate(path: Location, table: str, left_out: list[str], with_started: bool)
             tree = store.tree(lambda error: left_out.append(f"{error.filename}: cannot be opened ({reason(error)})"))
             for inner, names in tree.items():
                 folder = TraceFolder(store.inside(inner) if inner else store, names)
-                parts = folder.parts(table)
-                if parts or (with_started and folder.METADATA in names):
-                    yield Run(inner or folder.name, folder, tuple(parts), is_whole=True)
+                run = Run(inner or folder.name, folder, tuple(folder.parts(table)), is_whole=True)
+                if run.parts or (with_started and folder.METADATA in names and _metadata(run, left_out)):
+                    yield run
         elif kind == "file":
             outer, name = outer_and_name(location)
             folder = TraceFolder(outer)

@@ -209,7 +209,8 @@ def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
     inputs = data.train.inputs[: recipe.batch_size]
     torch.manual_seed(recipe.seed)
     by_layer = recipe.ghost_by == "layer"
-    norm = make_norm(recipe.norm, **recipe.norm_options) if by_layer else make_norm("batch")
+    name, options = recipe.layer if by_layer else ("batch", {})
+    norm = make_norm(name, **options)
     model = MODELS[recipe.model](inputs[0].shape, data.classes, norm).to(inputs.device)
     model = model.double() if recipe.precision == "float64" else model
     if recipe.channels_last:

@@ -6,9 +6,9 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.join import Join
 from rank_ghost import STEP_SIZES, table
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from landscape import LandscapeError, LandscapeProbe

@@ -5,8 +5,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from landscape import RECIPES
-from landscape.errors import LandscapeError
 from landscape.data.dataset import load_dataset
+from landscape.errors import LandscapeError
 from landscape.training.experiment import initial_model
 from landscape.tuning.feasibility import _extrapolated, check_feasible, seconds_per_training
 from landscape.tuning.plan import TuningConfig
@@ -45,7 +45,8 @@ def test_plan_is_that_of_real_models(model):
 
 
 @pytest.mark.parametrize(
-    "tuning", [replace(TUNING, norms=("ghost",), groups=(300,)), replace(TUNING, norms=("seq",), channel_groups=(1000,))]
+    "tuning",
+    [replace(TUNING, norms=("ghost",), groups=(300,)), replace(TUNING, norms=("seq",), channel_groups=(1000,))],
 )
 def test_norm_without_configuration_is_refused(tuning):
     with pytest.raises(LandscapeError) as actual:
