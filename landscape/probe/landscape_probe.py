@@ -27,9 +27,10 @@ from landscape.probe.capture import Capture
 from landscape.probe.checks import CaptureChecks
 from landscape.probe.options import ProbeOptions
 from landscape.probe.passes import CapturedUpdate
+from landscape.probe.rows import RowQueue
 from landscape.probe.schedule import ProbeSchedule
 from landscape.probe.step_hooks import Closure, StepHooks, call_after_first
-from landscape.probe.update import Update, to_host
+from landscape.probe.update import Update
 from landscape.ray.engines.calls import NoTapeError
 from landscape.ray.evaluator import Evaluator
 from landscape.ray.gradients import RayGradients
@@ -138,12 +139,13 @@ class LandscapeProbe:
         self._capture = Capture(model, criterion, optimizer, self._is_due, grad_scaler, self._hooks.move_last)
         self._inner, self._ranks = self._capture.model, self._capture.ranks
         self._seconds = 0.0
+        self._rows = RowQueue(lambda: self._evaluator.check_graphs())
         metadata = probe_metadata(self._inner, optimizer, criterion, self.options)
         metadata |= {"ranks": self._ranks.size, **(facts or {})}
         writes = self._ranks.is_writer or trace is None  # rows in memory are kept by every process
         self.trace = self._ranks.run_on_all(
             lambda: (
-                TraceWriter(trace, metadata, overwrite=overwrite, resume=resume, resolve=self._to_host)
+                TraceWriter(trace, metadata, overwrite=overwrite, resume=resume, resolve=self._rows.resolve)
                 if writes
                 else NullWriter()
             ),
@@ -154,7 +156,7 @@ class LandscapeProbe:
         self._starts_over = resume
         """True until a state is loaded, or the rows that are there are dropped."""
         self._pending: Update | None = None
-        self._checks = CaptureChecks(self._ranks)
+        self._checks = CaptureChecks(self._ranks, self.options.max_memory)
         self._evaluator = Evaluator(self.options.engine, self.options.max_memory, self.trace.update_metadata)
         self._schedule = ProbeSchedule(
             self.options.every, self.options.overhead, _device(model), self._ranks.broadcast_bool
@@ -167,7 +169,8 @@ class LandscapeProbe:
         }
         self._measured: dict[str, Any] = {}
         """Row of the update that the optimizer is making."""
-        self._last: dict[str, Any] = {}
+        self._skipped: Tensor | None = None
+        """Not 0 if the optimizer skips that update, on its device."""
 
     def attach(self) -> Self:
         """Register the hooks, as entering the context does."""
@@ -230,7 +233,8 @@ class LandscapeProbe:
                 f"step={self.step}: must be 0 when a state is loaded. Call load_state_dict before the first update."
             )
         self._truncate(state["written"])
-        self.step, self._last = state["step"], dict(state["last"])
+        self.step = state["step"]
+        self._rows.restore(state["last"])
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         self._capture.begin_update(self._evaluator.records and self._hooks.attached)
@@ -263,7 +267,7 @@ class LandscapeProbe:
 
         It is empty before the first one. The call waits for the device.
         """
-        return to_host([self._last])[0] if self._last else {}
+        return self._rows.last()
 
     def frame(self) -> pd.DataFrame:
         """Return all rows so far.
@@ -272,10 +276,6 @@ class LandscapeProbe:
         data parallelism, only the process that writes it has rows.
         """
         return self.trace.frame()
-
-    def _to_host(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        self._evaluator.check_graphs()
-        return to_host(rows)
 
     def _truncate(self, written: Mapping[str, int]) -> None:
         if not written and (rows := self.trace.written["updates"]):
@@ -310,7 +310,7 @@ class LandscapeProbe:
         return call_after_first(closure, measure)
 
     def _update(self, captured: CapturedUpdate) -> Update:
-        return Update.from_optimizer(self._capture, self.optimizer, captured)
+        return Update.from_optimizer(self._capture, self.optimizer, captured, reads_lr=self.options.relative)
 
     def _before_update(self, make: Callable[[], Update]) -> None:
         if self._starts_over:
@@ -329,8 +329,8 @@ class LandscapeProbe:
             with self._schedule.probing():
                 self._measure(update, update.actual_direction())
         if self._measured:  # not before, as a step may fail
-            self._last, self._measured = self._measured, {}
-            self.trace.append(self._last)
+            self.trace.append(self._rows.append(self._measured, self._skipped))
+            self._measured, self._skipped = {}, None
         self._capture.finish_update()
         self._schedule.advance(self._capture.pop_overhead_seconds())
         self.step += 1
@@ -344,7 +344,7 @@ class LandscapeProbe:
             row = self._ranks.all_mean(lambda: self._row(update, direction))
         except Exception as error:
             # Once rows were recorded, a training run must not end because of its probe.
-            has_begun = self._last and not isinstance(error, RankFailedError)
+            has_begun = self._rows.has_rows and not isinstance(error, RankFailedError)
             if not has_begun and not isinstance(error, ProbeDeferred):
                 raise
             warnings.warn(f"Step {self.step} is not in the trace: {error}", stacklevel=2)
@@ -352,7 +352,7 @@ class LandscapeProbe:
         finally:
             if names := contents.restore():
                 warnings.warn(f"Step {self.step}: restored what the model held as {names}.", stacklevel=2)
-        self._measured = row | {"seconds": self._seconds}
+        self._measured, self._skipped = row | {"seconds": self._seconds}, update.skipped
 
     def _row(self, update: Update, direction: Parameters) -> dict[str, Any]:
         """Return the row by the losses of this process."""
