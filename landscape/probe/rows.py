@@ -18,15 +18,15 @@ NOTICEABLE = 1e-3
 _SKIPPED = object()
 """Key of the flag among the values of a row."""
 _CONSTANT = (
-    "Step {}: the loss is {:.6g} at all step sizes, although the gradient predicts that it changes by {:.3g}. The loss "
-    "reads its parameters from elsewhere than their modules (a captured CUDA graph, a closure, a cache), so the losses "
-    "of such rows are no landscape. Let the forward pass read them from the modules, or give the probe neither criterion "
-    "nor observed losses. Later rows are not checked for it."
+    "Step {}: the loss is {:.6g} at all step sizes, although the gradient predicts that it changes by {:.3g}. The "
+    "loss reads its parameters from elsewhere than their modules (a captured CUDA graph, a closure, a cache), so the "
+    "losses of such rows are no landscape. Let the forward pass read them from the modules, or give the probe neither "
+    "criterion nor observed losses. Later rows are not checked for it."
 )
 _NOT_A_NUMBER = (
-    "Step {}: the training loss is {:.6g}, but it is NaN at all step sizes. The norm of the gradient is {:.3g}. If that is "
-    "not finite, the parameters are NaN after the step, too; otherwise give smaller step_sizes. The row keeps the NaN; "
-    "later ones are not checked for it."
+    "Step {}: the training loss is {:.6g}, but it is NaN at all step sizes. The norm of the gradient is {:.3g}. If "
+    "that is not finite, the parameters are NaN after the step, too; otherwise give smaller step_sizes. The row keeps "
+    "the NaN; later ones are not checked for it."
 )
 
 

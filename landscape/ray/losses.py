@@ -123,6 +123,8 @@ def _replayed(ray: Ray) -> Tensor:
 
     with torch.no_grad(), objective.rng_restored():
         value = replace(term, closure=recorded).losses(along.point, along.moves([etas[first]]))[0]
+    if not tapes[0].reads_parameters():
+        raise NoTapeError("its recorded calls read no parameter that moves")
     others = [eta for k, eta in enumerate(etas) if k != first]
     rest = losses_along(replace(ray, objective=tapes[0], step_sizes=others))
     return torch.cat([rest[:first], value.reshape(1), rest[first:]])
