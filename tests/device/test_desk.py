@@ -92,11 +92,11 @@ def test_derivatives_are_those_of_the_cpu(name, desks):
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-def test_other_tests_do_not_see_it(_built, device):
+def test_other_tests_do_not_see_it(device):
     """As soon as no test uses it, nothing of torch that does not name it has changed."""
     if device.type == "cuda":
         pytest.skip("is about the toy device")
-    _built.set_available(False)
+    torch.desk.set_available(False)
     assert not torch.accelerator.is_available()
     assert torch.get_default_device() == torch.device("cpu")
     assert not torch.is_autocast_enabled("cpu")
