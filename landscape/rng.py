@@ -82,7 +82,7 @@ class RngState:
 
 
 def has_rng_state(device: torch.device) -> bool:
-    """Return True if a device has random numbers of its own.
+    """Return True if a device has its own random numbers.
 
     Those are the accelerators that torch knows, also by a backend of somebody else.
     """

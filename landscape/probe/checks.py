@@ -128,7 +128,7 @@ class CaptureChecks:
         return {"step": step} | {name: None if one is None else asdict(one) for name, one in facts.items()}
 
     def _bounded(self, check: Callable[[], T]) -> T | None:
-        """Return the result of a check, or None if it holds too much memory."""
+        """Return a check, or None above the memory limit."""
         try:
             with memory_limit(self._max_memory):
                 return check()

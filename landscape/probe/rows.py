@@ -45,10 +45,10 @@ class PendingRow(dict[Any, Any]):
 class RowQueue:
     """Resolves rows, by one transfer from each device.
 
-    The host must not wait for a device at each update. So it learns with the numbers of a row that the update was
-    skipped, and such a row is dropped: a fused optimizer decides on the device to skip an update whose gradient has
-    overflown. Two findings are warned of, once each: a loss that is the same at all step sizes though its gradient
-    predicts a change, and one that is NaN at all of them though it was finite in training.
+    At an update the host must not wait for a device. So it learns only with the numbers of a row that the update was
+    skipped, and drops such a row: a fused optimizer decides on the device to skip an update whose gradient overflows.
+    Two findings are warned of, once each: a loss that is the same at all step sizes though its gradient predicts a
+    change, and one that is NaN at all of them though it was finite in training.
 
     Args:
         check: Called before rows are resolved, for other checks that wait for the device.
@@ -65,6 +65,8 @@ class RowQueue:
 
     def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self._check = check
+        self.has_rows = False
+        """True if there was a row, skipped or not."""
         self._last: dict[str, Any] = {}
         self._recent: list[PendingRow] = []
         """Rows of which the last one that is not skipped is the last row."""
@@ -77,6 +79,7 @@ class RowQueue:
             values: Values by column; numbers, lists of numbers, or tensors.
             skipped: See `PendingRow`.
         """
+        self.has_rows = True
         row = PendingRow(values, None if skipped is None else skipped.detach().clone())
         if skipped is None:
             self._recent.clear()
@@ -85,13 +88,8 @@ class RowQueue:
             self.last()
         return row
 
-    @property
-    def has_rows(self) -> bool:
-        """True if there was a row, skipped or not."""
-        return bool(self._last or self._recent)
-
     def last(self) -> dict[str, Any]:
-        """Return the last row with plain numbers; it is empty without one."""
+        """Return the last row as plain numbers, or {}."""
         if self._recent:
             self._last = dict([self._last, *_plain(self._recent)][-1])
             self._recent.clear()
@@ -99,7 +97,7 @@ class RowQueue:
 
     def restore(self, last: Mapping[str, Any]) -> None:
         """Resume from the last row of a checkpoint."""
-        self._last = dict(last)
+        self._last, self.has_rows = dict(last), bool(last)
         self._recent.clear()
 
     def resolve(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -126,7 +124,9 @@ def _plain(rows: Sequence[dict[Any, Any]]) -> list[dict[str, Any]]:
 
 
 def to_host(rows: Sequence[dict[Any, Any]]) -> list[dict[Any, Any]]:
-    """Return rows as plain numbers, by one transfer from each device.
+    """Return rows as plain numbers.
+
+    There is one transfer from each device.
 
     Examples:
         >>> to_host([{"step": 1, "losses": torch.tensor([0.5, 2.0])}, {"step": 2, "losses": [1.0]}])

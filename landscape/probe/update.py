@@ -176,7 +176,7 @@ def learning_rate_of(optimizer: torch.optim.Optimizer) -> float | Tensor:
 
 
 def _on_host(rate: Any) -> float | Tensor:
-    """Return a learning rate as a number, unless an accelerator has it."""
+    """Return a number, unless an accelerator has it."""
     if isinstance(rate, Tensor) and rate.device.type != "cpu":
         return rate.detach().reshape(()).clone()  # A scheduler may write to it before the row is read.
     return float(rate)

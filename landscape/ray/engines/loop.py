@@ -25,7 +25,9 @@ def loop(ray: Ray) -> Tensor:
 
 
 def checked_loop(ray: Ray) -> Tensor:
-    """Return the K losses, as `loop` does, unless they are of other parameters.
+    """Return the K losses, unless they are of other parameters.
+
+    They are those of `loop`.
 
     Raises:
         LandscapeError: All losses are the same, and forward passes read none of the parameters that move.
@@ -46,7 +48,7 @@ def checked_loop(ray: Ray) -> Tensor:
 
 
 class Reads(TorchDispatchMode):
-    """A mode that notes if a call reads some of the tensors.
+    """A mode that notes if a call reads certain tensors.
 
     Attributes:
         found: True if one does, or if it cannot be known.
