@@ -40,8 +40,8 @@ _CONSTANT = (
 )
 
 _UNCHECKED = (
-    "max_memory={}: a check that rays are of the loss that is trained was left out, as it takes more memory ({}). Allow "
-    "more, or make the first updates with smaller batches."
+    "max_memory={}: a check that rays are of the loss that is trained was left out, as it takes more memory ({}). "
+    "Allow more, or make the first updates with smaller batches."
 )
 T = TypeVar("T")
 

@@ -89,7 +89,7 @@ class RowQueue:
         return row
 
     def last(self) -> dict[str, Any]:
-        """Return the last row as plain numbers, or {}."""
+        """Return the last row, or an empty one."""
         if self._recent:
             self._last = dict([self._last, *_plain(self._recent)][-1])
             self._recent.clear()
@@ -152,7 +152,7 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _findings(row: Mapping[str, Any], rounding: float) -> Iterator[tuple[str, str]]:
-    """Yield kinds and messages of what is wrong with a row."""
+    """Yield kind and message of each finding."""
     losses, loss = row.get("losses"), row.get("loss", math.nan)
     if not losses or not math.isfinite(loss):
         return

@@ -49,6 +49,11 @@ def test_what_makes_the_host_wait_is_refused(name, device, forbids_waiting):
             QUEUED[name](x)
 
 
+def test_generator_of_the_host_is_refused(desks):
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randperm(5, generator=torch.Generator("cpu"), device=desks[0])
+
+
 def test_random_numbers_are_of_one_device(desks):
     states = [torch.get_device_module(device).get_rng_state(device) for device in desks]
     before, first = torch.get_rng_state(), torch.rand(3, device=desks[0])
@@ -60,6 +65,10 @@ def test_random_numbers_are_of_one_device(desks):
     one = torch.rand(3, device=desks[1])
     torch.manual_seed(3)
     assert torch.equal(torch.rand(3, device=desks[1]), one)
+    torch.manual_seed(3)
+    assert not torch.equal(torch.rand(3, device=desks[0]).cpu(), one.cpu())
+    torch.manual_seed(3)
+    assert not torch.equal(torch.rand(3), one.cpu())
 
 
 def test_dropout_is_a_kernel_of_its_own(desks):

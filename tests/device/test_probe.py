@@ -194,8 +194,10 @@ def test_model_on_two_devices(places, engine, options, desks):
         assert [row[0] for row in probe.frame()["gradient_distances"]] == pytest.approx([0.0] * 4, abs=1e-9)
 
 
-def test_numbers_of_a_split_model_are_those_of_one_device(desks):
-    """Norms, slopes and the rest of the gradient are sums over both devices."""
+@pytest.mark.filterwarnings("ignore:The optimizer's gradient is not")
+@pytest.mark.parametrize("changed", [False, True])
+def test_numbers_of_a_split_model_are_those_of_one_device(changed, desks):
+    """Norms, slopes and the part of the gradient that is not the loss's are sums over both devices."""
     frames = []
     for first, second in (desks, ("cpu", "cpu")):
         model = Split(first, second)
@@ -204,8 +206,12 @@ def test_numbers_of_a_split_model_are_those_of_one_device(desks):
             loss = split_loss(model, batch)
             return loss + 1e-2 * sum(p.square().sum().to(loss.device) for p in model.parameters())
 
-        probe, _ = train(model, loss, batches(first), gradients=True)
+        between = (
+            (lambda model: nn.utils.clip_grad_value_(model.parameters(), 0.01)) if changed else (lambda model: None)
+        )
+        probe, _ = train(model, loss, batches(first), gradients=True, between=between)
         frames.append(probe.frame())
+    assert (frames[0]["gradient_rest"].min() > 0.01) == changed
     for name in ("loss", "grad_norm", "slope", "direction_norm", "gradient_rest"):
         assert frames[0][name].tolist() == pytest.approx(frames[1][name].tolist(), rel=1e-9, abs=1e-12), name
     for name in ("losses", "gradient_distances", "gradient_cosines"):

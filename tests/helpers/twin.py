@@ -30,7 +30,16 @@ def restore(model, states):
 
 
 def train(
-    model, loss_of, batches, make=sgd, probed=True, criterion=None, checks_from=None, forbidden=nullcontext, **options
+    model,
+    loss_of,
+    batches,
+    make=sgd,
+    probed=True,
+    criterion=None,
+    checks_from=None,
+    forbidden=nullcontext,
+    between=lambda model: None,
+    **options,
 ):
     """Train, and return the probe and the losses that rows must have.
 
@@ -43,6 +52,7 @@ def train(
         criterion: That of the probe.
         checks_from: Update from which on the host must not wait.
         forbidden: Context in which it must not.
+        between: Called with the model between backward pass and step.
         options: Options of the probe.
 
     Returns:
@@ -58,6 +68,7 @@ def train(
             with forbidden() if is_checked else nullcontext():
                 optimizer.zero_grad()
                 loss_of(model, batch).backward()
+                between(model)
                 if before:
                     expected.append(moved(model, *before, loss_of, batch))
                 optimizer.step()

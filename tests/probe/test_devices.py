@@ -257,7 +257,8 @@ def test_default_device_does_not_matter(engine, options):
     """Tensors that are made without a device would be on "meta", and have no values."""
     frames = []
     for default in ("cpu", "meta"):
-        model = nn.Sequential(nn.Linear(6, 400), nn.BatchNorm1d(400), nn.Dropout(), nn.Linear(400, 3))
+        layers = [nn.Linear(6, 400), nn.BatchNorm1d(400), nn.Dropout(), nn.Linear(400, 400), nn.Linear(400, 3)]
+        model = nn.Sequential(*layers)
         torch.manual_seed(0)
         for module in model:
             if hasattr(module, "reset_parameters"):

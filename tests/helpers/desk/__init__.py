@@ -93,7 +93,7 @@ def _module(library):
 
     def manual_seed_all(seed):
         for index in range(COUNT):
-            library.desk_seed(index, int(seed) % 2**32)
+            library.desk_seed(index, int(seed) % 2**31)
 
     def index_of(device):
         if isinstance(device, int):
@@ -134,7 +134,7 @@ def _module(library):
         set_device=lambda device: library.desk_set_current(index_of(device)),
         get_rng_state=get_rng_state,
         set_rng_state=set_rng_state,
-        manual_seed=lambda seed: library.desk_seed(library.desk_current(), int(seed) % 2**32),
+        manual_seed=lambda seed: library.desk_seed(library.desk_current(), int(seed) % 2**31),
         manual_seed_all=manual_seed_all,
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
         synchronize=lambda device=None: None,

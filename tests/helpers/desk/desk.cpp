@@ -168,6 +168,7 @@ const std::set<std::string> WAITING = {
 
 struct Devices {
   std::set<int> indices;
+  bool is_drawn_on_host = false;  // Generators are those of the CPU.
   bool has_host = false;  // A tensor of the CPU with dimensions; one without is a number.
   std::vector<at::Tensor> tensors;
 
@@ -183,6 +184,7 @@ struct Devices {
     if (value.isTensor()) add(value.toTensor());
     if (value.isDevice() && value.toDevice().type() == DESK)
       indices.insert(value.toDevice().has_index() ? value.toDevice().index() : current);
+    if (value.isGenerator()) is_drawn_on_host |= value.toGenerator().defined();
     if (value.isTensorList()) for (const at::Tensor& tensor : value.toTensorList()) add(tensor);
     else if (value.isList()) for (const c10::IValue& item : value.toListRef()) if (item.isTensor()) add(item.toTensor());
   }
@@ -249,6 +251,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   bool is_mixed = !devices.tensors.empty() && devices.has_host;
   TORCH_CHECK(!is_mixed || takes_host, "Expected all tensors to be on the same device, got desk and cpu in ", name);
   if (is_mixed) count_sync("a blocking copy of indices in " + name);
+  TORCH_CHECK(!devices.is_drawn_on_host, "Expected a desk device type for generator, got cpu in ", name);
   const int index = devices.indices.empty() ? current : *devices.indices.begin();
 
   torch::jit::drop(*stack, count);
@@ -454,7 +457,8 @@ void desk_forbid_syncs(int forbids) { forbids_syncs = forbids; }
 void desk_set_available(int available) { is_available = available; }
 int desk_current() { return current; }
 void desk_set_current(int index) { current = index; }
-void desk_seed(int index, uint64_t seed) { generator_of(index).set_current_seed(seed); }
+// Other numbers than those of the CPU, and of the other index, with the same seed.
+void desk_seed(int index, uint64_t seed) { generator_of(index).set_current_seed(seed + 1000003 * (index + 1)); }
 int64_t desk_rng_bytes() { return generator_of(0).get_state().nbytes(); }
 void desk_rng_state(int index, void* bytes) {
   auto state = generator_of(index).get_state();
