@@ -129,7 +129,7 @@ def _module(library):
         is_initialized=lambda: True,
         _is_in_bad_fork=lambda: False,
         _lazy_init=lambda: None,
-        device_count=lambda: COUNT,
+        device_count=lambda: COUNT if is_available[0] else 0,
         current_device=library.desk_current,
         set_device=lambda device: library.desk_set_current(index_of(device)),
         get_rng_state=get_rng_state,

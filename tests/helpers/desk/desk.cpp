@@ -112,7 +112,7 @@ struct DeskHooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return is_available; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-  c10::DeviceIndex deviceCount() const override { return COUNT; }
+  c10::DeviceIndex deviceCount() const override { return is_available ? COUNT : 0; }
   c10::DeviceIndex getCurrentDevice() const override { return current; }
   const at::Generator& getDefaultGenerator(c10::DeviceIndex index) const override { return generator_of(index); }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
