@@ -81,6 +81,19 @@ class RngState:
                 torch.get_device_module(device).set_rng_state(state, device)
 
 
+def has_rng_state(device: torch.device) -> bool:
+    """Return True if a device has its own random numbers.
+
+    Those are the accelerators that torch knows, also by a backend of somebody else.
+    """
+    if device.type in ("cpu", "meta"):
+        return False
+    try:
+        return hasattr(torch.get_device_module(device), "set_rng_state")
+    except RuntimeError:  # There is no module for devices of this type.
+        return False
+
+
 def cpu_rng_state() -> Tensor:
     """Return torch's RNG state on the CPU."""
     with GENERATORS:
@@ -91,9 +104,9 @@ def rng_state_dict(device: torch.device) -> dict[str, Any]:
     """Return the current RNG state as tensors and plain values.
 
     Those are what a checkpoint can hold without pickled code: the states of Python, numpy, and torch on the CPU and,
-    if it is a CUDA device, on ``device``.
+    if it is an accelerator, on ``device``.
     """
-    now = RngState.capture([device] if device.type == "cuda" else [])
+    now = RngState.capture([device] if has_rng_state(device) else [])
     numpy = tree_map_only(np.ndarray, torch.from_numpy, now.host.numpy)
     return {"python": now.host.python, "numpy": numpy, "cpu": now.cpu, "device": now.accelerators.get(device)}
 

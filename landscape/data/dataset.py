@@ -118,7 +118,7 @@ def stratified(targets: Tensor) -> Tensor:
     Every contiguous part of the order contains each class in its share of the whole. The n samples of a class get the
     random positions ``(i + u_i) / n`` in [0, 1), one in each interval of length 1/n, and all positions are sorted.
     """
-    random = torch.rand(len(targets), generator=torch.Generator().manual_seed(0)).to(targets.device)
+    random = torch.rand(len(targets), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(targets.device)
     position = torch.empty(len(targets), device=targets.device)
     for label in targets.unique():
         members = (targets == label).nonzero()[:, 0]

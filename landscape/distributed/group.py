@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from landscape.distributed.devices import common_device, moved_to
 from landscape.errors import LandscapeError
 
 T = TypeVar("T")
@@ -142,8 +143,9 @@ class RankGroup:
         if self._group is None or not tensors:
             return own
         kind = reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values()], torch.float32)
-        device = next(iter(tensors.values())).device
-        flat = self.all_reduce_mean_(torch.cat([tensor.reshape(-1).to(device, kind) for tensor in tensors.values()]))
+        device = common_device(tensors.values())
+        parts = [moved_to(tensor.reshape(-1).to(kind), device) for tensor in tensors.values()]
+        flat = self.all_reduce_mean_(torch.cat(parts))
         parts = flat.split([tensor.numel() for tensor in tensors.values()])
         pairs = zip(tensors.items(), parts, strict=True)
         return own | {key: part.view(tensor.shape).to(tensor.device) for (key, tensor), part in pairs}
@@ -161,7 +163,7 @@ class RankGroup:
         """Return the writer's ``value`` on all ranks."""
         if self._group is None:
             return value
-        received = torch.tensor(value)
+        received = torch.tensor(value, device="cpu")
         dist.broadcast(received, src=dist.get_global_rank(self._group, 0), group=self._hosts)
         return bool(received)
 
@@ -170,8 +172,8 @@ class RankGroup:
         """Return the bytes of every rank, in rank order."""
         if self._group is None:
             return [own]
-        sizes = [torch.tensor(0) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor(len(own)), self._hosts)
+        sizes = [torch.tensor(0, device="cpu") for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor(len(own), device="cpu"), self._hosts)
         # One more byte, because torch.frombuffer does not accept an empty buffer.
         padded = torch.frombuffer(bytearray(own.ljust(int(max(sizes)) + 1)), dtype=torch.uint8)
         gathered = [torch.empty_like(padded) for _ in sizes]
@@ -190,7 +192,7 @@ class RankGroup:
         # One reduction by maximum gives the lowest rank that failed, and the largest and the smallest mark. Of 2 ranks
         # with marks 5 and 7: max([0, 5, -5], [0, 7, -7]) = [0, 7, -5], and 7 != 5. If rank 1 has failed instead:
         # max([0, 5, -5], [1, 0, 0]) = [1, 5, 0], and 2 - 1 is its rank.
-        mine = torch.tensor([0 if error is None else self.size - self.rank, mark, -mark])
+        mine = torch.tensor([0 if error is None else self.size - self.rank, mark, -mark], device="cpu")
         dist.all_reduce(mine, dist.ReduceOp.MAX, self._hosts)
         failed, most, least = mine.tolist()
         if failed:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from landscape.distributed.devices import stacked
 from landscape.distributed.group import (
     SINGLE_PROCESS,
     RankFailedError,
@@ -101,11 +102,15 @@ class WholeParameters:
 
     def inner(self, a: Parameters, b: Parameters) -> Tensor:
         """Return the inner product over the tensors of ``a``."""
-        return torch.stack(_products(a, b)).sum()
+        return stacked(_products(a, b)).sum()
 
     def norm(self, a: Parameters) -> Tensor:
         """Return the l2 norm over the tensors of ``a``."""
-        return torch.nn.utils.get_total_norm([single_precision(tensor).detach() for tensor in a.values()])
+        tensors = [single_precision(tensor).detach() for tensor in a.values()]
+        devices = dict.fromkeys(tensor.device for tensor in tensors)
+        total = torch.nn.utils.get_total_norm
+        norms = [total([tensor for tensor in tensors if tensor.device == device]) for device in devices]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(stacked(norms))
 
     def all_mean(self, compute: Callable[[], Mapping[K, Tensor]]) -> dict[K, Tensor]:
         """Return the means over the ranks of ``compute()``.
@@ -256,12 +261,11 @@ class ShardedParameters:
 
     def inner(self, a: Parameters, b: Parameters) -> Tensor:
         """Return the inner product, given shards of both."""
-        return self._sum(a, torch.stack(_products(a, b)).double())
+        return self._sum(a, stacked(_products(a, b)).double())
 
     def norm(self, a: Parameters) -> Tensor:
         """Return the l2 norm, given shards."""
-        norms = foreach._foreach_norm([single_precision(tensor).detach() for tensor in a.values()])
-        return self._sum(a, torch.stack(norms).double() ** 2).sqrt()
+        return self._sum(a, stacked(_norms(a.values())).double() ** 2).sqrt()
 
     def all_mean(self, compute: Callable[[], Mapping[K, Tensor]]) -> dict[K, Tensor]:
         """Return the means over the ranks of ``compute()``.
@@ -331,6 +335,14 @@ def single_precision(tensor: Tensor) -> Tensor:
 def _products(a: Parameters, b: Parameters) -> list[Tensor]:
     pairs = ((single_precision(tensor), single_precision(b[name])) for name, tensor in a.items())
     return [torch.dot(one.flatten(), other.flatten()) for one, other in pairs]
+
+
+def _norms(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the l2 norm of each tensor, by few kernels."""
+    numbers = [single_precision(tensor).detach() for tensor in tensors]
+    if len({tensor.device for tensor in numbers}) == 1:
+        return list(foreach._foreach_norm(numbers))
+    return [torch.linalg.vector_norm(tensor) for tensor in numbers]  # Some shards are offloaded to the host.
 
 
 def _shard_count(parameter: Any) -> int:

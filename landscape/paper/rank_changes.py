@@ -51,7 +51,8 @@ def ranking(recipe: Recipe, data_dir: str | Path | None = None, device: str | No
         LandscapeError: The recipe, device or data set cannot be used, or an activation is NaN or infinite.
     """
     experiment = Experiment(replace(recipe, norm="batch", ghost_by="layer"), data_dir, device)
-    some = torch.randperm(len(experiment.data.train), generator=torch.Generator().manual_seed(0))[: recipe.batch_size]
+    generator = torch.Generator("cpu").manual_seed(0)
+    some = torch.randperm(len(experiment.data.train), generator=generator, device="cpu")[: recipe.batch_size]
     inputs = experiment.data.train.inputs[some.to(experiment.device)]
     before = rank_changes_by_layer(experiment.model, inputs).assign(updates=0)
     for _ in range(recipe.epochs):
@@ -141,7 +142,9 @@ def rank_changes_by_groups(values: Tensor, groups: Sequence[int]) -> pd.DataFram
     """
     values = values.double()  # In float32, rounding could change the order of neighbouring values.
     flat = values.movedim(1, -1).flatten(0, -2)
-    some = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:VALUES].to(values.device)
+    some = torch.randperm(len(flat), generator=torch.Generator("cpu").manual_seed(0), device="cpu")[:VALUES].to(
+        values.device
+    )
     shares = {}
     for number in groups:
         after = ghost_norm(values, number).movedim(1, -1).flatten(0, -2)

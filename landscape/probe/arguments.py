@@ -97,10 +97,31 @@ def probe_metadata(
         "criterion": None if criterion is None else repr(criterion),
         "optimizer": " + ".join(type(optimizer).__name__ for optimizer in optimizers),
         "optimizer_options": defaults[0] if len(defaults) == 1 else defaults,
-        "base_lr": learning_rate_of(optimizers),
+        "base_lr": float(learning_rate_of(optimizers)),
+        "float32_precision": _float32_precision(),
         **options.metadata(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _float32_precision() -> dict[str, str]:
+    """Return how products of float32 numbers are rounded, by backend.
+
+    With "tf32" an accelerator rounds their factors to 11 bits.
+    """
+    backends = {
+        "cuda.matmul": torch.backends.cuda.matmul,
+        "cudnn.conv": getattr(torch.backends.cudnn, "conv", torch.backends.cudnn),
+        "mkldnn.matmul": getattr(torch.backends.mkldnn, "matmul", None),
+    }
+    found: dict[str, str] = {}
+    for name, backend in backends.items():
+        precision = getattr(backend, "fp32_precision", None)  # since torch 2.9
+        if precision is None and hasattr(backend, "allow_tf32"):
+            precision = "tf32" if backend.allow_tf32 else "ieee"  # pyright: ignore[reportOptionalMemberAccess]
+        if precision is not None:
+            found[name] = precision
+    return found
 
 
 def resume_signature(options: ProbeOptions, model: nn.Module) -> dict[str, Any]:

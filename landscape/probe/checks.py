@@ -2,15 +2,16 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from landscape.distributed.group import SINGLE_PROCESS, RankGroup
 from landscape.errors import LandscapeError
 from landscape.probe.comparison import GradientCheck, LossCheck
 from landscape.probe.update import Update
 from landscape.ray.objective import LossFunction, LossTerm
+from landscape.ray.peak_memory import MemoryLimitError, memory_limit
 
 MAX_FIRST_CHECKS = 10
 """Most updates that are checked until a first check can be decided."""
@@ -38,6 +39,12 @@ _CONSTANT = (
     "does not depend on the optimizer's parameters, and is not recorded."
 )
 
+_UNCHECKED = (
+    "max_memory={}: a check that rays are of the loss that is trained was left out, as it takes more memory ({}). "
+    "Allow more, or make the first updates with smaller batches."
+)
+T = TypeVar("T")
+
 
 class CaptureChecks:
     """Checks that the objective is the loss that is trained.
@@ -48,10 +55,11 @@ class CaptureChecks:
 
     Args:
         ranks: The processes that train the model; the mean over them is checked.
+        max_memory: Most bytes that a check may hold. One that holds more is left out, with a warning.
     """
 
-    def __init__(self, ranks: RankGroup = SINGLE_PROCESS) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: RankGroup = SINGLE_PROCESS, max_memory: int | None = None) -> None:
+        self._ranks, self._max_memory = ranks, max_memory
         self._first_checks_left = MAX_FIRST_CHECKS
         self._next_step = 0
         """First step at which a check is due."""
@@ -99,14 +107,13 @@ class CaptureChecks:
 
     def _check(self, step: int, update: Update, objective: LossFunction) -> dict[str, Any]:
         origin, gradient, differentiated = update.origin, update.gradient, update.captured.differentiated
-        at_zero = LossCheck.of(objective, {name: origin[name] for name in gradient}, self._ranks, differentiated)
-        check = GradientCheck.of(objective, origin, gradient, self._terms(update))
+        start = {name: origin[name] for name in gradient}
+        at_zero = self._bounded(lambda: LossCheck.of(objective, start, self._ranks, differentiated))
+        check = self._bounded(lambda: GradientCheck.of(objective, origin, gradient, self._terms(update)))
         self._next_step = step  # If this check fails, the next update is checked.
         try:
             for kind, message in collect_warnings(at_zero, check, self._ranks.has_untracked_ranks()).items():
-                if kind not in self._warned:
-                    self._warned.add(kind)
-                    warnings.warn(message, stacklevel=2)
+                self._warn_once(kind, message)
         except LandscapeError as error:
             if self._last_passed is None or self._last_passed == step - 1:
                 raise
@@ -117,8 +124,23 @@ class CaptureChecks:
         else:
             self._first_checks_left = max(0, self._first_checks_left - 1)
         self._next_step = step + 1 if self._first_checks_left else 10 ** len(str(step)) if step else 10
-        facts = {"loss_at_zero": asdict(at_zero), "gradient": None if check is None else asdict(check)}
-        return {"step": step, **facts}
+        facts = {"loss_at_zero": at_zero, "gradient": check}
+        return {"step": step} | {name: None if one is None else asdict(one) for name, one in facts.items()}
+
+    def _bounded(self, check: Callable[[], T]) -> T | None:
+        """Return a check, or None above the memory limit."""
+        try:
+            with memory_limit(self._max_memory):
+                return check()
+        except MemoryLimitError as error:
+            self._warn_once("memory", _UNCHECKED.format(self._max_memory, error))
+            self._first_checks_left = 1  # The checks of the next updates would hold as much.
+            return None
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=3)
 
     @staticmethod
     def _terms(update: Update) -> list[LossTerm]:
@@ -143,11 +165,11 @@ class CaptureChecks:
         self._suspicion_interval = state.get("patience", self._suspicion_interval)
 
 
-def collect_warnings(at_zero: LossCheck, check: GradientCheck | None, others: bool = False) -> dict[str, str]:
+def collect_warnings(at_zero: LossCheck | None, check: GradientCheck | None, others: bool = False) -> dict[str, str]:
     """Return warnings, by kind, about an objective.
 
     Args:
-        at_zero: Check of the loss.
+        at_zero: Check of the loss; None if it was not made.
         check: Check of the gradient; None if it could not be decided.
         others: True if there are processes outside of the probe's group, over which the gradient may be the mean.
 
@@ -160,17 +182,17 @@ def collect_warnings(at_zero: LossCheck, check: GradientCheck | None, others: bo
         raise LandscapeError(_UNSCALED.format(weight=check.mean_weight))
     found: dict[str, str] = {}
     changed = None if check is None or check.agrees else check.message
-    differs = math.isfinite(at_zero.recorded) and not at_zero.agrees
+    differs = at_zero if at_zero and math.isfinite(at_zero.recorded) and not at_zero.agrees else None
     if changed and differs:
-        raise LandscapeError(f"{at_zero.message} Nor is the optimizer's gradient that of this loss.")
+        raise LandscapeError(f"{differs.message} Nor is the optimizer's gradient that of this loss.")
     if changed and others:
         raise LandscapeError(f"{changed}.{_AVERAGED}")
     if changed:
         found["gradient"] = _CHANGED.format(changed)
     if differs:
-        found["loss"] = at_zero.message
-    value = at_zero.differentiated
-    if value is not None and math.isfinite(at_zero.recorded) and at_zero.differs_from(value):
+        found["loss"] = differs.message
+    value = at_zero.differentiated if at_zero else None
+    if at_zero and value is not None and math.isfinite(at_zero.recorded) and at_zero.differs_from(value):
         found["constant"] = _CONSTANT.format(differentiated=value, recorded=at_zero.recorded)
     return found
 

@@ -12,6 +12,7 @@ from landscape.distributed.group import SINGLE_PROCESS, RankGroup
 from landscape.distributed.parameter_space import Parameters
 from landscape.ray.gradients import gradient as gradient_of
 from landscape.ray.objective import LossFunction, LossTerm, NoDependenceError
+from landscape.ray.peak_memory import MemoryLimitError
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class GradientCheck:
             start = {name: origin[name] for name in gradient}
             try:
                 parts = gradient_of(objective, start)
+            except MemoryLimitError:
+                raise
             except NoDependenceError:
                 parts = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
             except RuntimeError:  # A reentrant checkpoint, or an operation that has no derivative this way.
@@ -121,15 +124,16 @@ class GradientCheck:
         own, weight = {name: means[name] for name in gradient}, means[None]
         got = {name: tensor.to(own[name]) for name, tensor in gradient.items()}
         size = space.inner(own, own)
-        scale = space.inner(own, got) / size if size else size
-        whole = space.norm(got)
-        rest = space.norm({name: got[name] - scale * own[name] for name in got}) / whole
-        if not (scale.isfinite() and rest.isfinite()):
+        # Numbers, because the parameters may be on several devices.
+        scale = (space.inner(own, got) / size if size else size).item()
+        whole = space.norm(got).item()
+        rest = space.norm({name: got[name] - scale * own[name] for name in got}).item() / (whole or math.nan)
+        if not (math.isfinite(scale) and math.isfinite(rest)):
             return None
         tolerance = 5e-2 if objective.reduced_precision() else 1e-3
         missed = [name for name in got if not space.is_sharded and not own[name].any()]
         unseen = tuple(name for name in missed if got[name].norm() > tolerance * whole)
-        return cls(scale.item(), rest.item(), weight.item(), len(terms), tolerance, unseen)
+        return cls(scale, rest, weight.item(), len(terms), tolerance, unseen)
 
     @property
     def agrees(self) -> bool:

@@ -28,9 +28,10 @@ from landscape.probe.checks import CaptureChecks
 from landscape.probe.messages import CHANGED_GRADIENT, NO_COMMON_STEP
 from landscape.probe.options import ProbeOptions
 from landscape.probe.passes import CapturedUpdate, gradient_versions
+from landscape.probe.rows import RowQueue
 from landscape.probe.schedule import ProbeSchedule
 from landscape.probe.step_hooks import Closure, StepHooks, call_after_first, find_grad_scaler, gradient_scale
-from landscape.probe.update import Update, to_host
+from landscape.probe.update import Update
 from landscape.ray.engines.calls import NoTapeError
 from landscape.ray.evaluator import Evaluator
 from landscape.ray.gradients import RayGradients
@@ -140,12 +141,13 @@ class LandscapeProbe:
         self._capture = Capture(model, criterion, self.optimizers, self._is_due, self._hooks, grad_scaler)
         self._inner, self._ranks = self._capture.model, self._capture.ranks
         self._seconds = 0.0
+        self._rows = RowQueue(lambda: self._evaluator.check_graphs())
         metadata = probe_metadata(self._inner, self.optimizers, criterion, self.options)
         metadata |= {"ranks": self._ranks.size, **(facts or {})}
         writes = self._ranks.is_writer or trace is None  # rows in memory are kept by every process
         self.trace = self._ranks.run_on_all(
             lambda: (
-                TraceWriter(trace, metadata, overwrite=overwrite, resume=resume, resolve=self._to_host)
+                TraceWriter(trace, metadata, overwrite=overwrite, resume=resume, resolve=self._rows.resolve)
                 if writes
                 else NullWriter()
             ),
@@ -156,7 +158,7 @@ class LandscapeProbe:
         self._starts_over = resume
         """True until a state is loaded, or the rows that are there are dropped."""
         self._pending: Update | None = None
-        self._checks = CaptureChecks(self._ranks)
+        self._checks = CaptureChecks(self._ranks, self.options.max_memory)
         self._evaluator = Evaluator(self.options.engine, self.options.max_memory, self.trace.update_metadata)
         self._schedule = ProbeSchedule(
             self.options.every, self.options.overhead, _device(model), self._ranks.broadcast_bool
@@ -171,7 +173,6 @@ class LandscapeProbe:
         """Row of the update that the optimizers are making."""
         self._versions: dict[int, list[Any]] = {}
         """Versions of the measured gradients by the id of the optimizer, if there are several."""
-        self._last: dict[str, Any] = {}
 
     def attach(self) -> Self:
         """Register the hooks, as entering the context does."""
@@ -234,7 +235,8 @@ class LandscapeProbe:
                 f"step={self.step}: must be 0 when a state is loaded. Call load_state_dict before the first update."
             )
         self._truncate(state["written"])
-        self.step, self._last = state["step"], dict(state["last"])
+        self.step = state["step"]
+        self._rows.restore(state["last"])
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         self._capture.begin_update(self._evaluator.records and self._hooks.attached)
@@ -267,7 +269,7 @@ class LandscapeProbe:
 
         It is empty before the first one. The call waits for the device.
         """
-        return to_host([self._last])[0] if self._last else {}
+        return self._rows.last()
 
     def frame(self) -> pd.DataFrame:
         """Return all rows so far.
@@ -276,10 +278,6 @@ class LandscapeProbe:
         data parallelism, only the process that writes it has rows.
         """
         return self.trace.frame()
-
-    def _to_host(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        self._evaluator.check_graphs()
-        return to_host(rows)
 
     def _truncate(self, written: Mapping[str, int]) -> None:
         if not written and (rows := self.trace.written["updates"]):
@@ -314,7 +312,7 @@ class LandscapeProbe:
         return call_after_first(closure, measure)
 
     def _update(self, captured: CapturedUpdate) -> Update:
-        return Update.from_optimizers(self._capture, self.optimizers, captured)
+        return Update.from_optimizers(self._capture, self.optimizers, captured, reads_lr=self.options.relative)
 
     def _before_update(self, make: Callable[[], Update]) -> None:
         if self._starts_over:
@@ -359,8 +357,8 @@ class LandscapeProbe:
             with self._schedule.probing():
                 self._measure(update, update.actual_direction())
         if self._measured:  # not before, as a step may fail
-            self._last, self._measured = self._measured, {}
-            self.trace.append(self._last)
+            self.trace.append(self._rows.append(self._measured, self._hooks.skipped()))
+            self._measured = {}
         self._capture.finish_update()
         self._schedule.advance(self._capture.pop_overhead_seconds())
         self.step += 1
@@ -374,7 +372,7 @@ class LandscapeProbe:
             row = self._ranks.all_mean(lambda: self._row(update, direction))
         except Exception as error:
             # Once rows were recorded, a training run must not end because of its probe.
-            has_begun = self._last and not isinstance(error, RankFailedError)
+            has_begun = self._rows.has_rows and not isinstance(error, RankFailedError)
             if not has_begun and not isinstance(error, ProbeDeferred):
                 raise
             warnings.warn(f"Step {self.step} is not in the trace: {error}", stacklevel=2)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, SupportsFloat
 
 from landscape.errors import LandscapeError
 from landscape.ray.step_sizes import checked_step_sizes
@@ -65,17 +65,17 @@ class ProbeOptions:
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 1:
             raise LandscapeError(f"{name}={value!r}: must be {constraint}. {remedy}")
 
-    def step_sizes_at(self, step: int, lr: float) -> list[float]:
+    def step_sizes_at(self, step: int, lr: SupportsFloat) -> list[float]:
         """Return the step sizes eta of one update.
 
         Args:
             step: Number of updates before this one.
-            lr: Learning rate of the update, by which relative step sizes are multiplied.
+            lr: Learning rate of the update, by which relative step sizes are multiplied; otherwise it is not read.
         """
         etas = self.step_sizes
         if callable(etas):
             etas = checked_step_sizes(etas(step))
-        return [eta * lr if self.relative else eta for eta in etas or ()]
+        return [eta * float(lr) if self.relative else eta for eta in etas or ()]
 
     def metadata(self) -> dict[str, Any]:
         """Return the options as facts of the run, for ``run.json``."""

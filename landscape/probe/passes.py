@@ -79,7 +79,7 @@ class CapturedUpdate(NamedTuple):
         if scale is None:
             return self
         for term in self.terms:
-            term.weight = term.weight if term.weight is None else term.weight / scale
+            term.weight = term.weight if term.weight is None else term.weight / scale.to(term.weight)
         value, gradients = self.differentiated, self.gradients
         if gradients is not None:
             gradients = {key: gradient / scale.to(gradient) for key, gradient in gradients.items()}
@@ -313,7 +313,7 @@ class BackwardPasses:
         self._captured = captured._replace(
             terms_problem=captured.terms_problem or self._problem(backward),
             roots_problem=roots_problem,
-            differentiated=before if value is None else value if before is None else before + value,
+            differentiated=before if value is None else value if before is None else before + value.to(before),
         )
 
     def _discard(self) -> None:

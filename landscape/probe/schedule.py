@@ -80,11 +80,16 @@ class OverheadBudget:
 class DeviceTimer:
     """Timer of blocks of code, in seconds.
 
-    On a GPU it uses CUDA events, and never blocks until the device is done.
+    On an accelerator it uses events of the device, and never blocks until the device is done.
+
+    Args:
+        device: Device of the code.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu = torch.get_device_module(device) if device.type == "cuda" else None
+        module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+        has_events = hasattr(module, "Event") and hasattr(module, "current_stream")
+        self._device, self._accelerator = device, module if has_events else None
         self._running: deque[tuple[Any, Any]] = deque()
 
     @contextmanager
@@ -99,9 +104,9 @@ class DeviceTimer:
     def pop(self) -> list[float]:
         """Return seconds of blocks that finished since the last call."""
         seconds = []
-        while self._running and (self._gpu is None or self._running[0][1].query()):
+        while self._running and (self._accelerator is None or self._running[0][1].query()):
             started, ended = self._running.popleft()
-            seconds.append(ended - started if self._gpu is None else started.elapsed_time(ended) / 1e3)
+            seconds.append(ended - started if self._accelerator is None else started.elapsed_time(ended) / 1e3)
         return seconds
 
     def pending(self) -> bool:
@@ -109,10 +114,10 @@ class DeviceTimer:
         return bool(self._running)
 
     def _mark(self) -> Any:
-        if self._gpu is None:
+        if self._accelerator is None:
             return time.perf_counter()
-        event = self._gpu.Event(enable_timing=True)
-        event.record()
+        event = self._accelerator.Event(enable_timing=True)
+        event.record(self._accelerator.current_stream(self._device))  # which need not be that of the current device
         return event
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.utils.hooks import RemovableHandle
 
+from landscape.distributed.devices import stacked
+
 Closure = Callable[[], Any]
 
 
@@ -46,6 +48,8 @@ class StepHooks:
         self._optimizers, self._before, self._between, self._after = optimizers, before, between, after
         self._stepped: list[torch.optim.Optimizer] = []
         """Optimizers that have made their step of the update."""
+        self._skips: list[Tensor] = []
+        """Numbers that are not 0 if one of them skips its step, on its device."""
         self._depth = 0
         """Number of steps within each other."""
         self._frame: FrameType | None = None
@@ -70,6 +74,13 @@ class StepHooks:
     def attached(self) -> bool:
         """True between `attach` and `detach`."""
         return bool(self._handles)
+
+    def skipped(self) -> Tensor | None:
+        """Return a number that is not 0 if the last update was skipped.
+
+        It is on a device; None if the host knows that it was made.
+        """
+        return stacked(self._skips).sum() if self._skips else None
 
     def begin_forward(self) -> None:
         """End the last update, if an optimizer made no step."""
@@ -103,10 +114,14 @@ class StepHooks:
         if self._depth > 1:
             return None
         self._frame = next(_callers())
+        # GradScaler passes it to a fused optimizer, which then decides on the device.
+        skips = [optimizer.found_inf] if getattr(optimizer, "found_inf", None) is not None else []
         if any(optimizer is other for other in self._stepped):
             self._end()
         if self._stepped:
+            self._skips += skips
             return self._between(optimizer)
+        self._skips = skips
         replaced = self._before(args[1] if len(args) > 1 else kwargs.get("closure"))
         if replaced is None:
             return None

@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from landscape.distributed.devices import moved_to
 from landscape.distributed.parameter_space import Parameters, clones, dense
 from landscape.errors import LandscapeError
 from landscape.probe.capture import Capture
@@ -33,8 +33,9 @@ class Update:
         origin: The parameters before the step.
         gradient: The gradient that the optimizers get.
         loss_gradient: The gradient of the loss, if it is known; the optimizers' may have been changed since.
-        lr: Learning rate of the first parameter group in which it is not 0.
-        rates: The rate of each parameter divided by ``lr``, negative where the optimizer ascends.
+        lr: Learning rate of the first parameter group in which it is not 0; a tensor if it was not read.
+        rates: The rate of each parameter divided by ``lr``, negative where the optimizer ascends; 1 or -1 if ``lr`` was
+            not read.
         captured: The captured losses.
     """
 
@@ -43,13 +44,17 @@ class Update:
     origin: Parameters
     gradient: Parameters
     loss_gradient: Parameters | None
-    lr: float
+    lr: float | Tensor
     rates: Mapping[str, float]
     captured: CapturedUpdate
 
     @classmethod
     def from_optimizers(
-        cls, capture: Capture, optimizers: Sequence[torch.optim.Optimizer], captured: CapturedUpdate
+        cls,
+        capture: Capture,
+        optimizers: Sequence[torch.optim.Optimizer],
+        captured: CapturedUpdate,
+        reads_lr: bool = True,
     ) -> Self:
         """Return the update that ``optimizers`` are about to make.
 
@@ -57,6 +62,7 @@ class Update:
             capture: Has the model, of which only parameters that the optimizers hold are moved.
             optimizers: The optimizers, before the first step.
             captured: The captured losses.
+            reads_lr: True to read a learning rate from a device, for which the host waits.
         """
         loss_module = capture.loss_module
         try:
@@ -64,6 +70,7 @@ class Update:
         except NoTapeError as error:
             tape = error
         scaler, lr = find_grad_scaler(), learning_rate_of(optimizers)
+        lr = float(lr) if reads_lr else lr
         scales, by_id = dict[int, Tensor | None](), dict[int, float]()
         for optimizer in optimizers:
             scale = gradient_scale(optimizer, scaler)
@@ -106,8 +113,12 @@ class Update:
         """Return ``(origin - parameters) / lr``, after the step."""
         space = self.loss_module.space
         now = space.parameters()
+        steps = {name: self.origin[name] - space.local(now[name]) for name in self.gradient}
+        if isinstance(self.lr, Tensor):
+            rate = torch.where((self.lr != 0) & self.lr.isfinite(), self.lr, 1.0)
+            return {name: step / moved_to(rate, step.device) for name, step in steps.items()}
         rate = self.lr if self.lr and math.isfinite(self.lr) else 1.0
-        return {name: (self.origin[name] - space.local(now[name])) / rate for name in self.gradient}
+        return {name: step / rate for name, step in steps.items()}
 
     def row_values(self, direction: Parameters) -> dict[str, Tensor]:
         """Return the columns that need no evaluation of the loss."""
@@ -127,7 +138,8 @@ class Update:
         if all(_same(self.gradient[name], own[name]) for name in own):
             return torch.zeros_like(size)
         scale = space.inner(own, self.gradient) / space.inner(own, own)
-        return space.norm({name: self.gradient[name] - scale * own[name] for name in own}) / size
+        rest = {name: self.gradient[name] - moved_to(scale, own[name].device) * own[name] for name in own}
+        return space.norm(rest) / size
 
     def rays(
         self, direction: Parameters, step_sizes: Sequence[float]
@@ -151,33 +163,36 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr()
 
 
-def learning_rate_of(optimizers: Sequence[torch.optim.Optimizer]) -> float:
-    """Return the first learning rate other than 0."""
-    rates = [float(group.get("lr", math.nan)) for optimizer in optimizers for group in optimizer.param_groups]
-    return next((rate for rate in rates if rate), rates[0])
+def learning_rate_of(optimizers: Sequence[torch.optim.Optimizer]) -> float | Tensor:
+    """Return the first learning rate other than 0.
+
+    The result is a tensor if a rate is on an accelerator, so that the host does not wait for it.
+    """
+    rates = [_on_host(group.get("lr", math.nan)) for optimizer in optimizers for group in optimizer.param_groups]
+    found = rates[0]
+    for rate in reversed(rates):
+        if not isinstance(rate, Tensor):
+            found = rate or found
+        else:
+            found = torch.where(rate != 0, rate, moved_to(found, rate.device) if isinstance(found, Tensor) else found)
+    return found
 
 
-def _rate(group: Mapping[str, Any], lr: float) -> float:
-    rate = float(group.get("lr", math.nan))
-    share = rate / lr if lr and math.isfinite(rate) and math.isfinite(lr) else 1.0
+def _on_host(rate: Any) -> float | Tensor:
+    """Return a number, unless an accelerator has it."""
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return rate.detach().reshape(()).clone()  # A scheduler may write to it before the row is read.
+    return float(rate)
+
+
+def _rate(group: Mapping[str, Any], lr: float | Tensor) -> float:
+    if isinstance(lr, Tensor):
+        share = 1.0
+    else:
+        rate = float(group.get("lr", math.nan))
+        share = rate / lr if lr and math.isfinite(rate) and math.isfinite(lr) else 1.0
     return -share if group.get("maximize") else share
 
 
 def _unscaled(gradient: Tensor, scale: Tensor | None) -> Tensor:
-    return dense(gradient) if scale is None else dense(gradient) / scale
-
-
-def to_host(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows as plain numbers, by one device transfer."""
-    tensors = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
-    if not tensors:
-        return rows
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    numbers = iter(torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors]).tolist())
-
-    def plain(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return list(islice(numbers, len(value))) if value.dim() else next(numbers)
-
-    return [{name: plain(value) for name, value in row.items()} for row in rows]
+    return dense(gradient) if scale is None else dense(gradient) / moved_to(scale, gradient.device)

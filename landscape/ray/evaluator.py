@@ -1,7 +1,8 @@
 """Evaluates the rays of a run: by the tape where an update can be recorded, otherwise by the loop."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,10 +13,10 @@ from landscape.distributed.parameter_space import Parameters
 from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.ray.engines.calls import NoTapeError
 from landscape.ray.engines.graphs import Graphs
-from landscape.ray.engines.loop import loop
+from landscape.ray.engines.loop import checked_loop, loop
 from landscape.ray.engines.tape import Tape, tape
 from landscape.ray.gradients import RayGradients, gradients_along
-from landscape.ray.peak_memory import PeakMemory
+from landscape.ray.peak_memory import MemoryLimitError, PeakMemory
 from landscape.ray.ray import ParametersAlongRay, Ray
 
 R = TypeVar("R")
@@ -30,7 +31,7 @@ class Evaluator:
 
     Args:
         engine: "auto", "tape" or "loop".
-        max_memory: Bytes that a ray may hold at its peak.
+        max_memory: Bytes that a ray may hold at its peak. A ray that holds more is stopped as soon as it does.
         update_metadata: Takes facts of the run.
     """
 
@@ -144,10 +145,12 @@ class Evaluator:
         """
         try:
             self._detect_parameter_writes(looped)
-            expected = loop(looped)
+            with self._limit("loop"):
+                expected = loop(looped)
         except ProbeDeferred:
             return
-        except Exception:  # Code of the user's that cannot be called again, which the tape does not need.
+        # Code of the user's that cannot be called again, or takes too much memory, which the tape does not need.
+        except Exception:
             self._compared = True
             return
         self._compared = True
@@ -157,7 +160,7 @@ class Evaluator:
 
     def _by_loop(self, ray: Ray) -> Tensor:
         self._detect_parameter_writes(ray)
-        return self._measured("loop", ray, loop)
+        return self._measured("loop", ray, loop if self._facts.get("engine") == "loop" else checked_loop)
 
     def _gradients_by_loop(self, ray: Ray, start: Parameters | None) -> RayGradients:
         self._detect_parameter_writes(ray)
@@ -175,16 +178,35 @@ class Evaluator:
         """Evaluate the ray, and measure memory of a new engine."""
         if self._facts.get("engine") == name:
             return evaluate(ray)
-        with PeakMemory() as memory:
+        held = ray.objective.bytes_held() if isinstance(ray.objective, Tape) else 0
+        with self._limit(name, held) as memory:
             result = evaluate(ray)
-        peak = memory.peak + (ray.objective.bytes_held() if isinstance(ray.objective, Tape) else 0)
-        if self._max_memory is not None and peak > self._max_memory:
-            reason = f"a ray takes {peak:,} bytes by the {name}"
-            if name == "tape":
-                raise NoTapeError(reason)
-            raise LandscapeError(f"max_memory={self._max_memory}: {reason}. Allow more, or probe smaller batches.")
-        self._note(engine=name, peak_memory=peak)
+        self._note(engine=name, peak_memory=memory.peak + held)
         return result
+
+    @contextmanager
+    def _limit(self, name: str, held: int = 0) -> Iterator[PeakMemory]:
+        """Measure the memory of the body, and bound it.
+
+        Args:
+            name: Name of the engine.
+            held: Bytes that are held already.
+
+        Raises:
+            NoTapeError: The body holds more; it is of the tape.
+            LandscapeError: The same, of the loop.
+        """
+        memory = PeakMemory(None if self._max_memory is None else self._max_memory - held)
+        try:
+            with memory:
+                yield memory
+        except MemoryLimitError as error:
+            reason = f"a ray takes {memory.peak + held:,} bytes or more by the {name}"
+            if name == "tape":
+                raise NoTapeError(reason) from error
+            raise LandscapeError(
+                f"max_memory={self._max_memory}: {reason}. Allow more, or probe smaller batches."
+            ) from error
 
     def _note(self, **facts: Any) -> None:
         if any(self._facts.get(name) != value for name, value in facts.items()):
@@ -206,7 +228,8 @@ class Evaluator:
         self._write_checks_left -= 1
         along, loss_module = ParametersAlongRay(ray), ray.objective.loss_module
         known = len(loss_module.traits.written_parameters)
-        with loss_module.detect_writes(ray.direction), torch.no_grad(), ray.objective.rng_restored():
+        detecting = loss_module.detect_writes(ray.direction)
+        with self._limit("loop"), detecting, torch.no_grad(), ray.objective.rng_restored():
             for term in ray.objective.terms:  # pyright: ignore[reportAttributeAccessIssue]
                 term.losses(along.point, along.moves(ray.step_sizes[:1]))
         if len(loss_module.traits.written_parameters) > known:

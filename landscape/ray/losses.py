@@ -11,6 +11,7 @@ from landscape.distributed.group import sharded_parts
 from landscape.distributed.parameter_space import Parameters
 from landscape.errors import LandscapeError, ProbeDeferred
 from landscape.ray.engines.calls import NoTapeError
+from landscape.ray.engines.loop import checked_loop
 from landscape.ray.engines.recorder import Recorder
 from landscape.ray.engines.registry import check_engine, losses_along
 from landscape.ray.engines.tape import Tape
@@ -50,8 +51,9 @@ def ray_losses(
 
     Raises:
         LandscapeError: ``direction`` is empty, or has another name, shape or device than the parameters; ``step_sizes``
-            is empty, not finite or overflows their type; ``engine`` is unknown; the loss is not a scalar; or ``model``
-            is scripted, or sharded by ``fully_shard``.
+            is empty, not finite or overflows their type; ``engine`` is unknown; the loss is not a scalar, or
+            is computed again without reading the model's parameters; or ``model`` is scripted, or sharded by
+            ``fully_shard``.
 
     Examples:
         The loss :math:`\theta^2` from :math:`\theta = 3` along its gradient 6:
@@ -97,7 +99,7 @@ def _losses(ray: Ray, engine: str) -> Tensor:
         except NoTapeError as error:
             if engine == "tape":
                 warnings.warn(f"The loop evaluates this ray, because the tape cannot: {error}.", stacklevel=3)
-    return losses_along(ray)
+    return checked_loop(ray)
 
 
 def _replayed(ray: Ray) -> Tensor:
@@ -121,6 +123,8 @@ def _replayed(ray: Ray) -> Tensor:
 
     with torch.no_grad(), objective.rng_restored():
         value = replace(term, closure=recorded).losses(along.point, along.moves([etas[first]]))[0]
+    if not tapes[0].reads_parameters():
+        raise NoTapeError("its recorded calls read no parameter that moves")
     others = [eta for k, eta in enumerate(etas) if k != first]
     rest = losses_along(replace(ray, objective=tapes[0], step_sizes=others))
     return torch.cat([rest[:first], value.reshape(1), rest[first:]])

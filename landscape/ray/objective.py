@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from landscape.distributed.devices import stacked
 from landscape.distributed.parameter_space import Parameters, ParameterSpace
 from landscape.errors import LandscapeError
 from landscape.ray.graph import graph_nodes
@@ -246,7 +247,7 @@ class Objective:
         The losses may all have the same further dimensions.
         """
         pairs = zip(self.terms, losses, strict=True)
-        return torch.stack([term.weighted(loss) for term, loss in pairs]).sum(0)
+        return stacked([term.weighted(loss) for term, loss in pairs]).sum(0)
 
     @contextmanager
     def rng_restored(self) -> Iterator[None]:

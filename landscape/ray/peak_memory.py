@@ -1,6 +1,7 @@
 """Peak memory of a piece of code on any device, from all tensors it makes."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,11 +11,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+class MemoryLimitError(RuntimeError):
+    """A computation that was stopped at a limit of memory."""
+
+
 class PeakMemory(TorchDispatchMode):
     """A mode that measures the peak of held memory.
 
     ``peak`` is the most bytes held at one time by dense tensors made within it. Memory that kernels use inside, or that
     an allocator reserves, is not counted.
+
+    Args:
+        limit: Most bytes that may be held; None for any number.
+
+    Raises:
+        MemoryLimitError: More is held, from within the call that made the last tensor.
 
     Examples:
         >>> with PeakMemory() as memory:
@@ -23,9 +34,9 @@ class PeakMemory(TorchDispatchMode):
         (800, 400)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak, self._limit = 0, limit
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(
@@ -37,6 +48,8 @@ class PeakMemory(TorchDispatchMode):
         self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
         self._add(result, counted=True)
         self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+        if self._limit is not None and self.peak > self._limit:
+            raise MemoryLimitError(f"{self.peak:,} bytes are held, of {self._limit:,} that are allowed")
         return result
 
     def held(self) -> int:
@@ -50,3 +63,12 @@ class PeakMemory(TorchDispatchMode):
                 storage = value.untyped_storage()
                 # While its weak reference is held, the key cannot be that of another storage.
                 self._held.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes() if counted else 0))
+
+
+def memory_limit(limit: int | None) -> AbstractContextManager[object]:
+    """Bound the memory that the body holds; None does nothing.
+
+    Raises:
+        MemoryLimitError: The body holds more bytes.
+    """
+    return nullcontext() if limit is None else PeakMemory(limit)

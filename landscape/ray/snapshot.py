@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from landscape.distributed.parameter_space import Parameters, clones
 from landscape.errors import ProbeDeferred
 from landscape.ray.loss_module import COMPARED_BYTES, LossModule, TensorSlot
-from landscape.rng import HostRngState, RngState
+from landscape.rng import HostRngState, RngState, has_rng_state
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ class ForwardSnapshot:
             loss_module,
             [(module, dict(vars(module))) for module in loss_module.modules() if module is not loss_module],
             _copies(loss_module.written_slots()),
-            RngState.capture([device for device in devices if device.type in ("cuda", "xpu")]),
+            RngState.capture([device for device in devices if has_rng_state(device)]),
             Autocast.capture(sorted({"cpu"} | {device.type for device in devices if device.type != "meta"})),
         )
 

@@ -15,7 +15,7 @@ class RowBuffer:
     Args:
         flush_rows: Number of pending rows of one table at which a flush is due.
         flush_seconds: Seconds since the last flush at which the next one is due.
-        resolve: Function that converts pending rows of one table to Python and numpy values.
+        resolve: Function that converts pending rows of one table to Python and numpy values, and may drop some.
 
     Attributes:
         encoded: Number of rows of each table that were encoded as parts.
@@ -48,7 +48,11 @@ class RowBuffer:
         """
         for table, rows in self._pending.items():
             if rows:
-                part = to_arrow(self._resolve(rows) if self._resolve else rows, table)
+                kept = self._resolve(rows) if self._resolve else rows
+                if not kept:
+                    self._pending[table] = []
+                    continue
+                part = to_arrow(kept, table)
                 name = TraceFolder.part_name(table, self.encoded[table])
                 content = to_parquet(part, name, run)
                 # Cleared only now: if resolving or encoding raises, the rows stay pending.

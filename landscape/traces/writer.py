@@ -43,7 +43,7 @@ class TraceWriter:
         overwrite: Remove the files of an earlier run in the folder.
         resume: Append to an earlier run in the folder; see `truncate`.
         resolve: Function that converts pending rows of one table to Python and numpy values just before they are
-            written. Rows may thus hold device tensors, which are copied in one transfer.
+            written, and may drop some. Rows may thus hold device tensors, which are copied in one transfer.
 
     Attributes:
         location: Folder or URL as text; None for a trace in memory.

@@ -78,7 +78,7 @@ class Experiment:
         )
         self.schedule = learning_rate(recipe, self.optimizer, recipe.epochs * self.updates)
         self._augment = augmentation(recipe.augment)
-        self._order = torch.Generator().manual_seed(recipe.seed)
+        self._order = torch.Generator("cpu").manual_seed(recipe.seed)
         self._order_before = self._order.get_state()
 
     def epoch(self, done: int = 0) -> Iterator[Tensor]:
@@ -91,7 +91,7 @@ class Experiment:
             Loss of each update. With several ranks, its mean over the ranks is the loss of the batch.
         """
         self._order_before = self._order.get_state()
-        shuffled = torch.randperm(len(self.data.train), generator=self._order).to(self.device)
+        shuffled = torch.randperm(len(self.data.train), generator=self._order, device="cpu").to(self.device)
         for batch in shuffled.split(self.recipe.batch_size)[done : self.updates]:
             yield self._update(self.data.train[batch])
 
@@ -211,7 +211,9 @@ def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
     by_layer = recipe.ghost_by == "layer"
     name, options = recipe.layer if by_layer else ("batch", {})
     norm = make_norm(name, **options)
-    model = MODELS[recipe.model](inputs[0].shape, data.classes, norm).to(inputs.device)
+    with torch.device("meta" if inputs.is_meta else "cpu"):
+        model = MODELS[recipe.model](inputs[0].shape, data.classes, norm)
+    model = model.to(inputs.device)
     model = model.double() if recipe.precision == "float64" else model
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's types lack it)

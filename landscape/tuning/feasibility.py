@@ -7,8 +7,6 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from landscape.data.dataset import Dataset, Samples, load_dataset
 from landscape.errors import LandscapeError
 from landscape.training.experiment import Experiment, initial_model, resolve_device
@@ -70,8 +68,7 @@ def check_feasible(tuning: TuningConfig, data_dir: str | Path | None = None, dev
 def _refusal(recipe: Recipe, data: Dataset) -> str | None:
     """Return why a recipe cannot be trained, or None."""
     try:
-        with torch.device("meta"):
-            initial_model(recipe.resolve(), data)
+        initial_model(recipe.resolve(), data)
     except LandscapeError as error:
         return str(error)
     return None

@@ -168,6 +168,11 @@ class Recording:
     anchor: float = 0.0
     has_functions: bool = False
 
+    def reads_parameters(self) -> bool:
+        """Return True if the roots depend on a parameter."""
+        parameters = set(self.parameters.values())
+        return any(slot in parameters for call in needed_calls(self.calls, self.roots) for slot, _ in call.reads())
+
     def unscaled(self, loss: Tensor) -> Tensor:
         """Return a sum of roots without the scale."""
         return loss if self.scale is None else loss / self.scale.to(loss)

@@ -127,7 +127,7 @@ def product_step(
 def _delta(rows: Tensor, along: Tensor) -> Tensor | None:
     """Return delta, or None where D is not A' delta."""
     height, width = along.shape
-    starts = torch.linspace(0, height - _RUN, -(-_SAMPLED * len(rows) // _RUN)).long().tolist()
+    starts = torch.linspace(0, height - _RUN, -(-_SAMPLED * len(rows) // _RUN), device=rows.device).long().tolist()
     parts = [slice(start, start + _RUN) for start in starts] if len(starts) * _RUN < height else [slice(None)]
     sampled = torch.cat([along.t()[:, part] for part in parts], 1)
     try:
@@ -135,7 +135,8 @@ def _delta(rows: Tensor, along: Tensor) -> Tensor | None:
     except RuntimeError:  # A LinAlgError, as the training has diverged.
         return None
     delta = (sampled @ inverse).t()
-    vector = torch.randn(width, generator=torch.Generator().manual_seed(0), dtype=along.dtype)
+    generator = torch.Generator(along.device).manual_seed(0)
+    vector = torch.randn(width, generator=generator, dtype=along.dtype, device=along.device)
     image = along @ vector
     error = (image - rows.t() @ (delta @ vector)).norm()
     return delta if error <= _TOLERANCES[along.dtype] * image.norm() else None

@@ -178,7 +178,9 @@ class Recorder(TorchDispatchMode):
         with self.inside():
             addends = [self._addend(tensor, factor) for tensor, factor in zip(tensors, factors, strict=True)]
         root = addends[0]
-        for addend in addends[1:]:
+        for addend, tensor in zip(addends[1:], tensors[1:], strict=True):
+            if tensor.device != tensors[0].device:
+                addend = self._table.add_replayed(aten.to.device, Read(addend, True), tensors[0].device, tensor.dtype)
             root = self._table.add_replayed(aten.add.Tensor, Read(root, True), Read(addend, True))
         self._table.roots.append(root)
         nodes = [node for tensor in tensors for node in graph_nodes(tensor)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landscape.distributed.devices import stacked
 from landscape.distributed.parameter_space import Parameters
 from landscape.ray.engines.calls import (
     Call,
@@ -222,7 +223,7 @@ class Replay:
         for step in self._steps:
             step(points, etas)
         roots = [[values[root.index].reshape(()) for root in self.tape.roots] for values in points]
-        return [self.tape.unscaled(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)) for parts in roots]
+        return [self.tape.unscaled(parts[0] if len(parts) == 1 else stacked(parts).sum(0)) for parts in roots]
 
     def _point(self, eta: float | Tensor, buffer: PointBuffer) -> list[Any]:
         """Return the values of all slots, those of parameters set."""

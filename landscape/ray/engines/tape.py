@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landscape.distributed.devices import stacked
 from landscape.distributed.parameter_space import Parameters, ParameterSpace
 from landscape.ray.engines.calls import Call, NoTapeError, Read, Recording, needed_calls
 from landscape.ray.engines.replay import Replay, compare, resolved, set_state, state_of
@@ -69,7 +70,7 @@ class Tape(Recording):
             )
             with torch.set_grad_enabled(call.has_grad or is_view):
                 _differentiable_step(call, values, is_view)
-        loss = self.unscaled(torch.stack([values[root.index].reshape(()) for root in self.roots]).sum(0))
+        loss = self.unscaled(stacked([values[root.index].reshape(()) for root in self.roots]).sum(0))
         if not loss.requires_grad:
             raise NoDependenceError("The loss depends on no parameter that is in autograd's graph.")
         parts = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
