@@ -10,6 +10,7 @@ from nonsense import TRIED
 MARKED = {
     "slow": (
         "cli/test_tune.py",
+        "device",
         "distributed",
         "fuzz",
         "paper/test_figures4_5.py",
@@ -21,7 +22,7 @@ MARKED = {
         "tuning/test_trials.py",
         "tuning/test_tune.py",
     ),
-    "gpu": ("probe/test_cuda.py", "probe/test_schedule.py::test_timer_gpu"),
+    "gpu": ("probe/test_schedule.py::test_timer_gpu",),
     "multiprocess": ("distributed", "tuning/test_postgres.py"),
 }
 """Folders, files and tests by the mark that they get here; other tests have their marks themselves."""

@@ -86,7 +86,7 @@ class LandscapeProbe:
         engine: How rays are evaluated. ``"auto"`` repeats recorded calls, and calls the code of the loop again, by
             ``criterion`` or `observe`, where they cannot be repeated. ``"tape"`` does the same and warns. ``"loop"``
             records nothing. ``run.json`` holds which one evaluated the rays.
-        max_memory: Most bytes that a ray may hold, beside those of training.
+        max_memory: Most bytes that a ray, or a check of the first updates, may hold beside those of training.
         gradients: True computes the gradient at each point too, for gradient predictiveness and the effective
             beta-smoothness, by K forward and backward passes, and one more if the gradient at the parameters is not
             known.
