@@ -20,6 +20,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstring>
 #include <set>
 #include <string>
@@ -30,9 +31,9 @@ namespace {
 constexpr auto DESK = c10::DeviceType::PrivateUse1;
 constexpr int COUNT = 2;
 
-int64_t syncs = 0, launches = 0;
+std::atomic<int64_t> syncs = 0, launches = 0;
 bool forbids_syncs = false, is_available = false;
-int current = 0;
+thread_local int current = 0;  // Autograd has a thread for each device.
 thread_local int depth = 0;  // of kernels: what the CPU's kernels call themselves is not counted
 
 struct Inside {
