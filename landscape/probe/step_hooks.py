@@ -76,9 +76,9 @@ class StepHooks:
         return bool(self._handles)
 
     def skipped(self) -> Tensor | None:
-        """Return a number that is not 0 if the last update was skipped.
+        """Return a number that is not 0 if the update was skipped.
 
-        It is on a device; None if the host knows that it was made.
+        It is on a device; None if the host knows that the update was made.
         """
         return stacked(self._skips).sum() if self._skips else None
 
