@@ -123,6 +123,20 @@ def test_the_host_does_not_wait_with_a_scaler(device, forbids_waiting):
     assert frame["loss_min"].notna().all()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_autocast_of_the_device(engine, device):
+    """Points differ from moved copies by the rounding of half precision alone."""
+    model = network("ghost", dropout=0.4).to(device)
+
+    def loss(model, batch):
+        with torch.autocast(device.type, torch.bfloat16):
+            return loss_of(model, batch)
+
+    probe, expected = train(model, loss, batches(device, dtype=torch.float32), **taken(engine))
+    check_rows(probe, expected, rel=2e-2)
+    assert probe.trace._metadata["checks"]["gradient"]["tolerance"] == 5e-2  # that of half precision
+
+
 def test_relative_step_sizes_read_a_tensor(device):
     rate = torch.tensor(0.01, device=device)
     model = network().double().to(device)
