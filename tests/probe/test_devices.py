@@ -123,7 +123,7 @@ class Hidden(nn.Module):
 
 @pytest.mark.parametrize("make", [Hidden, lambda: Captured(False)], ids=["closure", "graph"])
 def test_loop_refuses_a_loss_of_other_parameters(make):
-    with pytest.raises(LandscapeError, match="parameter"):
+    with pytest.raises(LandscapeError, match="weight"):
         train(make(), CRITERION, engine="loop")
 
 
@@ -141,7 +141,7 @@ def test_loop_that_ignores_parameters_is_warned_of():
 def test_ray_losses_refuse_a_loss_of_other_parameters(make, engine):
     model = make()
     direction = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
-    with pytest.raises(LandscapeError, match="parameters"):
+    with pytest.raises(LandscapeError, match="weight"):
         ray_losses(model, lambda model: CRITERION(model(X), Y), direction, [0.1, 0.2], engine=engine)
 
 
