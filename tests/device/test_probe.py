@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from cases import CASES
 from torch import nn
 from twin import STEP_SIZES, check_rows, train
 
@@ -100,6 +101,23 @@ def test_the_host_does_not_wait(engine, name, options, device, forbids_waiting):
         model, loss_of, batches(device, 9, dtype=torch.float32), checks_from=5, forbidden=forbids_waiting, **arguments
     )
     assert len(probe.frame()) == (5 if "every" in options else 9)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "name", ["transformer", "weight norm", "spectral norm", "in-place", "clamped", "ResNet-20 seq"]
+)
+def test_the_host_does_not_wait_for_models(name, engine, device, forbids_waiting):
+    with device:
+        case = CASES[name]()
+    options = {"engine": engine, "observes": engine == "loop", "forbidden": forbids_waiting}
+    probe, expected = train(case.model, lambda model, batch: case.closure(model), range(7), checks_from=5, **options)
+    frame = probe.frame()
+    assert len(frame) == 7
+    assert set(frame["engine"]) == {engine}
+    assert len(expected) == 5
+    for found, losses in zip(frame["losses"], expected, strict=False):
+        assert list(found) == pytest.approx(losses, rel=1e-8)
 
 
 def test_the_host_does_not_wait_with_a_scaler(device, forbids_waiting):
