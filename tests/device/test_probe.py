@@ -104,9 +104,7 @@ def test_the_host_does_not_wait(engine, name, options, device, forbids_waiting):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(
-    "name", ["transformer", "weight norm", "spectral norm", "in-place", "clamped", "ResNet-20 seq"]
-)
+@pytest.mark.parametrize("name", ["transformer", "weight norm", "spectral norm", "in-place", "ResNet-20 seq"])
 def test_the_host_does_not_wait_for_models(name, engine, device, forbids_waiting):
     with device:
         case = CASES[name]()
