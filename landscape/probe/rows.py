@@ -18,10 +18,11 @@ NOTICEABLE = 1e-3
 _SKIPPED = object()
 """Key of the flag among the values of a row."""
 _CONSTANT = (
-    "Step {}: the loss is {:.6g} at all step sizes, although the gradient predicts that it changes by {:.3g}. The "
-    "loss reads its parameters from elsewhere than their modules (a captured CUDA graph, a closure, a cache), so the "
-    "losses of such rows are no landscape. Let the forward pass read them from the modules, or give the probe neither "
-    "criterion nor observed losses. Later rows are not checked for it."
+    "Step {}: the loss is {:.6g} at all step sizes, although the gradient predicts a change by {:.3g}. Either the "
+    "loss reads its parameters from elsewhere than their modules (a captured CUDA graph, a closure, a cache), and such "
+    "rows are no landscape: let the forward pass read them from the modules, or give the probe neither criterion nor "
+    "observed losses. Or the gradient is not the derivative, as in quantized layers with straight-through estimators. "
+    "Later rows are not checked for it."
 )
 _NOT_A_NUMBER = (
     "Step {}: the training loss is {:.6g}, but it is NaN at all step sizes. The norm of the gradient is {:.3g}. If "

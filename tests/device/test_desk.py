@@ -120,3 +120,14 @@ def test_other_tests_do_not_see_it(device):
         assert F.linear(torch.ones(1, 2), torch.ones(1, 2)).dtype is torch.bfloat16
     loader = torch.utils.data.DataLoader(range(4), batch_size=2)
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
+
+
+def test_threads_have_a_current_device_each(desks):
+    """Autograd differentiates on each device in a thread of its own, which makes that device its current one."""
+    for _ in range(20):
+        leaves = [torch.ones(3, device=device, requires_grad=True) for device in desks]
+        parts = [(leaf / 2).square().mean() for leaf in leaves]
+        (parts[0] + parts[1].to(desks[0])).backward()
+        assert [leaf.grad.tolist() for leaf in leaves] == [[pytest.approx(1 / 6)] * 3] * 2
+        assert torch.desk.current_device() == 0
+        assert torch.ones(1, device="desk").device == desks[0]

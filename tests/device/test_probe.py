@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from cases import CASES
 from torch import nn
 from twin import STEP_SIZES, check_rows, train
 
@@ -102,6 +103,21 @@ def test_the_host_does_not_wait(engine, name, options, device, forbids_waiting):
     assert len(probe.frame()) == (5 if "every" in options else 9)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["transformer", "weight norm", "spectral norm", "in-place", "ResNet-20 seq"])
+def test_the_host_does_not_wait_for_models(name, engine, device, forbids_waiting):
+    with device:
+        case = CASES[name]()
+    options = {"engine": engine, "observes": engine == "loop", "forbidden": forbids_waiting}
+    probe, expected = train(case.model, lambda model, batch: case.closure(model), range(7), checks_from=5, **options)
+    frame = probe.frame()
+    assert len(frame) == 7
+    assert set(frame["engine"]) == {engine}
+    assert len(expected) == 5
+    for found, losses in zip(frame["losses"], expected, strict=False):
+        assert list(found) == pytest.approx(losses, rel=1e-8)
+
+
 def test_the_host_does_not_wait_with_a_scaler(device, forbids_waiting):
     """A fused optimizer skips an update without telling the host."""
     model = network().to(device)
@@ -121,6 +137,20 @@ def test_the_host_does_not_wait_with_a_scaler(device, forbids_waiting):
     frame = probe.frame()
     assert list(frame["step"]) == [0, 1, 2, 3, 4, 5, 8, 9]
     assert frame["loss_min"].notna().all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_autocast_of_the_device(engine, device):
+    """Points differ from moved copies by the rounding of half precision alone."""
+    model = network("ghost", dropout=0.4).to(device)
+
+    def loss(model, batch):
+        with torch.autocast(device.type, torch.bfloat16):
+            return loss_of(model, batch)
+
+    probe, expected = train(model, loss, batches(device, dtype=torch.float32), **taken(engine))
+    check_rows(probe, expected, rel=2e-2)
+    assert probe.trace._metadata["checks"]["gradient"]["tolerance"] == 5e-2  # that of half precision
 
 
 def test_relative_step_sizes_read_a_tensor(device):

@@ -39,6 +39,7 @@ def train(
     checks_from=None,
     forbidden=nullcontext,
     between=lambda model: None,
+    observes=False,
     **options,
 ):
     """Train, and return the probe and the losses that rows must have.
@@ -53,6 +54,7 @@ def train(
         checks_from: Update from which on the host must not wait.
         forbidden: Context in which it must not.
         between: Called with the model between backward pass and step.
+        observes: True passes losses to the probe.
         options: Options of the probe.
 
     Returns:
@@ -67,7 +69,8 @@ def train(
             before = None if is_checked else (copy.deepcopy(model), streams(model))
             with forbidden() if is_checked else nullcontext():
                 optimizer.zero_grad()
-                loss_of(model, batch).backward()
+                loss = probe.observe(loss_of, batch) if observes and probe else loss_of(model, batch)
+                loss.backward()
                 between(model)
                 if before:
                     expected.append(moved(model, *before, loss_of, batch))

@@ -123,7 +123,7 @@ class Hidden(nn.Module):
 
 @pytest.mark.parametrize("make", [Hidden, lambda: Captured(False)], ids=["closure", "graph"])
 def test_loop_refuses_a_loss_of_other_parameters(make):
-    with pytest.raises(LandscapeError, match="parameter"):
+    with pytest.raises(LandscapeError, match="weight"):
         train(make(), CRITERION, engine="loop")
 
 
@@ -141,7 +141,7 @@ def test_loop_that_ignores_parameters_is_warned_of():
 def test_ray_losses_refuse_a_loss_of_other_parameters(make, engine):
     model = make()
     direction = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
-    with pytest.raises(LandscapeError, match="parameters"):
+    with pytest.raises(LandscapeError, match="weight"):
         ray_losses(model, lambda model: CRITERION(model(X), Y), direction, [0.1, 0.2], engine=engine)
 
 
@@ -281,3 +281,22 @@ def test_precision_of_products_is_recorded(precision, tmp_path):
         torch.set_float32_matmul_precision(before)
     found = json.loads((tmp_path / "run/run.json").read_text())["float32_precision"]
     assert (found["cuda.matmul"] == "tf32") == (precision == "high")
+
+
+class Quantized(nn.Linear):
+    """A layer whose weights are rounded in the forward pass alone, so that small steps change nothing."""
+
+    def forward(self, x):
+        rounded = (self.weight * 2).round() / 2
+        return F.linear(x, self.weight + (rounded - self.weight).detach(), self.bias.detach())
+
+
+@pytest.mark.parametrize("engine", ["loop", "tape"])
+def test_straight_through_estimators_are_measured(engine):
+    """Their rays are constant in truth, which is recorded; the warning names them."""
+    model = Quantized(6, 3)
+    nn.init.constant_(model.weight, 0.4)
+    with pytest.warns(UserWarning, match="quantized") as caught:
+        frame = train(model, CRITERION, engine=engine, updates=1).frame()
+    assert len(caught) == 1
+    assert frame["losses"].map(list).tolist() == [[loss] * 2 for loss in frame["loss"]]

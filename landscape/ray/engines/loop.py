@@ -40,9 +40,10 @@ def checked_loop(ray: Ray) -> Tensor:
     # The values are read only in this case, as reading them waits for an accelerator.
     if not reads.found and len(losses) > 1 and bool((losses == losses[0]).all()):
         raise LandscapeError(
-            "The loss does not depend on the model's parameters: when it is computed again, it does not read them from "
-            "the modules, but from elsewhere (a captured CUDA graph, a closure, a cache), so no ray can be measured. "
-            "Let the forward pass read them from the modules of the model that it is given."
+            f"The loss does not depend on {next(iter(ray.direction))!r}, nor on another parameter that moves: when it "
+            "is computed again, it does not read them from the modules, but from elsewhere (a closure, a cache, a "
+            "captured CUDA graph, an object around outputs that were computed before), so no ray can be measured. Let "
+            "the forward pass read them from the modules of the model that it is given."
         )
     return losses
 

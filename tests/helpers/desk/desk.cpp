@@ -22,6 +22,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <mutex>
 #include <set>
 #include <string>
 #include <vector>
@@ -31,10 +32,12 @@ namespace {
 constexpr auto DESK = c10::DeviceType::PrivateUse1;
 constexpr int COUNT = 2;
 
+// Autograd has a thread for each device, with a current device of its own.
 std::atomic<int64_t> syncs = 0, launches = 0;
-bool forbids_syncs = false, is_available = false;
-thread_local int current = 0;  // Autograd has a thread for each device.
+std::atomic<bool> forbids_syncs = false, is_available = false;
+thread_local int current = 0;
 thread_local int depth = 0;  // of kernels: what the CPU's kernels call themselves is not counted
+std::mutex drawing;
 
 struct Inside {
   Inside() { depth++; }
@@ -225,6 +228,7 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack, int in
   bool draws = std::find(tags.begin(), tags.end(), at::Tag::nondeterministic_seeded) != tags.end();
   if (!draws) return op.redispatchBoxed(host, stack);
   at::Generator generator = at::detail::getDefaultCPUGenerator();
+  std::lock_guard<std::mutex> alone(drawing);  // Other threads of the device draw from the same generator.
   auto before = generator.get_state();
   generator.set_state(generator_of(index).get_state());
   try {
