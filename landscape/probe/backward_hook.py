@@ -58,7 +58,7 @@ Others may put their own functions on top, and the next watcher comes on top of 
 
 
 class _Inside(threading.local):
-    """True in a function that stands for torch's; those below it pass on."""
+    """True in a function that stands for torch's."""
 
     value = False
 
