@@ -115,7 +115,8 @@ class StepHooks:
             return None
         self._frame = next(_callers())
         # GradScaler passes it to a fused optimizer, which then decides on the device.
-        skips = [optimizer.found_inf] if getattr(optimizer, "found_inf", None) is not None else []
+        found: Tensor | None = getattr(optimizer, "found_inf", None)
+        skips = [] if found is None else [found]
         if any(optimizer is other for other in self._stepped):
             self._end()
         if self._stepped:
