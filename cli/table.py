@@ -30,5 +30,7 @@ def command(number: str, scale: str, out: Path, worker: WorkerOptions) -> None:
     the time.
     """
     table = TABLES[number, scale]
-    tuning = TuningConfig(table.recipe, groups=table.groups, channel_groups=table.channel_groups)
+    tuning = TuningConfig(
+        table.recipe, groups=table.groups, channel_groups=table.channel_groups, strategy=table.strategy
+    )
     run(tuning, out / f"table{number}-{scale}", worker, table.title)

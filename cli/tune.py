@@ -132,11 +132,10 @@ def command(
 
 def run(tuning: TuningConfig, out: Path, worker: WorkerOptions, title: str = "") -> None:
     """Tune and write the table, or print the plan."""
+    from landscape.tuning.feasibility import check_feasible
     from landscape.tuning.report import abridged, reasons
 
-    from .plan import make_plan
-
-    plan = make_plan(tuning, worker.data_dir, worker.device)
+    plan = check_feasible(tuning, worker.data_dir, worker.device)
     for why, left_out in reasons(plan).items():
         report(f"Left out: {abridged(left_out)}: {why}")
     choosing, testing = plan.counts()
@@ -149,9 +148,8 @@ def run(tuning: TuningConfig, out: Path, worker: WorkerOptions, title: str = "")
 
 def _print_plan(plan: "TuningPlan", worker: WorkerOptions) -> None:
     """Print the trainings and estimate their time."""
+    from landscape.tuning.feasibility import seconds_per_training
     from landscape.tuning.report import duration
-
-    from .plan import seconds_per_training
 
     for configuration in plan.tried():
         echo(f"  {configuration}, {plan.tuning.runs} seeds")

@@ -2,8 +2,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: each worker of pytest-xdist has a core of its own
 
+from contextlib import suppress
 from pathlib import Path
 
+import desk
 import pytest
 from nonsense import TRIED
 
@@ -41,6 +43,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(mark)
         for fixture in MARKED_FIXTURES.keys() & item.fixturenames:
             item.add_marker(MARKED_FIXTURES[fixture])
+
+
+def pytest_collection_finish(session):
+    """Load the toy device before any test makes a backward pass."""
+    if any(Path(__file__).parent / "device" in item.path.parents for item in session.items):
+        with suppress(desk.MissingCompilerError):  # The tests that need it are skipped.
+            desk.load()
 
 
 def pytest_sessionfinish(session):

@@ -14,8 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
-_BATCH = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 2]
-"""Types of samples, positions, channels, groups, interleaved, threads."""
+_BATCH = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 3]
+"""Types of samples, positions, channels, groups, interleaved, channels_innermost, threads."""
+_ARGUMENTS = {
+    "forward": [*[ctypes.c_void_p] * 7, *_BATCH, ctypes.c_double],
+    "backward": [*[ctypes.c_void_p] * 8, *_BATCH],
+    "update": [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2, ctypes.c_double],
+}
 
 
 @cache
@@ -40,25 +45,26 @@ def load(path: Path) -> ctypes.CDLL:
     # loaded for all, there is one pool of threads.
     found = ctypes.CDLL(str(path))
     for name in _NAMES.values():
-        there, back = getattr(found, f"{name}_forward"), getattr(found, f"{name}_backward")
-        there.argtypes, there.restype = [*[ctypes.c_void_p] * 7, *_BATCH, ctypes.c_double], None
-        update = getattr(found, f"{name}_update")
-        update.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2, ctypes.c_double]
-        update.restype = None
-        back.argtypes, back.restype = [*[ctypes.c_void_p] * 8, *_BATCH], None
+        for part, types in _ARGUMENTS.items():
+            function = getattr(found, f"{name}_{part}")
+            function.argtypes, function.restype = types, None
     return found
 
 
 def takes(x: Tensor, *parameters: Tensor | None) -> bool:
     """Return True if the kernel can normalize a batch.
 
-    Its channels must be innermost in memory: (M, C), or channels_last.
+    It must be contiguous or channels_last in memory.
     """
     if not x.is_cpu or x.dtype not in _NAMES or library() is None or not x.numel():
         return False
-    return x.movedim(1, -1).is_contiguous() and all(
+    return (x.is_contiguous() or _has_channels_innermost(x)) and all(
         one is None or _is_plain(one, x.dtype, x.shape[1:2]) for one in parameters
     )
+
+
+def _has_channels_innermost(x: Tensor) -> bool:
+    return (x if x.dim() == 2 else x.movedim(1, -1)).is_contiguous()
 
 
 def takes_backward(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv_std: Tensor, groups: int) -> bool:
@@ -99,7 +105,7 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv_std: Tensor, groups: int, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, dweight and dbias."""
-    dy = dy.movedim(1, -1).contiguous()
+    dy = dy.movedim(1, -1).contiguous() if x.dim() > 2 and _has_channels_innermost(x) else dy.contiguous()
     dx = torch.empty_like(x)
     # The first row is the sum over the groups.
     dweight, dbias = mean.new_empty(2, groups, mean.shape[1])
@@ -124,4 +130,5 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _batch(x: Tensor, groups: int, interleaved: bool) -> tuple[int, ...]:
     samples, channels = x.shape[:2]
-    return samples, x.shape[2:].numel(), channels, groups, int(interleaved), torch.get_num_threads()
+    layout = int(interleaved), int(_has_channels_innermost(x))
+    return samples, x.shape[2:].numel(), channels, groups, *layout, torch.get_num_threads()

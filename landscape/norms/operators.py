@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from landscape.errors import LandscapeError
 from landscape.norms import kernel
-from landscape.norms.slices import at_least_float32, split_uneven_groups
+from landscape.norms.slices import at_least_float32, split_uneven_groups, with_strides_of
 from landscape.norms.standardize import (
     Output,
     backward,
@@ -22,7 +22,7 @@ from landscape.norms.standardize import (
 # What runs inside of an operator:
 #
 #     batch                                   forward and backward
-#     on a CPU, channels innermost            kernel.cpp, if it is compiled
+#     on a CPU, contiguous or channels_last   kernel.cpp, if it is compiled
 #     on a CPU                                standardize.forward_in_place, backward_in_place
 #     on an accelerator                       standardize.forward_native, backward_native
 #
@@ -132,7 +132,7 @@ def _standardize(
         return compute(x, weight, bias, groups, interleaved, eps)
 
     y, mean, var, inv_std = split_uneven_groups(function, [x], groups, interleaved)
-    return _with_strides_of(x, y), mean, var, inv_std
+    return with_strides_of(x, y), mean, var, inv_std
 
 
 def _standardize_backward(
@@ -156,14 +156,7 @@ def _standardize_backward(
         return backward_native(dy, x, weight, mean, inv_std, groups, interleaved, eps)
 
     dx, dweight, dbias = split_uneven_groups(function, [dy, x], groups, interleaved, [mean, inv_std])
-    return _with_strides_of(x, dx), dweight.sum(0), dbias.sum(0)
-
-
-def _with_strides_of(x: Tensor, y: Tensor) -> Tensor:
-    """Return y, in memory as the registered shapes promise."""
-    if y.stride() == x.stride() or y.stride() == (like := torch.empty_like(x)).stride():
-        return y
-    return like.copy_(y)
+    return with_strides_of(x, dx), dweight.sum(0), dbias.sum(0)
 
 
 class _Standardize(torch.autograd.Function):

@@ -13,6 +13,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
+def with_strides_of(x: Tensor, y: Tensor) -> Tensor:
+    """Return y, in memory like ``x``, or like ``empty_like(x)``."""
+    if y.stride() == x.stride() or y.stride() == (like := torch.empty_like(x)).stride():
+        return y
+    return like.copy_(y)
+
+
 class Slices(NamedTuple):
     """View of a batch, with dimensions of its slices.
 

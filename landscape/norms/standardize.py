@@ -119,7 +119,7 @@ def forward_native(
     """
     merged, shape = _groups_as_channels(x, groups, interleaved)
     # With a momentum of 1 the running statistics are those of the batch.
-    mean, var = torch.zeros(2, merged.shape[1], dtype=_statistics_type(x), device=x.device)
+    mean, var = torch.zeros(2, merged.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     scale, shift = (None if one is None else one.repeat(groups) for one in (weight, bias))
     y, _, inv_std = torch.native_batch_norm(merged, scale, shift, mean, var, True, 1.0, eps)
     y = _channels_as_groups(y, shape, x, groups, interleaved)
@@ -160,9 +160,4 @@ def _groups_as_channels(x: Tensor, groups: int, interleaved: bool) -> tuple[Tens
 def _channels_as_groups(y: Tensor, shape: torch.Size, x: Tensor, groups: int, interleaved: bool) -> Tensor:
     """Return the batch in the form of ``x``."""
     moved = y.view(shape) if interleaved else y.view(shape).transpose(0, 1)
-    whole, like = moved.reshape(x.shape), torch.empty_like(x)
-    return whole if whole.stride() == like.stride() else like.copy_(whole)
-
-
-def _statistics_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+    return moved.reshape(x.shape)

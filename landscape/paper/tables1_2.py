@@ -15,22 +15,25 @@ class TablePreset:
         title: First sentence of the report.
         groups: Values to try for the groups G_M of the batch.
         channel_groups: Values to try for the groups G_C of the channels.
+        strategy: Name of the strategy that selects which are trained.
 
     Examples:
-        >>> TABLES["1", "paper"].recipe.dataset, TABLES["2", "paper"].groups
-        ('cifar100', (2, 4, 8, 16, 32))
+        >>> table = TABLES["1", "paper"]
+        >>> table.recipe.dataset, table.recipe.devices, table.groups
+        ('cifar100', 8, (2, 4, 8, 16, 32))
     """
 
     recipe: Recipe
     title: str
     groups: tuple[int, ...] = (2, 4, 8, 16, 32)
     channel_groups: tuple[int, ...] = (1, 2, 4, 8, 16)
+    strategy: str = "sequential"
 
 
 _SMALL = {"groups": (2, 4, 8, 16), "channel_groups": (2, 4, 8)}
 TABLES = {
     ("1", "paper"): TablePreset(
-        RECIPES["classify-cifar100"], "Table 1: classification of CIFAR-100, WideResNet-28-10."
+        RECIPES["classify-cifar100"], "Table 1: classification of CIFAR-100, WideResNet-28-10.", strategy="grid"
     ),
     ("2", "paper"): TablePreset(RECIPES["classify-cifar10"], "Table 2: classification of CIFAR-10, WideResNet-28-10."),
     ("1", "small"): TablePreset(

@@ -14,29 +14,38 @@ from landscape.ray.engines.registry import check_engine
 from landscape.ray.ray import check_model
 
 
-def check_arguments(model: Any, optimizer: Any, criterion: Any, grad_scaler: Any, options: ProbeOptions) -> None:
+def check_arguments(
+    model: Any, optimizers: Sequence[Any], criterion: Any, grad_scaler: Any, options: ProbeOptions
+) -> None:
     """Raise a LandscapeError unless a probe can be attached."""
-    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+    is_optimizer = [isinstance(optimizer, torch.optim.Optimizer) for optimizer in optimizers]
+    if not isinstance(model, nn.Module) or not all(is_optimizer) or not optimizers:
+        given = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "[]"
         raise LandscapeError(
-            f"model={type(model).__name__}, optimizer={type(optimizer).__name__}: must be an nn.Module and its "
-            "torch.optim.Optimizer, in this order."
+            f"model={type(model).__name__}, optimizer={given}: must be an nn.Module and its torch.optim.Optimizer, in "
+            "this order, or a list of the optimizers that step together."
         )
-    if not _takes_hooks(optimizer):
-        raise LandscapeError(
-            f"optimizer={type(optimizer).__name__}: must call torch.optim.Optimizer.__init__, which makes its step "
-            "hooks. Give the optimizer inside of it."
-        )
+    if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
+        raise LandscapeError("optimizer: must hold each optimizer once. Leave out the others.")
+    for optimizer in optimizers:
+        if not _takes_hooks(optimizer):
+            raise LandscapeError(
+                f"optimizer={type(optimizer).__name__}: must call torch.optim.Optimizer.__init__, which makes its step "
+                "hooks. Give the optimizer inside of it."
+            )
     check_model(model)
-    if any(parameter.is_complex() for group in optimizer.param_groups for parameter in group["params"]):
+    held = [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
+    if any(parameter.is_complex() for parameter in held):
         raise LandscapeError(
             "optimizer: must hold real parameters, got complex ones. Hold their torch.view_as_real, and use "
             "torch.view_as_complex in the forward pass."
         )
-    if options.relative and "lr" not in optimizer.param_groups[0]:
-        raise LandscapeError(
-            f"relative=True: needs a learning rate, and {type(optimizer).__name__} has none. Give step_sizes=[...] "
-            "with relative=False."
-        )
+    for optimizer in optimizers:
+        if options.relative and "lr" not in optimizer.param_groups[0]:
+            raise LandscapeError(
+                f"relative=True: needs a learning rate, and {type(optimizer).__name__} has none. Give step_sizes=[...] "
+                "with relative=False."
+            )
     if criterion is not None and not isinstance(criterion, nn.Module):
         raise LandscapeError(
             f"criterion must be an nn.Module, got {criterion!r}. Use nn.CrossEntropyLoss() for F.cross_entropy, or "
@@ -46,14 +55,18 @@ def check_arguments(model: Any, optimizer: Any, criterion: Any, grad_scaler: Any
     if grad_scaler is not None and not hasattr(grad_scaler, "scale"):
         raise LandscapeError(f"grad_scaler={grad_scaler!r}: must be the torch.amp.GradScaler that scales the loss.")
     known = {id(parameter) for parameter in model.parameters()}
-    if not all(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
+    if not all(id(parameter) in known for parameter in held):
         warnings.warn(
             "The optimizer holds parameters that are not the model's; rays leave them where they are.", stacklevel=3
         )
 
 
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer inside of a trainer's wrapper."""
+def unwrap_optimizers(given: Any) -> tuple[Any, ...]:
+    """Return the optimizers, without the wrappers of trainers."""
+    return tuple(map(_unwrapped, given if isinstance(given, list | tuple) else [given]))
+
+
+def _unwrapped(optimizer: Any) -> Any:
     while not _takes_hooks(optimizer) and isinstance(
         inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer
     ):
@@ -66,19 +79,25 @@ def _takes_hooks(optimizer: Any) -> bool:
 
 
 def probe_metadata(
-    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module | None, options: ProbeOptions
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    criterion: nn.Module | None,
+    options: ProbeOptions,
 ) -> dict[str, Any]:
     """Return the facts of a run that its probe knows."""
-    defaults = {
-        name: value if isinstance(value, int | float | str | None) else repr(value)
-        for name, value in optimizer.defaults.items()
-    }
+    defaults = [
+        {
+            name: value if isinstance(value, int | float | str | None) else repr(value)
+            for name, value in optimizer.defaults.items()
+        }
+        for optimizer in optimizers
+    ]
     return {
         "model": type(model).__name__,
         "criterion": None if criterion is None else repr(criterion),
-        "optimizer": type(optimizer).__name__,
-        "optimizer_options": defaults,
-        "base_lr": float(learning_rate_of(optimizer)),
+        "optimizer": " + ".join(type(optimizer).__name__ for optimizer in optimizers),
+        "optimizer_options": defaults[0] if len(defaults) == 1 else defaults,
+        "base_lr": float(learning_rate_of(optimizers)),
         "float32_precision": _float32_precision(),
         **options.metadata(),
         "threads": torch.get_num_threads(),

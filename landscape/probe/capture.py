@@ -3,7 +3,7 @@
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from landscape.probe.backward_hook import unwatch_backward, watch_backward
 from landscape.probe.messages import NOT_RECORDED
 from landscape.probe.passes import BackwardPasses, CapturedUpdate
 from landscape.probe.replay import CriterionState, ModelCall, VersionedArgs, is_replaying, raises, replay, replaying
-from landscape.probe.step_hooks import find_grad_scaler
+from landscape.probe.step_hooks import StepHooks, find_grad_scaler
 from landscape.ray.engines.calls import NoTapeError
 from landscape.ray.engines.recorder import Recorder
 from landscape.ray.engines.tape import Tape
@@ -80,10 +80,10 @@ class Capture:
     Args:
         model: The module that the user's loop calls: the model, or what ``DistributedDataParallel(model)`` returned.
         criterion: The module whose calls are the losses, unless the user passes them to `observe`.
-        optimizer: The optimizer that updates the model.
+        optimizers: The optimizers that update the model.
         is_due: Returns True if the current update is to be probed.
+        hooks: Hooks of the optimizers' steps.
         grad_scaler: The loss scaler, if one is used.
-        prepare: Called before each forward pass that is captured.
 
     Attributes:
         model: The model itself.
@@ -96,17 +96,17 @@ class Capture:
         self,
         model: nn.Module,
         criterion: nn.Module | None,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         is_due: Callable[[], bool],
+        hooks: StepHooks,
         grad_scaler: "torch.amp.GradScaler | None" = None,
-        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.wrapper = model
         self.model, self.ranks = unwrap_parallel(model)
         self.criterion = criterion
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.loss_module = LossModule(self.model, criterion, parameter_space(self.model, self.ranks))
-        self._is_due, self._prepare = is_due, prepare
+        self._is_due, self._hooks = is_due, hooks
         self.passes = BackwardPasses(
             self._parameters,
             self._name_of,
@@ -197,7 +197,7 @@ class Capture:
 
     def _begin_call(self) -> None:
         """Prepare the recorder for a call of the model."""
-        self._prepare()
+        self._hooks.move_last()
         # The loop may have added, removed or frozen parameters since the last update.
         if self._recorder is not None and not self._recorder.roots and self._held != self._trained_ids():
             self.begin_update(records=True)
@@ -356,7 +356,8 @@ class Capture:
         self.loss_module.traits.load_state_dict(state, self.loss_module)
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        return [parameter for group in groups for parameter in group["params"]]
 
     def _moved_parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters that the optimizer may move."""
@@ -381,7 +382,7 @@ class Capture:
 
     def _capture_state(self) -> ForwardSnapshot:
         started = time.perf_counter()
-        self._prepare()
+        self._hooks.move_last()
         state = ForwardSnapshot.capture(self.loss_module)
         self._seconds += time.perf_counter() - started
         return state
@@ -389,8 +390,12 @@ class Capture:
     def _before_wrapper(self, wrapper: nn.Module, args: Any) -> None:
         if self._measuring:
             raise LandscapeError(messages.WRAPPER_CALLED)
+        if getattr(getattr(wrapper, "_join_config", None), "enable", False):  # torch has no public way to ask
+            raise LandscapeError(messages.UNEVEN_INPUTS)
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if not is_replaying():
+            self._hooks.begin_forward()
         if self.criterion is not None and self._is_recording() and not self._is_lazy():
             arguments = VersionedArgs.of((args, kwargs))
             is_derived = self.passes.depends_on_parameters(arguments.leaves)

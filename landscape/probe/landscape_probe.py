@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,15 +21,16 @@ from landscape.probe.arguments import (
     check_state,
     probe_metadata,
     resume_signature,
-    unwrap_optimizer,
+    unwrap_optimizers,
 )
 from landscape.probe.capture import Capture
 from landscape.probe.checks import CaptureChecks
+from landscape.probe.messages import CHANGED_GRADIENT, NO_COMMON_STEP
 from landscape.probe.options import ProbeOptions
-from landscape.probe.passes import CapturedUpdate
+from landscape.probe.passes import CapturedUpdate, gradient_versions
 from landscape.probe.rows import RowQueue
 from landscape.probe.schedule import ProbeSchedule
-from landscape.probe.step_hooks import Closure, StepHooks, call_after_first
+from landscape.probe.step_hooks import Closure, StepHooks, call_after_first, find_grad_scaler, gradient_scale
 from landscape.probe.update import Update
 from landscape.ray.engines.calls import NoTapeError
 from landscape.ray.evaluator import Evaluator
@@ -59,7 +60,8 @@ class LandscapeProbe:
 
     Args:
         model: The model that is trained; under data parallelism what ``DistributedDataParallel(model)`` returns.
-        optimizer: The optimizer whose steps are probed; only the parameters it holds are moved.
+        optimizer: The optimizer whose steps are probed; only the parameters it holds are moved. A list of optimizers
+            that step together, such as Muon and AdamW, is one update, and one ray along the gradients of all.
         criterion: The module whose call ``criterion(model(inputs), targets)`` is the training loss, for training steps
             whose calls cannot be repeated (models compiled by ``torch.compile``, ``fully_shard``): there the probe
             calls model and criterion again at each point. If it is given, the first ray is evaluated both ways. For
@@ -78,8 +80,8 @@ class LandscapeProbe:
             parameter moves by its own rate.
         every: Probe every n-th update, the first included.
         direction: ``"gradient"``, the gradient as the optimizer gets it, or ``"update"``, the step that the optimizer
-            takes (with momentum, Adam's scaling, ...), divided by the learning rate of the first parameter group, so
-            that a step size equal to the learning rate is that step.
+            takes (with momentum, Adam's scaling, ...), divided by the learning rate (of the first parameter group in
+            which it is not 0), so that a step size equal to it is that step.
         steps_per_epoch: Updates in an epoch, for the column ``epoch``.
         engine: How rays are evaluated. ``"auto"`` repeats recorded calls, and calls the code of the loop again, by
             ``criterion`` or `observe`, where they cannot be repeated. ``"tape"`` does the same and warns. ``"loop"``
@@ -119,7 +121,7 @@ class LandscapeProbe:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         criterion: nn.Module | None = None,
         *,
         trace: str | Path | None = None,
@@ -129,18 +131,18 @@ class LandscapeProbe:
         grad_scaler: "torch.amp.GradScaler | None" = None,
         **options: Any,
     ) -> None:
-        optimizer = unwrap_optimizer(optimizer)
+        self.optimizers = unwrap_optimizers(optimizer)
         self.options = ProbeOptions(**options)
-        check_arguments(model, optimizer, criterion, grad_scaler, self.options)
-        self.model, self.optimizer, self.criterion = model, optimizer, criterion
+        check_arguments(model, self.optimizers, criterion, grad_scaler, self.options)
+        self.model, self.criterion = model, criterion
         self.step = 0
         """Number of updates so far."""
-        self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
-        self._capture = Capture(model, criterion, optimizer, self._is_due, grad_scaler, self._hooks.move_last)
+        self._hooks = StepHooks(self.optimizers, self._before_step, self._between_steps, self._after_steps)
+        self._capture = Capture(model, criterion, self.optimizers, self._is_due, self._hooks, grad_scaler)
         self._inner, self._ranks = self._capture.model, self._capture.ranks
         self._seconds = 0.0
         self._rows = RowQueue(lambda: self._evaluator.check_graphs())
-        metadata = probe_metadata(self._inner, optimizer, criterion, self.options)
+        metadata = probe_metadata(self._inner, self.optimizers, criterion, self.options)
         metadata |= {"ranks": self._ranks.size, **(facts or {})}
         writes = self._ranks.is_writer or trace is None  # rows in memory are kept by every process
         self.trace = self._ranks.run_on_all(
@@ -168,9 +170,9 @@ class LandscapeProbe:
             "schedule": self._schedule,
         }
         self._measured: dict[str, Any] = {}
-        """Row of the update that the optimizer is making."""
-        self._skipped: Tensor | None = None
-        """Not 0 if the optimizer skips that update, on its device."""
+        """Row of the update that the optimizers are making."""
+        self._versions: dict[int, list[Any]] = {}
+        """Versions of the measured gradients by the id of the optimizer, if there are several."""
 
     def attach(self) -> Self:
         """Register the hooks, as entering the context does."""
@@ -310,12 +312,13 @@ class LandscapeProbe:
         return call_after_first(closure, measure)
 
     def _update(self, captured: CapturedUpdate) -> Update:
-        return Update.from_optimizer(self._capture, self.optimizer, captured, reads_lr=self.options.relative)
+        return Update.from_optimizers(self._capture, self.optimizers, captured, reads_lr=self.options.relative)
 
     def _before_update(self, make: Callable[[], Update]) -> None:
         if self._starts_over:
             self._truncate({})
         if self._is_due():
+            self._versions = self._gradient_versions(self.optimizers)
             with self._schedule.probing():
                 update = make()
                 if self.options.direction == "gradient":
@@ -323,14 +326,39 @@ class LandscapeProbe:
                 else:  # known once the optimizer has made it
                     self._pending = update.snapshot()
 
-    def _after_step(self) -> None:
+    def _between_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop the row if its gradient has changed since."""
+        before = self._versions.get(id(optimizer))
+        if before is not None and self._gradient_versions([optimizer])[id(optimizer)] != before:
+            self._drop(CHANGED_GRADIENT.format(type(optimizer).__name__))
+
+    def _gradient_versions(self, optimizers: Iterable[torch.optim.Optimizer]) -> dict[int, list[Any]]:
+        """Return versions by optimizer, of gradients that are final."""
+        if len(self.optimizers) == 1:
+            return {}
+        scaler = find_grad_scaler()
+        return {
+            id(one): gradient_versions(parameter for group in one.param_groups for parameter in group["params"])
+            for one in optimizers
+            if gradient_scale(one, scaler) is None
+        }
+
+    def _drop(self, reason: str) -> None:
+        """Drop the row of the update, and warn."""
+        if self._measured or self._pending is not None:
+            warnings.warn(f"Step {self.step} is not in the trace: {reason}", stacklevel=2)
+        self._measured, self._pending = {}, None
+
+    def _after_steps(self, missing: Sequence[torch.optim.Optimizer]) -> None:
+        if missing:
+            self._drop(NO_COMMON_STEP.format(" and ".join(type(one).__name__ for one in missing)))
         if self._pending is not None:
             update, self._pending = self._pending, None
             with self._schedule.probing():
                 self._measure(update, update.actual_direction())
         if self._measured:  # not before, as a step may fail
-            self.trace.append(self._rows.append(self._measured, self._skipped))
-            self._measured, self._skipped = {}, None
+            self.trace.append(self._rows.append(self._measured, self._hooks.skipped()))
+            self._measured = {}
         self._capture.finish_update()
         self._schedule.advance(self._capture.pop_overhead_seconds())
         self.step += 1
@@ -352,7 +380,7 @@ class LandscapeProbe:
         finally:
             if names := contents.restore():
                 warnings.warn(f"Step {self.step}: restored what the model held as {names}.", stacklevel=2)
-        self._measured, self._skipped = row | {"seconds": self._seconds}, update.skipped
+        self._measured = row | {"seconds": self._seconds}
 
     def _row(self, update: Update, direction: Parameters) -> dict[str, Any]:
         """Return the row by the losses of this process."""

@@ -13,8 +13,9 @@ STALE_GRADIENTS = (
 )
 WRITTEN_PARAMETERS = (
     "Parameters were written to between the forward pass and the optimizer's step, so the gradient is not that at the "
-    "start of the update. Another optimizer may have made its step: probe the one that steps first. A loop that writes "
-    "to parameters itself, as in sharpness-aware minimization, cannot be measured."
+    "start of the update. Another optimizer may have made its step: give the probe all that step together, "
+    "LandscapeProbe(model, [first, second]), or the one that steps first. A loop that writes to parameters itself, as "
+    "in sharpness-aware minimization, cannot be measured."
 )
 UNKNOWN_LOSS = "A backward pass that went through no captured loss has added to the gradient. " + OBSERVE_WHOLE
 NONLINEAR = "The differentiated tensor is not a weighted sum of the captured losses, but their {}. " + OBSERVE_WHOLE
@@ -66,11 +67,25 @@ UNSEEN_BACKWARD = (
     "The loss was not differentiated by loss.backward() or torch.autograd.backward(...), called by this name, so it is "
     "unknown whether its gradient is that of the update. Call loss.backward()."
 )
+UNEVEN_INPUTS = (
+    "Under torch.distributed.algorithms.join.Join, processes that have no batches left cannot take part in a probe. "
+    "Give every process as many batches, as DistributedSampler(..., drop_last=True) does, and leave out Join."
+)
 NO_LOSS = "No loss was captured since the last step. " + OBSERVE
 NO_STEP = (
     "Losses were differentiated, but the optimizer that the probe was given has made no step, so nothing is recorded. "
     "Give the probe the optimizer whose step() the loop calls. Sharpness-aware minimization in two calls (first_step, "
     "second_step) cannot be probed; by optimizer.step(closure) it can."
+)
+
+# With several optimizers, what was measured before the first step is not the update that they make.
+NO_COMMON_STEP = (
+    "{} made no step, so that the update is not along the gradients of all optimizers. Give the probe those that step "
+    "together."
+)
+CHANGED_GRADIENT = (
+    "The gradient that {} gets was changed after another optimizer's step. Change gradients (clipping) before the "
+    "first step."
 )
 
 # The next update is probed.

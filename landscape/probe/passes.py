@@ -357,10 +357,7 @@ class BackwardPasses:
         return torch.stack([value.to(values[0]) for value in values]).sum()
 
     def _gradient_versions(self) -> list[tuple[int, int] | None]:
-        """Return address and number of writes of each gradient."""
-        gradients = [parameter.grad for parameter in self._parameters()]
-        values = [None if gradient is None else _values(gradient) for gradient in gradients]
-        return [None if tensor is None else (tensor.data_ptr(), tensor._version) for tensor in values]
+        return gradient_versions(self._parameters())
 
     def _grads_are_none(self) -> bool:
         return not self._grads_unreduced and all(parameter.grad is None for parameter in self._parameters())
@@ -370,6 +367,13 @@ class BackwardPasses:
         # The first gradient is mostly not zero, and ends the search.
         gradients = (parameter.grad for parameter in self._parameters() if parameter.grad is not None)
         return not any(bool(_values(gradient).any()) for gradient in gradients)
+
+
+def gradient_versions(parameters: Iterable[Tensor]) -> list[tuple[int, int] | None]:
+    """Return address and number of writes of each gradient."""
+    gradients = [parameter.grad for parameter in parameters]
+    values = [None if gradient is None else _values(gradient) for gradient in gradients]
+    return [None if tensor is None else (tensor.data_ptr(), tensor._version) for tensor in values]
 
 
 def _values(gradient: Tensor) -> Tensor:

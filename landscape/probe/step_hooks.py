@@ -1,77 +1,111 @@
-"""Hooks around an optimizer's step: once per update, after all other hooks."""
+"""Hooks around the steps of an update's optimizers: once per update, after all other hooks."""
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.utils.hooks import RemovableHandle
+
+from landscape.distributed.devices import stacked
 
 Closure = Callable[[], Any]
 
 
 class StepHooks:
-    """Calls ``before`` and ``after`` around each update of an optimizer.
+    """Calls functions around updates: a step of each optimizer.
 
     A step may call another one (``super().step()`` in a subclass), which is the same update, and may fail, so that its
     end is never seen::
 
-        step()                              before(closure)
+        muon.step()                         before(closure)
             super().step()                  nothing
-        the parameters are written          after()
+        parameters are written              nothing
+        adamw.step()                        between(adamw)
+        parameters are written              after([])
+
+    If an optimizer makes no step, the update ends with the next forward pass, or the next step of another one.
 
     Args:
-        optimizer: The optimizer that makes the updates.
-        before: Takes the closure that the step was given, or None, and returns one that replaces it, or None.
-        after: Called once the step is made.
+        optimizers: The optimizers that make the updates, in any order.
+        before: Called at the first step. Takes the closure that the step was given, or None, and returns one that
+            replaces it, or None.
+        between: Called at the other steps, with their optimizer.
+        after: Called once the steps are made, with the optimizers that made none.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         before: Callable[[Closure | None], Closure | None],
-        after: Callable[[], None],
+        between: Callable[[torch.optim.Optimizer], None],
+        after: Callable[[Sequence[torch.optim.Optimizer]], None],
     ) -> None:
-        self._optimizer, self._before, self._after = optimizer, before, after
+        self._optimizers, self._before, self._between, self._after = optimizers, before, between, after
+        self._stepped: list[torch.optim.Optimizer] = []
+        """Optimizers that have made their step of the update."""
+        self._skips: list[Tensor] = []
+        """Numbers that are not 0 if one of them skips its step, on its device."""
         self._depth = 0
         """Number of steps within each other."""
         self._frame: FrameType | None = None
         """Frame of the outermost step."""
         self._handles: list[RemovableHandle] = []
+        self._handles_before: list[RemovableHandle] = []
+        """Handles of the hooks before steps, in the order of the optimizers."""
 
     def attach(self) -> None:
         """Register the hooks."""
         after: Any = torch.compiler.disable(self._after_step)
-        self._handles = [self._optimizer.register_step_post_hook(after), self._register_before()]
+        self._handles = [optimizer.register_step_post_hook(after) for optimizer in self._optimizers]
+        self._handles_before = [self._register_before(optimizer) for optimizer in self._optimizers]
 
     def detach(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._handles_before):
             handle.remove()
-        self._handles = []
+        self._handles, self._handles_before = [], []
 
     @property
     def attached(self) -> bool:
         """True between `attach` and `detach`."""
         return bool(self._handles)
 
+    def skipped(self) -> Tensor | None:
+        """Return a tensor, not 0 if the update was skipped.
+
+        It is on a device; None if the host knows that it was made.
+        """
+        return stacked(self._skips).sum() if self._skips else None
+
+    def begin_forward(self) -> None:
+        """End the last update, if an optimizer made no step."""
+        if self._stepped and not self._depth and torch.is_grad_enabled():
+            self._end()
+
     def move_last(self) -> None:
         """Register again, behind hooks that may change the gradient."""
-        if self.attached and self.are_followed():
-            self._handles.pop().remove()
-            self._handles.append(self._register_before())
+        for place, optimizer in enumerate(self._optimizers if self.attached else ()):
+            if self._is_followed(optimizer):
+                self._handles_before[place].remove()
+                self._handles_before[place] = self._register_before(optimizer)
 
     def are_followed(self) -> bool:
         """Return True if hooks of others run later."""
-        hooks = list(self._optimizer._optimizer_step_pre_hooks.values())  # torch has no public way to ask
+        return any(map(self._is_followed, self._optimizers))
+
+    def _is_followed(self, optimizer: torch.optim.Optimizer) -> bool:
+        hooks = list(optimizer._optimizer_step_pre_hooks.values())  # torch has no public way to ask
         owners = [getattr(inspect.unwrap(hook), "__self__", None) for hook in hooks]
         return self in owners and not all(isinstance(one, StepHooks) for one in owners[owners.index(self) :])
 
-    def _register_before(self) -> RemovableHandle:
+    def _register_before(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         before: Any = torch.compiler.disable(self._before_step)
-        return self._optimizer.register_step_pre_hook(before)
+        return optimizer.register_step_pre_hook(before)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if self._depth and all(frame is not self._frame for frame in _callers()):
@@ -80,6 +114,14 @@ class StepHooks:
         if self._depth > 1:
             return None
         self._frame = next(_callers())
+        # GradScaler passes it to a fused optimizer, which then decides on the device.
+        skips = [optimizer.found_inf] if getattr(optimizer, "found_inf", None) is not None else []
+        if any(optimizer is other for other in self._stepped):
+            self._end()
+        if self._stepped:
+            self._skips += skips
+            return self._between(optimizer)
+        self._skips = skips
         replaced = self._before(args[1] if len(args) > 1 else kwargs.get("closure"))
         if replaced is None:
             return None
@@ -89,7 +131,15 @@ class StepHooks:
         self._depth -= 1
         if self._depth <= 0:
             self._depth, self._frame = 0, None
-            self._after()
+            self._stepped.append(optimizer)
+            if len(self._stepped) == len(self._optimizers):
+                self._end()
+
+    def _end(self) -> None:
+        """End the update."""
+        missing = [one for one in self._optimizers if all(one is not other for other in self._stepped)]
+        self._stepped = []
+        self._after(missing)
 
 
 def find_grad_scaler() -> Any:
@@ -99,6 +149,22 @@ def find_grad_scaler() -> Any:
             scaler = frame.f_locals["self"]
             return scaler if scaler.is_enabled() else None
     return None
+
+
+def gradient_scale(optimizer: torch.optim.Optimizer, scaler: Any) -> Tensor | None:
+    """Return the factor of gradients, or None for 1.
+
+    Args:
+        optimizer: An optimizer of the update.
+        scaler: The ``GradScaler`` that makes the first step, if there is one.
+    """
+    # A fused optimizer divides gradients by the loss scale in its kernel; GradScaler passes the scale this way.
+    if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+        return scale
+    # GradScaler divides the gradients of each optimizer just before its step.
+    states = getattr(scaler, "_per_optimizer_states", None)
+    is_scaled = states is not None and (id(optimizer) not in states or states[id(optimizer)]["stage"] is OptState.READY)
+    return scaler._scale if is_scaled else None
 
 
 def call_after_first(closure: Closure, then: Callable[[], None]) -> Closure:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from landscape.distributed.devices import moved_to
-from landscape.distributed.parameter_space import Parameters, dense
+from landscape.distributed.parameter_space import Parameters, clones, dense
 from landscape.errors import LandscapeError
 from landscape.probe.capture import Capture
 from landscape.probe.messages import NO_LOSS
 from landscape.probe.passes import CapturedUpdate
+from landscape.probe.step_hooks import find_grad_scaler, gradient_scale
 from landscape.ray.engines.calls import NoTapeError
 from landscape.ray.engines.tape import Tape
 from landscape.ray.loss_module import LossModule
@@ -24,19 +25,18 @@ from landscape.ray.ray import Ray
 
 @dataclass(frozen=True)
 class Update:
-    """An update of an optimizer.
+    """An update, which is a step of each optimizer.
 
     Attributes:
         loss_module: The model, and modules that its loss calls.
         tape: The loss as recorded calls, or the reason why there is none.
         origin: The parameters before the step.
-        gradient: The gradient that the optimizer gets.
-        loss_gradient: The gradient of the loss, if it is known; the optimizer's may have been changed since.
+        gradient: The gradient that the optimizers get.
+        loss_gradient: The gradient of the loss, if it is known; the optimizers' may have been changed since.
         lr: Learning rate of the first parameter group in which it is not 0; a tensor if it was not read.
         rates: The rate of each parameter divided by ``lr``, negative where the optimizer ascends; 1 or -1 if ``lr`` was
             not read.
         captured: The captured losses.
-        skipped: Tensor that is not 0 if the optimizer will skip the update; None if it does not decide on a device.
     """
 
     loss_module: LossModule
@@ -47,17 +47,20 @@ class Update:
     lr: float | Tensor
     rates: Mapping[str, float]
     captured: CapturedUpdate
-    skipped: Tensor | None = None
 
     @classmethod
-    def from_optimizer(
-        cls, capture: Capture, optimizer: torch.optim.Optimizer, captured: CapturedUpdate, reads_lr: bool = True
+    def from_optimizers(
+        cls,
+        capture: Capture,
+        optimizers: Sequence[torch.optim.Optimizer],
+        captured: CapturedUpdate,
+        reads_lr: bool = True,
     ) -> Self:
-        """Return the update that ``optimizer`` is about to make.
+        """Return the update that ``optimizers`` are about to make.
 
         Args:
-            capture: Has the model, of which only parameters that the optimizer holds are moved.
-            optimizer: The optimizer, before its step.
+            capture: Has the model, of which only parameters that the optimizers hold are moved.
+            optimizers: The optimizers, before the first step.
             captured: The captured losses.
             reads_lr: True to read a learning rate from a device, for which the host waits.
         """
@@ -66,34 +69,34 @@ class Update:
             tape = capture.tape(captured)
         except NoTapeError as error:
             tape = error
-        # A fused optimizer divides gradients by the loss scale in its kernel; GradScaler passes the scale this way.
-        scale = getattr(optimizer, "grad_scale", None)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        scaler, lr = find_grad_scaler(), learning_rate_of(optimizers)
+        lr = float(lr) if reads_lr else lr
+        scales, by_id = dict[int, Tensor | None](), dict[int, float]()
+        for optimizer in optimizers:
+            scale = gradient_scale(optimizer, scaler)
+            for group in optimizer.param_groups:
+                scales |= {id(parameter): scale for parameter in group["params"]}
+                by_id |= {id(parameter): _rate(group, lr) for parameter in group["params"]}
         parameters = loss_module.space.parameters()
         gradient = {
-            name: _unscaled(loss_module.space.local(parameter.grad), scale)
+            name: _unscaled(loss_module.space.local(parameter.grad), scales[id(parameter)])
             for name, parameter in parameters.items()
-            if parameter.grad is not None and id(parameter) in held
+            if parameter.grad is not None and id(parameter) in scales
         }
         origin = {name: loss_module.space.local(parameter) for name, parameter in parameters.items()}
         known, own = captured.gradients, None
         if known is not None and all(id(parameters[name]) in known for name in gradient):
             own = {name: dense(known[id(parameters[name])]) for name in gradient}
-        lr = learning_rate_of(optimizer)
-        lr = float(lr) if reads_lr else lr
-        by_id = {id(parameter): _rate(group, lr) for group in optimizer.param_groups for parameter in group["params"]}
         rates = {name: by_id[id(parameters[name])] for name in gradient}
-        skipped = getattr(optimizer, "found_inf", None)  # as GradScaler passes it to a fused optimizer
-        return cls(loss_module, tape, origin, gradient, own, lr, rates, captured, skipped)
+        return cls(loss_module, tape, origin, gradient, own, lr, rates, captured)
 
     def snapshot(self) -> Self:
         """Return the update with copies of tensors that steps overwrite."""
-        copies = {name: tensor.clone() for name, tensor in self.gradient.items()}
+        copies = clones(self.gradient)
         own = self.loss_gradient
         if own is not None:
             own = {name: copies[name] if _same(own[name], self.gradient[name]) else own[name].clone() for name in own}
-        origin = {name: tensor.clone() for name, tensor in self.origin.items()}
-        return replace(self, origin=origin, gradient=copies, loss_gradient=own)
+        return replace(self, origin=clones(self.origin), gradient=copies, loss_gradient=own)
 
     def gradient_direction(self, relative: bool) -> Parameters:
         """Return the gradient, uphill if the optimizer ascends.
@@ -160,12 +163,12 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr()
 
 
-def learning_rate_of(optimizer: torch.optim.Optimizer) -> float | Tensor:
+def learning_rate_of(optimizers: Sequence[torch.optim.Optimizer]) -> float | Tensor:
     """Return the first learning rate other than 0.
 
     The result is a tensor if a rate is on an accelerator, so that the host does not wait for it.
     """
-    rates = [_on_host(group.get("lr", math.nan)) for group in optimizer.param_groups]
+    rates = [_on_host(group.get("lr", math.nan)) for optimizer in optimizers for group in optimizer.param_groups]
     found = rates[0]
     for rate in reversed(rates):
         if not isinstance(rate, Tensor):

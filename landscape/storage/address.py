@@ -49,10 +49,13 @@ def normalized(location: Location) -> Location:
     if scheme == "s3" and re.search("[@:]", host):
         raise LandscapeError(f"s3://***: {_CREDENTIALS}")
     if not host and scheme not in _WITHOUT_BUCKET:
-        raise LandscapeError(
-            f"{text}: names no bucket. Use a URL with a bucket and a folder, such as s3://bucket/traces."
-        )
+        raise no_bucket(text)
     return f"{scheme}://" + "/".join([host, *(part for part in parts if part)]) + mark + options
+
+
+def no_bucket(url: str) -> LandscapeError:
+    """Return the error of a URL without a bucket."""
+    return LandscapeError(f"{url}: names no bucket. Use a URL with a bucket and a folder, such as s3://bucket/traces.")
 
 
 def local_path(path: str | Path, name: str) -> Path:

@@ -16,11 +16,9 @@ from pyarrow import fs
 
 from landscape.errors import LandscapeError
 from landscape.files import whole_file
-from landscape.storage.address import Location, inside, is_url, normalized
+from landscape.storage.address import Location, inside, no_bucket, normalized
 from landscape.storage.aws import s3_endpoint, s3_region
 from landscape.text import short
-
-__all__ = ["Folder", "Location", "Memory", "ObjectStore", "Store", "inside", "is_url", "reason", "store_at"]
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5, 30
 """Timeouts of an object store in seconds; training is blocked meanwhile."""
@@ -335,9 +333,7 @@ def store_at(location: Location) -> Store:
             "s3://bucket/traces, and a pyarrow built with support for it, such as those on PyPI."
         ) from error
     if not path.strip("/"):
-        raise LandscapeError(
-            f"{place}: names no bucket. Use a URL with a bucket and a folder, such as s3://bucket/traces."
-        )
+        raise no_bucket(place)
     return ObjectStore(place, system, path, has_timeouts=scheme == "s3")
 
 

@@ -125,6 +125,18 @@ def writer_of(store: Store) -> str | None:
     return None if not owner or _is_dead(owner) else _description(owner)
 
 
+def is_abandoned(store: Store) -> bool:
+    """Return True if the last writer died without a `release`.
+
+    Examples:
+        >>> from landscape.storage.filesystem import Memory
+        >>> is_abandoned(Memory()), is_abandoned(Memory({".owner.json": b'{"host": "node17", "process": 4711}'}))
+        (False, False)
+    """
+    owner = _owner(store)
+    return bool(owner) and _is_dead(owner)
+
+
 def _file_lock(store: Store) -> FileLock | None:
     """Acquire the folder's lock; return None without support."""
     if not isinstance(store, Folder):

@@ -15,7 +15,7 @@ import pyarrow as pa
 from landscape.errors import LandscapeError
 from landscape.storage.address import normalized, outer_and_name
 from landscape.storage.filesystem import Location, reason, store_at
-from landscape.storage.lock import writer_of
+from landscape.storage.lock import is_abandoned, writer_of
 from landscape.text import printable
 from landscape.traces.folder import TraceFolder
 from landscape.traces.frame import fact_columns, scalars, to_frame
@@ -43,7 +43,8 @@ def read_traces(paths: Location | Iterable[Location], table: str = "updates") ->
     """Read the traces of runs into one frame.
 
     Files that cannot be read (a damaged part, a part of another run or of a newer format, invalid JSON) are left out
-    and named by a warning and in ``frame.attrs["left_out"]``. Damage is found by checksums of the Parquet pages and of
+    and named by a warning and in ``frame.attrs["left_out"]``; so are runs whose process was killed before it wrote its
+    last rows. Damage is found by checksums of the Parquet pages and of
     the metadata.
 
     Args:
@@ -94,9 +95,9 @@ def list_runs(paths: Location | Iterable[Location]) -> pd.DataFrame:
             such as ``s3://bucket/traces``.
 
     Returns:
-        Columns are ``run``, the number of recorded ``updates``, the ``writer`` (the process that is recording the run,
-        missing if there is none), and one column per scalar fact of ``run.json``. ``ended`` is missing if the run is in
-        progress, was killed, or was interrupted to be resumed.
+        Columns are ``run``, the number of recorded ``updates`` (0 for a run that has just started), the ``writer`` (the
+        process that is recording the run, missing if there is none), and one column per scalar fact of ``run.json``.
+        ``ended`` is missing if the run is in progress, was killed, or was interrupted to be resumed.
 
     Raises:
         LandscapeError: A path does not exist, or no run is recorded there.
@@ -110,7 +111,7 @@ def list_runs(paths: Location | Iterable[Location]) -> pd.DataFrame:
         0  ghost        1  ghost
     """
     left_out: list[str] = []
-    rows = [_run_summary(run, left_out) for run in _find_runs(paths, "updates", left_out)]
+    rows = [_run_summary(run, left_out) for run in _find_runs(paths, "updates", left_out, with_started=True)]
     if left_out:
         warnings.warn(f"Left out: {_abridged(left_out)}", stacklevel=2)
     return fact_columns(rows)
@@ -123,11 +124,20 @@ def _run_summary(run: Run, left_out: list[str]) -> dict[str, Any]:
     return own | {name: fact for name, fact in facts.items() if name not in own} | {"ended": ended}
 
 
-def _find_runs(paths: Location | Iterable[Location], table: str, left_out: list[str]) -> list[Run]:
-    """Return the runs at or under the paths."""
+def _find_runs(
+    paths: Location | Iterable[Location], table: str, left_out: list[str], with_started: bool = False
+) -> list[Run]:
+    """Return the runs at or under the paths.
+
+    Args:
+        paths: Paths that a user gave.
+        table: Table of which there are rows.
+        left_out: Gets a line for each folder that cannot be opened.
+        with_started: True also returns runs without rows.
+    """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     found: dict[str, Run] = {}
-    for run in (run for path in paths for run in _locate(path, table, left_out)):
+    for run in (run for path in paths for run in _locate(path, table, left_out, with_started)):
         key = str(run.folder.store)
         earlier = found.get(key, run)
         parts = tuple(sorted({*earlier.parts, *run.parts}))
@@ -140,7 +150,7 @@ def _find_runs(paths: Location | Iterable[Location], table: str, left_out: list[
     return [run if count[run.name] == 1 else replace(run, name=key) for key, run in found.items()]
 
 
-def _locate(path: Location, table: str, left_out: list[str]) -> Iterator[Run]:
+def _locate(path: Location, table: str, left_out: list[str], with_started: bool) -> Iterator[Run]:
     """Yield the runs at or under one path."""
     place = normalized(path)
     location = place if isinstance(place, str) else Path(os.path.realpath(place))  # which accepts cycles of links
@@ -151,8 +161,9 @@ def _locate(path: Location, table: str, left_out: list[str]) -> Iterator[Run]:
             tree = store.tree(lambda error: left_out.append(f"{error.filename}: cannot be opened ({reason(error)})"))
             for inner, names in tree.items():
                 folder = TraceFolder(store.inside(inner) if inner else store, names)
-                if parts := folder.parts(table):
-                    yield Run(inner or folder.name, folder, tuple(parts), is_whole=True)
+                run = Run(inner or folder.name, folder, tuple(folder.parts(table)), is_whole=True)
+                if run.parts or (with_started and folder.METADATA in names and _metadata(run, left_out)):
+                    yield run
         elif kind == "file":
             outer, name = outer_and_name(location)
             folder = TraceFolder(outer)
@@ -201,6 +212,8 @@ def _read(run: Run, table: str, left_out: list[str]) -> tuple[pa.Table | None, d
         parts.append(part)
     if run.is_whole and parts and not gap_is_named and (lacking := _recorded(metadata, table) - following) > 0:
         left_out.append(f"{store}: lacks the last {lacking} of its {table}")
+    elif run.is_whole and is_abandoned(store):
+        left_out.append(f"{store}: may lack its last {table}, as its process was killed, or ended by os._exit")
     return (pa.concat_tables(parts) if parts else None), metadata
 
 
@@ -230,6 +243,8 @@ def _metadata(run: Run, left_out: list[str]) -> dict[str, Any]:
 
 def _count(run: Run, left_out: list[str]) -> int | None:
     """Return the number of rows, from the last part."""
+    if not run.parts:
+        return 0
     last = run.parts[-1]
     try:
         return run.folder.end_row(last)

@@ -11,7 +11,8 @@ import torch
 
 from landscape.distributed.group import RankGroup
 from landscape.errors import LandscapeError
-from landscape.storage.filesystem import Location, inside, reason
+from landscape.storage.address import Location, inside
+from landscape.storage.filesystem import reason
 from landscape.traces.folder import TraceFolder
 from landscape.traces.metadata import plain
 from landscape.traces.writer import TraceWriter

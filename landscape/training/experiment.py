@@ -209,8 +209,9 @@ def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
     inputs = data.train.inputs[: recipe.batch_size]
     torch.manual_seed(recipe.seed)
     by_layer = recipe.ghost_by == "layer"
-    norm = make_norm(recipe.norm, **recipe.norm_options) if by_layer else make_norm("batch")
-    with torch.device("cpu"):
+    name, options = recipe.layer if by_layer else ("batch", {})
+    norm = make_norm(name, **options)
+    with torch.device("meta" if inputs.is_meta else "cpu"):
         model = MODELS[recipe.model](inputs[0].shape, data.classes, norm)
     model = model.to(inputs.device)
     model = model.double() if recipe.precision == "float64" else model

@@ -65,6 +65,12 @@ class Recipe:
     """Groups G_M of the batch, for norms with that option."""
     channel_groups: int | None = 4
     """Groups G_C of the channels, for norms with that option."""
+    devices: int = 1
+    """Devices of the training that is reproduced on one.
+
+    Each of them normalizes its own part of a batch, as without synchronization: G_M groups on 8 devices are 8 G_M
+    groups of the batch, and BatchNorm is a normalization of 8 groups.
+    """
     ghost_by: str = "layer"
     """Implementation of GhostNorm, one of `GHOST_BY`."""
     schedule: str = "constant"
@@ -84,7 +90,7 @@ class Recipe:
     weight_decay: float = 0.0
     """Weight decay of SGD, an L2 penalty."""
     augment: tuple[str, ...] = ()
-    """Names from `AUGMENTATIONS`, applied in this order."""
+    """Names from `AUGMENTATIONS`, applied in the order of that tuple."""
     train_samples: int | None = None
     """Training samples, a stratified subset; None is all but those held out."""
     validation: int = 0
@@ -119,6 +125,22 @@ class Recipe:
         """Options of the norm, by name."""
         return {name: getattr(self, name) for name in options_of(self.norm)}
 
+    @property
+    def layer(self) -> tuple[str, dict[str, int]]:
+        """Name and options of the layers, for `make_norm`.
+
+        Examples:
+            >>> from dataclasses import replace
+            >>> from landscape import RECIPES
+            >>> recipe = replace(RECIPES["mnist"], devices=8)
+            >>> recipe.layer, replace(recipe, norm="seq", channel_groups=2, groups=4).layer
+            (('ghost', {'groups': 8}), ('seq', {'channel_groups': 2, 'groups': 32}))
+        """
+        options = self.norm_options
+        if self.norm == "batch" and self.devices > 1:
+            return "ghost", {"groups": self.devices}
+        return self.norm, options | {name: options[name] * self.devices for name in ("groups",) if name in options}
+
     def metadata(self) -> dict[str, Any]:
         """Return the settings for ``run.json``; ``name`` is ``recipe``."""
         settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"}
@@ -140,6 +162,10 @@ class Recipe:
         _check_numbers(self)
         if self.ghost_by != "layer" and self.norm != "ghost":
             raise LandscapeError(f"ghost_by={self.ghost_by!r}: requires norm='ghost', got norm={self.norm!r}. Omit it.")
+        if self.devices > 1 and (self.ghost_by != "layer" or self.norm == "ghost-mean"):
+            # The variance of "ghost-mean" is over all samples of a device.
+            given = f"ghost_by={self.ghost_by!r}" if self.ghost_by != "layer" else f"norm={self.norm!r}"
+            raise LandscapeError(f"devices={self.devices}: must be 1 with {given}. Omit one of them.")
         if self.ghost_by != "layer" and (self.groups or 1) > self.batch_size:
             raise LandscapeError(f"groups={self.groups}: must be at most batch_size={self.batch_size}.")
         unused = {name: None for name in ("groups", "channel_groups") if name not in options}
@@ -177,7 +203,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_counts(recipe: Recipe, options: Sequence[str]) -> None:
-    lowest = dict.fromkeys(("batch_size", "epochs", "every", *options), 1) | {"validation": 0, "seed": 0}
+    lowest = dict.fromkeys(("batch_size", "epochs", "every", "devices", *options), 1) | {"validation": 0, "seed": 0}
     if recipe.train_samples is not None:
         lowest["train_samples"] = 1
     for name, least in lowest.items():

@@ -52,6 +52,6 @@ class TraceTarget:
 
     def location(self, recipe: Recipe) -> "Location":
         """Return the folder or URL of the recipe's run."""
-        from landscape.storage.filesystem import inside
+        from landscape.storage.address import inside
 
         return inside(self.out, recipe.run_name)

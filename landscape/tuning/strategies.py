@@ -74,8 +74,9 @@ def candidates(norm: str, channel_groups: Iterable[int], groups: Iterable[int]) 
 def best(scores: Scores) -> Configuration | None:
     """Return the configuration with the highest mean score.
 
-    Of equal means the one with the smaller variance wins, then the first (Dimitriou & Arandjelovic, arXiv:2007.08554,
-    section 3.2). A configuration with a diverged run is never chosen; None if every configuration has one.
+    Of means that are equal in a tenth of a percent, as they are printed, the one with the smaller variance wins, then
+    the first (Dimitriou & Arandjelovic, arXiv:2007.08554, section 3.2). A configuration with a diverged run is never
+    chosen; None if every configuration has one.
 
     Examples:
         >>> g4, g8 = candidates("ghost", [], [4, 8])
@@ -83,7 +84,7 @@ def best(scores: Scores) -> Configuration | None:
         GhostNorm (G=8)
     """
     finished = {configuration: runs for configuration, runs in scores.items() if _finite(runs)}
-    return max(finished, key=lambda each: (_mean(finished[each]), -_variance(finished[each])), default=None)
+    return max(finished, key=lambda each: (round(_mean(finished[each]), 3), -_variance(finished[each])), default=None)
 
 
 def most_groups(scores: Scores, tolerance: float) -> int | None:
@@ -101,12 +102,11 @@ def most_groups(scores: Scores, tolerance: float) -> int | None:
         >>> most_groups({g4: [0.950], g8: [0.946], g16: [0.920]}, tolerance=0.005)
         8
     """
-    winner = best(scores)
-    if winner is None:
-        return None
+    means = {each.groups or 1: _mean(runs) for each, runs in scores.items() if _finite(runs)}
     # Rounding keeps a mean at exactly this distance within the tolerance: 0.9996 - 0.1 > 0.8996 as floats.
-    least = round(_mean(scores[winner]) - tolerance, 9)
-    return max(each.groups or 1 for each, runs in scores.items() if _finite(runs) and _mean(runs) >= least)
+    return max(
+        (groups for groups, mean in means.items() if mean >= round(max(means.values()) - tolerance, 9)), default=None
+    )
 
 
 def grid(configurations: Sequence[Configuration], scores: Scores, tolerance: float) -> Sequence[Configuration]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from rank_ghost import STEP_SIZES, table
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from landscape import LandscapeError, LandscapeProbe
@@ -214,4 +215,27 @@ def sharing(ranks, folder):
     return ranks.all_gather_bytes(b"word " * ranks.rank), ranks.all_gather_bytes(b"")
 
 
-TASKS = [bits, means, failures, writing, wrapping, clocks, sharing]
+def joining(ranks, folder):
+    """Return messages under Join, where the second rank has a batch less, and after it."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES)
+
+    def loop(updates):
+        for step in range(updates):
+            optimizer.zero_grad()
+            inputs, targets = batch(step)
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+
+    def joined():
+        with Join([model]):
+            loop(3 - ranks.rank)
+
+    joined()  # as without a probe
+    with probe:
+        found = {"joined": message_of(joined), "alone": message_of(lambda: loop(2))}
+    return found | {"rows": len(probe.frame())}
+
+
+TASKS = [bits, means, failures, writing, wrapping, joining, clocks, sharing]

@@ -89,6 +89,13 @@ def test_misplaced_wrapper_raises(both, how, message):
         assert re.search(message, rank["wrapping"][how])
 
 
+def test_uneven_inputs_are_refused(both):
+    for rank in both[1]:
+        assert "Join" in rank["joining"]["joined"]
+        assert rank["joining"]["alone"] == "nothing"
+        assert rank["joining"]["rows"] == 2
+
+
 def test_copied_outputs_and_observed_losses_match(both):
     for rank in both[1]:
         assert rank["wrapping"]["copies"]

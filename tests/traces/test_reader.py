@@ -9,7 +9,7 @@ import pytest
 from recordings import rows
 
 from landscape.errors import LandscapeError
-from landscape.storage.filesystem import inside
+from landscape.storage.address import inside
 from landscape.traces.reader import list_runs, read_traces
 from landscape.traces.schema import EPOCHS, UPDATES, VERSION
 from landscape.traces.writer import TraceWriter

@@ -218,7 +218,8 @@ def test_killed_writer_leaves_readable_files(tmp_path, seed):
             time.sleep(0.001)
         time.sleep(random.Random(seed).uniform(0, 0.05))
         process.kill()
-    steps = read_traces(tmp_path)["step"]
+    with pytest.warns(UserWarning, match="killed"):
+        steps = read_traces(tmp_path)["step"]
     assert list(steps) == list(range(len(steps)))
     assert json.loads((tmp_path / "run.json").read_text())["norm"] == "ghost"
     record(tmp_path, steps=2, overwrite=True)
@@ -389,3 +390,8 @@ def test_a_run_that_was_killed_has_no_end(tmp_path):
     place = str(tmp_path / "run")
     subprocess.run([sys.executable, "-c", UNCLOSED + "trace.flush(); os._exit(0)", place], check=True)
     assert list_runs(place).ended.isna().all()
+    with pytest.warns(UserWarning, match="run"):
+        assert len(read_traces(place)) == 3
+    with TraceWriter(place, resume=True):
+        pass
+    assert len(read_traces(place)) == 3

@@ -32,14 +32,38 @@ def test_flip_mirrors_half():
     assert 16 < sum(mirrored) < 48
 
 
-def test_cutout_zeroes_one_square():
-    cut = augmentation(["cutout"])(IMAGES)
-    for new, old in zip(cut, IMAGES, strict=True):
-        rows, columns = (new == 0).all(0).nonzero(as_tuple=True)
-        assert len(rows) == 16 * 16
-        assert rows.max() - rows.min() == columns.max() - columns.min() == 15
-        kept = new != 0
-        assert torch.equal(new[kept], old[kept])
+def test_cutout_zeroes_a_square_around_any_pixel():
+    """The squares of all centers, clipped at the borders; each image has one of them."""
+    centers = {}
+    for y in range(32):
+        for x in range(32):
+            square = torch.zeros(32, 32, dtype=torch.bool)
+            square[max(0, y - 8) : y + 8, max(0, x - 8) : x + 8] = True
+            centers[square.numpy().tobytes()] = y, x
+    found = set()
+    for _ in range(20):
+        for new, old in zip(augmentation(["cutout"])(IMAGES), IMAGES, strict=True):
+            cut = (new == 0).all(0)
+            found.add(centers[cut.numpy().tobytes()])
+            assert torch.equal(new[:, ~cut], old[:, ~cut])
+    assert {y for y, _ in found} == {x for _, x in found} == set(range(32))
+
+
+@pytest.mark.parametrize("size", [8, 28, 32])
+def test_all_augmentations_equal_those_of_single_images(size):
+    images = IMAGES[..., :size, :size]
+    torch.manual_seed(1)
+    augmented = augmentation(AUGMENTATIONS)(images)
+    torch.manual_seed(1)
+    margin, half = size // 8, size // 4
+    corners, flips = torch.randint(2 * margin + 1, (2, 64)), torch.randint(2, (64,))
+    for new, image, (top, left), flip, (y, x) in zip(
+        augmented, images, corners.T, flips, torch.randint(size, (2, 64)).T, strict=True
+    ):
+        expected = pad(image, [margin] * 4)[:, top : top + size, left : left + size].clone()
+        expected = expected.flip(-1) if flip else expected
+        expected[:, max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+        assert torch.equal(new, expected)
 
 
 def test_augmentation_is_reproducible():

@@ -1,14 +1,16 @@
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
-from landscape import RECIPES
+from landscape import RECIPES, make_norm
 from landscape.errors import LandscapeError
+from landscape.paper.tables1_2 import TABLES
 from landscape.training.train import classify
 from landscape.tuning.feasibility import check_feasible, seconds_per_training
-from landscape.tuning.plan import TuningConfig
+from landscape.tuning.plan import TuningConfig, TuningPlan
 from landscape.tuning.report import accuracies, caption, markdown
 from landscape.tuning.strategies import Configuration
 from landscape.tuning.tune import TuningBackend, tune
@@ -54,7 +56,9 @@ def accuracy(configuration, part="validation", **changes):
 
 def test_tune_matches_plain_search(plan, once):
     outcome, _, _ = once
-    table = accuracies(outcome.trials, outcome.chosen).set_index("norm")
+    table = accuracies(outcome.trials, outcome.chosen)
+    assert table.groupby("norm").chosen.sum().to_dict() == {"batch": 1, "ghost": 1, "seq": 1}
+    table = table[table.chosen].set_index("norm")
     means = {groups: accuracy(Configuration("ghost", groups=groups))[0] for groups in (2, 4)}
     assert outcome.chosen["ghost"].groups == max(means, key=means.get)
     assert table.validation_accuracy["ghost"] == pytest.approx(max(means.values()), abs=1e-12)
@@ -66,7 +70,9 @@ def test_tune_matches_plain_search(plan, once):
 def test_test_accuracy_after_training_on_held_out_samples(once):
     outcome, _, _ = once
     mean, values = accuracy(outcome.chosen["seq"], "test", validation=0, train_samples=900)
-    row = accuracies(outcome.trials, outcome.chosen).set_index("norm").loc["seq"]
+    table = accuracies(outcome.trials, outcome.chosen)
+    row = table[table.chosen].set_index("norm").loc["seq"]
+    assert table[~table.chosen].test_accuracy.isna().all()
     assert row.test_accuracy == pytest.approx(mean, abs=1e-12)
     assert row.test_accuracy_spread == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2), abs=1e-12)
 
@@ -111,7 +117,7 @@ def test_tune_every_run_diverges(tmp_path):
     assert outcome.chosen == {"none": None}
     assert set(outcome.trials.part) == {"tuning"}
     table = markdown(accuracies(outcome.trials, outcome.chosen), hopeless)
-    assert table.splitlines()[-1] == "| No normalization | every configuration diverged | - | - |"
+    assert table.splitlines()[-1] == "| No normalization | diverged | - | 2 |"
 
 
 def test_tune_without_test_set(plan, once):
@@ -121,7 +127,8 @@ def test_tune_without_test_set(plan, once):
     assert set(outcome.trials.part) == {"tuning"}
     lines = markdown(accuracies(outcome.trials, outcome.chosen), untested).splitlines()
     assert lines[0] == "| norm | validation accuracy | test accuracy | runs |"
-    assert [line.split(" | ")[2] for line in lines[2:]] == ["-"] * 3
+    # BatchNorm, and two each of GhostNorm and SeqNorm
+    assert [line.split(" | ")[2] for line in lines[2:]] == ["-"] * 5
 
 
 def test_table_and_caption(plan, once):
@@ -130,7 +137,7 @@ def test_table_and_caption(plan, once):
     assert lines[0] == "| norm | validation accuracy | test accuracy (297 images) | runs |"
     batch = outcome.trials.query("norm == 'batch' and part == 'tuning'").validation_accuracy
     assert lines[2].startswith(f"| BatchNorm | {batch.mean():.2%} ± {batch.std():.2%} | ")
-    assert lines[3].startswith(f"| GhostNorm (G={outcome.chosen['ghost'].groups}) | ")
+    assert [line.split(" | ")[0] for line in lines[3:5]] == ["| GhostNorm (G=2)", "| GhostNorm (G=4)"]
     words = caption(plan, outcome.trials)
     for part in (
         "Recipe classify-digits: SimpleNet on digits, 1 epoch, 600 images to train on and 300 held out",
@@ -190,3 +197,46 @@ def test_seconds_per_training_grows_with_epochs(plan):
         for epochs in (1, 1000)
     )
     assert 0 < few * 50 < many
+
+
+def test_table_of_a_grid_has_the_best_groups_of_each_channel_groups():
+    """As table 1 of the paper: a row for each G_M of GhostNorm, and one for each G_C of SeqNorm."""
+    scores = {(1, 2): 0.8, (1, 4): 0.9, (2, 2): 0.7, (2, 4): math.nan}
+    rows = [
+        {"norm": "seq", "channel_groups": each[0], "groups": each[1], "validation_accuracy": score}
+        for each, score in scores.items()
+    ]
+    rows += [
+        {"norm": "ghost", "channel_groups": None, "groups": groups, "validation_accuracy": 0.5} for groups in (2, 4)
+    ]
+    trials = pd.DataFrame(rows).assign(part="tuning", train_loss=1.0, test_accuracy=math.nan)
+    trials = trials.astype({"channel_groups": "Int64", "groups": "Int64"})
+    chosen = {"ghost": Configuration("ghost", groups=4), "seq": Configuration("seq", 1, 4)}
+    table = accuracies(trials, chosen)
+    assert table.configuration.tolist() == [
+        "GhostNorm (G=2)",
+        "GhostNorm (G=4)",
+        "SeqNorm (G_C=1, G_M=4)",
+        "SeqNorm (G_C=2, G_M=2)",
+    ]
+    assert table.chosen.tolist() == [False, True, True, False]
+    paper = TABLES["1", "paper"]
+    plan = TuningPlan(TuningConfig(paper.recipe), {}, {}, {"train": 45000, "validation": 5000, "test": 10000})
+    names = [line.split(" | ")[0] for line in markdown(table, plan).splitlines()[2:]]
+    assert names[1:3] == ["| GhostNorm, G_M = 4 (32 groups of 16)", "| SeqNorm, G_C = 1, G_M = 4 (32 groups of 16)"]
+
+
+def test_devices_of_a_recipe():
+    """Groups on 8 devices are 8 times as many of the batch, and BatchNorm has one of each device."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 4, dtype=torch.float64)
+    for norm, options in {"batch": {}, "ghost": {"groups": 2}, "seq": {"groups": 2, "channel_groups": 2}}.items():
+        name, whole = replace(DIGITS, norm=norm, devices=8, **options).layer
+        parts = [make_norm(norm, **options)(4).double()(part) for part in x.chunk(8)]
+        torch.testing.assert_close(make_norm(name, **whole)(4).double()(x), torch.cat(parts))
+
+
+@pytest.mark.parametrize("changes", [{"norm": "ghost-mean"}, {"norm": "ghost", "ghost_by": "accumulation"}])
+def test_devices_that_cannot_be_reproduced(changes):
+    with pytest.raises(LandscapeError, match="devices=8"):
+        replace(DIGITS, devices=8, **changes).resolve()

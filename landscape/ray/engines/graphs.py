@@ -1,13 +1,15 @@
 """Replays as one graph of a GPU, which launches all of their kernels at once."""
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from landscape.distributed.parameter_space import write
 from landscape.ray.engines.calls import Call, Constant, Read, Recording, needed_calls
 from landscape.ray.engines.replay import Replay, check_repeatable
 from landscape.ray.engines.tape import Tape
@@ -72,7 +74,7 @@ class Inputs:
             raise NotCapturableError("a call draws random numbers, decides by values, or writes to parameters")
         check_repeatable(calls)
         tensors, places = list[Tensor](), dict[Hashable, int]()
-        for constant in _constants(calls):
+        for constant in chain.from_iterable(call.constants() for call in calls):
             if (key := _identity(constant.tensor)) not in places:
                 places[key] = len(tensors)
                 tensors.append(constant.tensor)
@@ -106,7 +108,7 @@ class Program:
         self.signature = inputs.signature
         self._tensors = [tensor.detach().clone() for tensor in inputs.tensors]
         device = self._tensors[0].device
-        self._etas = torch.zeros(len(ray.step_sizes), device=device, dtype=torch.float64 if _is_double(ray) else None)
+        self._etas = torch.zeros(len(ray.step_sizes), device=device, dtype=torch.float64)
         # Origins are the parameters themselves, whose memory is part of the signature.
         places = {_identity(tensor): place for place, tensor in enumerate(inputs.tensors)}
         calls = [self._frozen(call, places) for call in needed_calls(tape.calls, tape.roots)]
@@ -129,7 +131,7 @@ class Program:
             tensors: Its inputs.
             step_sizes: (K,), on the host or the device.
         """
-        torch._foreach_copy_(self._tensors, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+        write(dict(enumerate(tensors)), dict(enumerate(self._tensors)))
         self._etas.copy_(step_sizes, non_blocking=True)
         self._run()
         return self._losses.clone()
@@ -214,11 +216,6 @@ class Graphs:
             )
 
 
-def _constants(calls: Iterable[Call]) -> Iterator[Constant]:
-    for call in calls:
-        yield from call.constants()
-
-
 def _signature(call: Call, places: dict[Hashable, int]) -> Hashable:
     def of(value: Any) -> Hashable:
         if isinstance(value, Read):
@@ -245,7 +242,3 @@ def _layout(tensor: Tensor) -> tuple[Hashable, ...]:
 
 def _memory(tensor: Tensor) -> tuple[Hashable, ...]:
     return tensor.data_ptr(), *_layout(tensor)
-
-
-def _is_double(ray: Ray) -> bool:
-    return any(tensor.dtype is torch.float64 for tensor in ray.origin.values())

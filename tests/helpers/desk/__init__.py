@@ -61,6 +61,7 @@ def build(folder=None):
 def load():
     """Register the device for this process, which cannot be undone, and return its module, ``torch.desk``.
 
+    It must be called before the first backward pass of the process.
     It is not available until `available` says so: then only what names it has to do with it.
     """
     path = build()
@@ -69,6 +70,10 @@ def load():
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, module)
     torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=False)
+    # Autograd starts a thread for each device that there is at the first backward pass.
+    module.set_available(True)
+    torch.ones(1, device=NAME, requires_grad=True).sum().backward()
+    module.set_available(False)
     return module
 
 
