@@ -76,7 +76,7 @@ class StepHooks:
         return bool(self._handles)
 
     def skipped(self) -> Tensor | None:
-        """Return a number, not 0 if the update was skipped.
+        """Return a tensor, not 0 if the update was skipped.
 
         It is on a device; None if the host knows that the update was made.
         """
