@@ -23,7 +23,10 @@ from landscape.files import whole_file
 _METADATA = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 """Metadata by suffix: no dates, so that a figure is always the same bytes."""
 _FONTS = ("font.family", "font.serif", "font.sans-serif", "font.monospace", "font.cursive", "font.fantasy")
-_KEPT = ("figure.dpi", "savefig.dpi", "svg.fonttype", "svg.hashsalt", "pdf.fonttype", "ps.fonttype")
+_KEPT = (
+    *("figure.dpi", "savefig.dpi", "svg.fonttype", "svg.hashsalt", "pdf.fonttype", "ps.fonttype"),
+    *("mathtext.fontset", "axes.formatter.use_mathtext"),
+)
 """Settings of the user that change neither the layout nor the colours."""
 _LAST_RESORT = "Last Resort"
 """Font of matplotlib with a box for every character."""

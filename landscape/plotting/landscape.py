@@ -1,5 +1,6 @@
 """The figure of the loss landscape along training runs."""
 
+import textwrap
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ MARK = 6.0
 COLOURED = 12
 """Maximum number of bands in colour: more shades are hard to tell apart."""
 
+PANEL_WIDTH = {1: 100, 2: 48, 3: 30}
+"""Maximum number of characters in a line above a panel, by columns of panels."""
 LEGEND_ROW = 0.16
 """Height of a row of the legend, in inches."""
 
@@ -123,8 +126,8 @@ def plot_landscape(
 def _about_grey(labels: Sequence[str], multiples: bool) -> str:
     """Return what the bands in grey are."""
     if len(labels) > COLOURED:
-        others = f"all {len(labels):,}" if multiples else f"the other {len(labels) - COLOURED:,}"
-        return f"{others}, of which the first {COLOURED} are in colour"
+        others = "all" if multiples else f"the other {len(labels) - COLOURED:,} of"
+        return f"{others} {len(labels):,}; the first {COLOURED} are in colour"
     return "those of the other panels" if multiples and len(labels) > 1 else ""
 
 
@@ -167,7 +170,8 @@ def _draw_overlays(figure: Figure, views: Sequence[PanelData], labels: Sequence[
         columns = max(1, min(4, 100 // (6 + max(map(len, labels)))))
         width, height = figure.get_size_inches()
         figure.set_size_inches(width, height + LEGEND_ROW * max(0, -(-len(labels) // columns) - 2))
-        legend = figure.legend(entries, labels, loc="outside upper left", ncols=columns, frameon=False)
+        names = [_end(label, PANEL_WIDTH[1]) for label in labels]
+        legend = figure.legend(entries, names, loc="outside upper left", ncols=columns, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)  # A name may contain dollar signs.
 
@@ -182,11 +186,27 @@ def _draw_multiples(figure: Figure, view: PanelData, labels: Sequence[str], x_la
         _draw_band(axes, view, view.bands[label], colour)
         _set_axis(axes, view)
         _draw_marks(axes, [(view.marks[label], colour)] if label in view.marks else [])
-        _set_title(axes, label.replace(" (", "\n(") if len(label) > 24 else label, min(1, len(view.marks)))
+        _set_title(axes, _in_lines(label, PANEL_WIDTH[_columns(len(labels))]), min(1, len(view.marks)))
+
+
+def _in_lines(label: str, width: int) -> str:
+    """Return a name in lines of a panel's width."""
+    label = _end(label, 3 * width)
+    parts = label.replace(" (", "\n(").splitlines() if len(label) > 24 else [label]
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
+
+
+def _end(label: str, width: int) -> str:
+    """Return the end of a name, where the runs of a folder differ."""
+    return label if len(label) <= width else f"…{label[1 - width :]}"
+
+
+def _columns(panels: int) -> int:
+    return {1: 1, 2: 2, 4: 2}.get(panels, 3)
 
 
 def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> list[Axes]:
-    columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
+    columns = _columns(count)
     rows = -(-count // columns)
     if count > 1:
         figure.set_size_inches(8, 1.3 + 2.4 * rows)
