@@ -23,7 +23,7 @@ _WRAPPED = re.compile(r"(?:np\.|numpy\.)?(?:float\d+|array|tensor)\(|dtype=[\w.]
 
 
 def normalized(frame: pd.DataFrame, required: Iterable[str] = ()) -> pd.DataFrame:
-    """Return the frame with the columns of a trace in usual types.
+    """Return the frame with a trace's columns in usual types.
 
     Numbers become ``int64`` or ``float64``, also from text, decimals, and types of pandas or Arrow with missing values.
     Lists become float64 arrays, also from lists, tuples, tensors, Arrow lists, and text such as ``"[0.1, 0.2]"`` or
@@ -43,8 +43,9 @@ def normalized(frame: pd.DataFrame, required: Iterable[str] = ()) -> pd.DataFram
         (1.5, [1.0, nan], 'mine')
     """
     _check_names(frame, required)
-    changed = {name: numbers(frame[name]) for name in NUMBERS if name in frame and not _is_plain(frame[name])}
-    changed |= {name: lists(frame[name]) for name in LISTS if name in frame and not _has_arrays(frame[name])}
+    columns = {str(name): pd.Series(frame[name]) for name in (*NUMBERS, *LISTS) if name in frame}
+    changed = {name: numbers(columns[name]) for name in NUMBERS if name in columns and not _is_plain(columns[name])}
+    changed |= {name: lists(columns[name]) for name in LISTS if name in columns and not _has_arrays(columns[name])}
     return frame.assign(**changed) if changed else frame
 
 

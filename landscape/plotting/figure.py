@@ -25,7 +25,7 @@ _METADATA = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 _FONTS = ("font.family", "font.serif", "font.sans-serif", "font.monospace", "font.cursive", "font.fantasy")
 _KEPT = (
     *("figure.dpi", "savefig.dpi", "svg.fonttype", "svg.hashsalt", "pdf.fonttype", "ps.fonttype"),
-    *("mathtext.fontset", "axes.formatter.use_mathtext"),
+    "axes.formatter.use_mathtext",
 )
 """Settings of the user that change neither the layout nor the colours."""
 _LAST_RESORT = "Last Resort"
@@ -34,7 +34,7 @@ _LAST_RESORT = "Last Resort"
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Set the style of this package's figures, and restore the user's.
+    """Set the package's style, and restore the user's.
 
     Of the user's ``matplotlib.rcParams`` only the fonts (``font.family`` and the lists of families, if they are not the
     defaults), the resolution (``figure.dpi``, ``savefig.dpi``) and the way in which files hold text (``pdf.fonttype``,
@@ -46,7 +46,8 @@ def figure_style() -> Iterator[None]:
         ...     mpl.rcParams["text.usetex"], mpl.rcParams["axes.facecolor"]
         (False, 'white')
     """
-    user, default = mpl.rcParams, mpl.rcParamsDefault
+    user: dict[str, Any] = {**mpl.rcParams}
+    default: dict[str, Any] = {**mpl.rcParamsDefault}
     kept = {name: user[name] for name in _KEPT}
     kept |= {name: user[name] for name in _FONTS if user[name] != default[name]}
     with style_context([{**sns.axes_style("ticks"), **sns.plotting_context("paper"), **kept}], after_reset=True):

@@ -197,7 +197,8 @@ def _in_lines(label: str, width: int) -> str:
 
 
 def _end(label: str, width: int) -> str:
-    """Return the end of a name, where the runs of a folder differ."""
+    """Return the end of a long name."""
+    # Runs of a folder differ at the end.
     return label if len(label) <= width else f"…{label[1 - width :]}"
 
 

@@ -64,7 +64,7 @@ def _with_range(row: Row) -> Row:
 
 
 def to_pandas(part: pa.Table) -> pd.DataFrame:
-    """Return an Arrow table as a frame; lists are NumPy arrays."""
+    """Return a table as a frame; lists become arrays."""
     # Arrow-backed lists would be smaller, but pandas cannot read a file back to which it wrote them.
     return part.to_pandas()
 
