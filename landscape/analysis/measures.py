@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from landscape.analysis.columns import normalized
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES, check_measure
 
@@ -66,6 +67,7 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
         2.0
     """
     check_measure(measure)
+    frame = normalized(frame)
     needs = MEASURES[measure].needs
     if needs and not has_inputs(frame, measure).any():
         raise LandscapeError(
@@ -75,6 +77,7 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     low, high = f"{measure}_min", f"{measure}_max"
     if low in frame and high in frame:
         return frame
+    normalized(frame, ("step_sizes", MEASURES[measure].along, *(("loss",) if "slope" in needs else ())))
     rays = _Rays.of(frame, MEASURES[measure].along, MEASURES[measure].at_zero)
     with np.errstate(all="ignore"):  # inf - inf and 0 / 0 are NaN on purpose.
         smallest, largest = rays.extremes(_FORMULAS[measure](rays))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from landscape.analysis.columns import normalized
 from landscape.analysis.labels import group_keys
 from landscape.analysis.measures import has_inputs, measured
 from landscape.errors import LandscapeError
@@ -48,6 +49,7 @@ def envelope(
         0     0   2.5       1.0       5.0        2           0
         1     2   1.0       NaN       NaN        1           1
     """
+    frame = normalized(frame, (x, "loss") if measure == "loss" else (x,))
     keys = group_keys(frame, by, x)
     if pd.isna(frame[x].to_numpy()).any():
         raise LandscapeError(f"x={x!r}: missing or NaN in some rows. Use another x, such as step.")
@@ -113,6 +115,7 @@ def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str
         0   a        2           0         3.0      1.0
         1   b        1           1         NaN      0.5
     """
+    frame = normalized(frame, ("step", "loss", "seconds"))
     keys = group_keys(frame, by, "step", "loss", "seconds")
     if "epoch" in keys:
         keys["epoch"] = np.floor(keys["epoch"]).astype("Int64")

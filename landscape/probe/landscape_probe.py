@@ -112,7 +112,7 @@ class LandscapeProbe:
         ...         loss.backward()
         ...         optimizer.step()
         >>> frame = probe.frame()
-        >>> len(frame), list(frame.step_sizes[0])
+        >>> len(frame), frame.step_sizes[0].tolist()
         (5, [0.05, 0.1, 0.15000000000000002, 0.2])
         >>> bool((frame.loss_min <= frame.loss_max).all())
         True
