@@ -80,7 +80,8 @@ def _draw(axes: Axes, table: pd.DataFrame, rows: list, colours: dict[str, Colour
         if np.isfinite(row["low"]):
             axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
         own = list(row["seed_ratios"].values())
-        axes.plot(own, [y] * len(own), "o", color="white", markeredgecolor="0.25", markersize=3.2, zorder=4)
+        below = [y + 0.3] * len(own)  # Close seeds would cover the diamond.
+        axes.plot(own, below, "o", color="white", markeredgecolor="0.25", markeredgewidth=0.7, markersize=2.8)
         axes.plot(
             row["ratio"], y, "D", color=colour, markeredgecolor="black", markeredgewidth=0.5, markersize=5, zorder=3
         )
@@ -90,7 +91,7 @@ def _draw(axes: Axes, table: pd.DataFrame, rows: list, colours: dict[str, Colour
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     if high < 5 * low:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 3, 4, 5, 6.25, 8), numticks=20))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 3, 4, 6, 8), numticks=20))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("ratio (log scale)")
