@@ -21,8 +21,8 @@ SEEDS = (3, 5, 10)
 def draw(kind: str, n: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the values of two norms at n seeds, and of the second at n other seeds, (n,) each.
 
-    A seed's own part, with a deviation of 0.3, is shared by both norms. The rest has a standard deviation of 0.2 in the logarithm, or twice as much for
-    one norm.
+    A seed's own part, with a deviation of 0.3 in the logarithm, is shared by both norms. The rest has one of 0.2, or
+    twice as much for one norm.
 
     Args:
         kind: ``"normal"``, ``"skewed"`` (exponential) or ``"unequal"`` (normal, with two deviations).
