@@ -59,9 +59,9 @@ def plot_landscape(
 
     Args:
         frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
-        measure: ``"loss"``, ``"predictiveness"``, ``"beta"``, ``"gap"`` or ``"curvature"``, as defined in
-            :func:`landscape.measured`, or several of them for one panel each. Runs that did not record what a measure
-            requires are left out of its panel and named in the caption.
+        measure: Name of a measure of :func:`landscape.measured`, or several of them for one panel each. Runs that did
+            not record what a measure requires are left out of its panel and named in the caption. A dashed line at 1
+            in a panel of ``lost_share`` is the edge of stability of gradient descent.
         x: ``"step"`` or ``"epoch"``.
         scale: Scale of the measures' axes: ``"log"``, ``"linear"``, ``"symlog"`` (logarithmic for large values of both
             signs, linear between) or ``"auto"``. Automatic is logarithmic if all values are positive and span more than
@@ -288,6 +288,8 @@ def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -
 
 def _set_axis(axes: Axes, view: PanelData) -> None:
     axes.set_yscale(view.scale.name, **view.scale.options)
+    if view.measure.edge is not None:
+        axes.axhline(view.measure.edge, color="0.4", linewidth=0.8, linestyle="--", zorder=0)
     if view.limit:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -view.limit), min(high, view.limit))
