@@ -3,6 +3,7 @@
 import copy
 import time
 import warnings
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -216,26 +217,20 @@ def sharing(ranks, folder):
 
 
 def joining(ranks, folder):
-    """Return messages under Join, where the second rank has a batch less, and after it."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    probe = LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES)
+    """Return messages under Join, where the second rank has a batch less, without a probe and with one."""
 
-    def loop(updates):
-        for step in range(updates):
-            optimizer.zero_grad()
-            inputs, targets = batch(step)
-            nn.functional.cross_entropy(model(inputs), targets).backward()
-            optimizer.step()
+    def train(attached):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES)
+        with probe if attached else nullcontext(), Join([model]):
+            for step in range(3 - ranks.rank):
+                optimizer.zero_grad()
+                inputs, targets = batch(step)
+                nn.functional.cross_entropy(model(inputs), targets).backward()
+                optimizer.step()
 
-    def joined():
-        with Join([model]):
-            loop(3 - ranks.rank)
-
-    joined()  # as without a probe
-    with probe:
-        found = {"joined": message_of(joined), "alone": message_of(lambda: loop(2))}
-    return found | {"rows": len(probe.frame())}
+    return {attached: message_of(lambda: train(attached)) for attached in (False, True)}
 
 
 TASKS = [bits, means, failures, writing, wrapping, joining, clocks, sharing]
