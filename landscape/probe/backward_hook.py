@@ -1,6 +1,7 @@
 """Hooks on ``torch.autograd.backward``, which every ``loss.backward()`` calls, and ``torch.autograd.grad``."""
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,36 +50,70 @@ running: list[BackwardPass] = []
 """Backward passes in progress, several if several threads train."""
 _watchers: list[weakref.ref[BackwardWatcher]] = []
 """They are freed with the probe, also if it was never detached."""
-_original: Callable[..., Any] = torch.autograd.backward
-"""The function that was ``torch.autograd.backward`` before the first watcher."""
-_original_grad: Callable[..., Any] = torch.autograd.grad
+_layers: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
+"""Functions that stand for torch's, with those that they stand for.
+
+Others may put their own functions on top, and the next watcher comes on top of those.
+"""
 
 
-@functools.wraps(torch.autograd.backward)
-def _watched_backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-    if torch._C._current_graph_task_id() != -1:  # A pass within a pass, as of checkpoints, is a part of it.
-        return _original(tensors, grad_tensors, *args, **kwargs)
-    backward, watchers = _backward_pass(tensors, grad_tensors), _alive()
-    for watcher in watchers:
-        watcher.begin(backward)
-    running.append(backward)
-    try:
-        _original(backward.roots, grad_tensors, *args, **kwargs)
-    finally:
-        running[:] = [other for other in running if other is not backward]
-    for watcher in watchers:
-        watcher.end(backward)
+class _Inside(threading.local):
+    """True in a function that stands for torch's."""
+
+    value = False
 
 
-@functools.wraps(torch.autograd.grad)
-def _watched_grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-    gradients = _original_grad(outputs, inputs, grad_outputs, *args, **kwargs)
-    if torch._C._current_graph_task_id() == -1 and isinstance(gradients, tuple):
-        backward = _backward_pass(outputs, grad_outputs)
-        tensors = [inputs] if isinstance(inputs, Tensor | GradientEdge) else list(inputs)
-        for watcher in _alive():
-            watcher.note_gradients(backward, tensors, gradients)
-    return gradients
+_inside = _Inside()
+
+
+def _backward_over(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``torch.autograd.backward`` with watchers."""
+
+    @functools.wraps(original)
+    def watched(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        # A pass within a pass, as of checkpoints, is a part of it.
+        if _inside.value or torch._C._current_graph_task_id() != -1:
+            return original(tensors, grad_tensors, *args, **kwargs)
+        backward, watchers = _backward_pass(tensors, grad_tensors), _alive()
+        for watcher in watchers:
+            watcher.begin(backward)
+        running.append(backward)
+        _inside.value = True
+        try:
+            original(backward.roots, grad_tensors, *args, **kwargs)
+        finally:
+            _inside.value = False
+            running[:] = [other for other in running if other is not backward]
+        for watcher in watchers:
+            watcher.end(backward)
+
+    return watched
+
+
+def _grad_over(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``torch.autograd.grad`` with watchers."""
+
+    @functools.wraps(original)
+    def watched(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if _inside.value or torch._C._current_graph_task_id() != -1:
+            return original(outputs, inputs, grad_outputs, *args, **kwargs)
+        _inside.value = True
+        try:
+            gradients = original(outputs, inputs, grad_outputs, *args, **kwargs)
+        finally:
+            _inside.value = False
+        if isinstance(gradients, tuple):
+            backward = _backward_pass(outputs, grad_outputs)
+            tensors = [inputs] if isinstance(inputs, Tensor | GradientEdge) else list(inputs)
+            for watcher in _alive():
+                watcher.note_gradients(backward, tensors, gradients)
+        return gradients
+
+    return watched
+
+
+_WATCHED = {"backward": _backward_over, "grad": _grad_over}
+"""Names of torch's functions, and what makes a function that stands for one."""
 
 
 def _alive() -> list[BackwardWatcher]:
@@ -97,19 +132,22 @@ def watch_backward(watcher: BackwardWatcher) -> None:
 
     Hooks on losses do not suffice: in autograd's graph, no path leads from a loss to a tensor computed from it.
     """
-    global _original, _original_grad
     unwatch_backward(watcher)
     _watchers.append(weakref.ref(watcher))
-    if torch.autograd.backward is not _watched_backward:
-        _original, torch.autograd.backward = torch.autograd.backward, _watched_backward
-    if torch.autograd.grad is not _watched_grad:
-        _original_grad, torch.autograd.grad = torch.autograd.grad, _watched_grad
+    for name, over in _WATCHED.items():
+        present = getattr(torch.autograd, name)
+        if all(present is not layer for layer, _ in _layers):
+            _layers.append((over(present), present))
+            setattr(torch.autograd, name, _layers[-1][0])
 
 
 def unwatch_backward(watcher: BackwardWatcher) -> None:
     """Undo `watch_backward`; after the last watcher, torch's functions are restored."""
     _watchers[:] = [weakref.ref(other) for other in _alive() if other is not watcher]
-    if not _watchers and torch.autograd.backward is _watched_backward:
-        torch.autograd.backward = _original
-    if not _watchers and torch.autograd.grad is _watched_grad:
-        torch.autograd.grad = _original_grad
+    if _watchers:
+        return
+    for name in _WATCHED:
+        for layer, original in reversed(tuple(_layers)):
+            if getattr(torch.autograd, name) is layer:
+                setattr(torch.autograd, name, original)
+                _layers.remove((layer, original))  # Those below functions of others stay, and pass on their calls.

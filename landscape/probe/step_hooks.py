@@ -76,9 +76,9 @@ class StepHooks:
         return bool(self._handles)
 
     def skipped(self) -> Tensor | None:
-        """Return a tensor, not 0 if the update was skipped.
+        """Return a number, not 0 if the update was skipped.
 
-        It is on a device; None if the host knows that it was made.
+        It is on a device; None if the host knows that the update was made.
         """
         return stacked(self._skips).sum() if self._skips else None
 
@@ -115,7 +115,7 @@ class StepHooks:
             return None
         self._frame = next(_callers())
         # GradScaler passes it to a fused optimizer, which then decides on the device.
-        skips = [optimizer.found_inf] if getattr(optimizer, "found_inf", None) is not None else []
+        skips = [skip] if (skip := getattr(optimizer, "found_inf", None)) is not None else []
         if any(optimizer is other for other in self._stepped):
             self._end()
         if self._stepped:

@@ -542,6 +542,33 @@ def test_backward_patched_twice(monkeypatch):
     assert torch.autograd.backward is counting
 
 
+def test_backward_patched_between_two_probes(monkeypatch):
+    """Another library's function lies between those of a probe that was never detached and of the next one."""
+    model, optimizer = mlp().double(), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = LandscapeProbe(model, optimizer, step_sizes=[0.1]).attach()
+    calls, below, below_grad = [], torch.autograd.backward, torch.autograd.grad
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return below(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "backward", counting)
+    with LandscapeProbe(model, optimizer, step_sizes=[0.1]) as second:
+        for x, y in batches():
+            optimizer.zero_grad()
+            CRITERION(model(x), y).backward()
+            optimizer.step()
+    first.detach()
+    assert len(calls) == len(first.frame()) == len(second.frame()) == 4
+    assert torch.autograd.backward is counting
+    monkeypatch.undo()
+    assert torch.autograd.grad is not below_grad
+    with LandscapeProbe(model, optimizer, step_sizes=[0.1]):
+        pass
+    assert torch.autograd.backward is not below
+
+
 def test_attention_evaluation_mode():
     """Without gradients torch would use its fast path."""
 
