@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from landscape.plotting.figure import footnote
+from landscape.plotting.figure import LandscapeFigure, figure_style, footnote
 
 COLUMNS, LIMIT = 3, 2.5
 OURS, OTHERS, GOAL = sns.color_palette("colorblind")[0], "0.7", sns.color_palette("colorblind")[3]
@@ -31,8 +31,10 @@ def draw_rays(tables: Mapping[str, pd.DataFrame]) -> Figure:
     methods = _method_names(tables)
     columns = min(COLUMNS, len(tables))
     rows = -(-len(tables) // columns)
-    with sns.axes_style("ticks"), sns.plotting_context("paper"):
-        figure = Figure((2.2 + 3.0 * columns, 0.7 + rows * (0.9 + 0.2 * len(methods))), layout="constrained")
+    with figure_style():
+        figure = LandscapeFigure(
+            figsize=(2.2 + 3.0 * columns, 0.7 + rows * (0.9 + 0.2 * len(methods))), layout="constrained"
+        )
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axes in grid.flat[len(tables) :]:
             axes.remove()
@@ -85,8 +87,10 @@ def draw_norms(table: pd.DataFrame) -> Figure:
     names = [name for name in dict.fromkeys(table.index.get_level_values(-1)) if not str(name).startswith("nn.")]
     columns = 5
     rows = -(-len(panels) // columns)
-    with sns.axes_style("ticks"), sns.plotting_context("paper"):
-        figure = Figure((2.0 + 1.9 * columns, 0.7 + rows * (0.7 + 0.2 * len(names))), layout="constrained")
+    with figure_style():
+        figure = LandscapeFigure(
+            figsize=(2.0 + 1.9 * columns, 0.7 + rows * (0.7 + 0.2 * len(names))), layout="constrained"
+        )
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat[len(panels) :]:
             axes.remove()

@@ -16,7 +16,7 @@ from .errors import usage_error
 from .output import TRACEBACK, echo, raise_unwritten
 from .params import RENAMED
 
-COMMANDS = {name: f"landscape_cli.{name}" for name in ("probe", "list", "plot", "figure", "tune", "table")}
+COMMANDS = {name: f"landscape_cli.{name}" for name in ("probe", "list", "plot", "compare", "figure", "tune", "table")}
 """Modules of the commands, in the order of the help."""
 
 
@@ -69,6 +69,7 @@ def main() -> None:
     landscape probe           train on digits with 3 norms, probe every update
     landscape list traces/    list the recorded runs
     landscape plot traces/    draw their loss landscapes
+    landscape compare traces/ is one norm smoother than another?
     """  # noqa: D301 (click reads the character \\b)
     if isinstance(sys.stdout, io.TextIOWrapper):  # File names may hold characters that its encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -65,6 +65,20 @@ def command(
     beta            the largest such distance per distance moved
     gap             differences of their losses from the linear prediction
     curvature       mean curvature of the loss from the parameters to the point
+    cosine          cosines of their gradients with that before the step
+
+    \b
+    One number per update:
+    range               largest minus smallest loss
+    relative_range      range over the range that the slope predicts
+    lost_share          share of the promised decrease that is lost; at 1 the loss stays
+    sharpness           curvature from the parameters to the learning rate's step
+    batch_sharpness     curvature of the loss at the parameters, along the direction
+    optimal_step        step size of the smallest loss
+    critical_step       step size at which the loss is back
+    critical_sharpness  2 over the critical step size
+    lipschitz           largest change of the loss per distance moved
+    misfit              distance of the loss from a parabola, relative to the range
     """  # noqa: D301 (click reads the character \b)
     # pandas and matplotlib are slow to import, and --help does not need them.
     from landscape.plotting.figure import save_figure

@@ -1,3 +1,4 @@
+from .analysis.compare import compare as compare
 from .analysis.measures import measured as measured
 from .analysis.summary import summarize as summarize
 from .errors import LandscapeError as LandscapeError

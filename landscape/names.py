@@ -86,6 +86,8 @@ class MeasureInfo:
         needs: Columns that it requires and a trace may lack.
         at_zero: True if it is defined at step size 0.
         has_origin: True if its 0 is meaningful. That of a loss is not, because a constant can be added to a loss.
+        smoother: ``"lower"`` or ``"higher"``: values of a smoother landscape.
+        edge: Value of a reference line, or None.
     """
 
     title: str
@@ -95,6 +97,8 @@ class MeasureInfo:
     needs: tuple[str, ...] = ()
     at_zero: bool = True
     has_origin: bool = True
+    smoother: str = "lower"
+    edge: float | None = None
 
 
 MEASURES = {
@@ -126,6 +130,71 @@ MEASURES = {
         band="smallest to largest mean curvature of the loss along the step",
         needs=("slope", "direction_norm"),
         at_zero=False,
+    ),
+    "range": MeasureInfo("range of the loss", "losses", line="largest minus smallest loss along the step"),
+    "relative_range": MeasureInfo(
+        "range over linear prediction",
+        "losses",
+        line="range of the loss, divided by the range that the slope predicts",
+        needs=("slope",),
+    ),
+    "lost_share": MeasureInfo(
+        "lost share of the decrease",
+        "losses",
+        line="share of the decrease promised by the slope that is lost at the learning rate; at 1 the loss stays",
+        needs=("slope", "lr"),
+        edge=1.0,
+    ),
+    "sharpness": MeasureInfo(
+        "sharpness at the learning rate",
+        "losses",
+        line="curvature of the loss from the parameters to the step of the learning rate",
+        needs=("slope", "direction_norm", "lr"),
+    ),
+    "batch_sharpness": MeasureInfo(
+        "batch sharpness",
+        "losses",
+        line="curvature of the batch's loss along the direction, in the limit of small steps",
+        needs=("slope", "direction_norm"),
+    ),
+    "optimal_step": MeasureInfo(
+        "optimal step size",
+        "losses",
+        line="step size of the smallest loss, at most the largest one that was probed",
+        needs=("slope",),
+        smoother="higher",
+    ),
+    "critical_step": MeasureInfo(
+        "critical step size",
+        "losses",
+        line="smallest step size at which the loss is back, at most the largest one that was probed",
+        needs=("slope",),
+        smoother="higher",
+    ),
+    "critical_sharpness": MeasureInfo(
+        "critical sharpness",
+        "losses",
+        line="2 over the critical step size",
+        needs=("slope",),
+    ),
+    "lipschitz": MeasureInfo(
+        "Lipschitz constant along the ray",
+        "losses",
+        line="largest ratio of the change of the loss to the distance between neighbouring points",
+        needs=("direction_norm",),
+    ),
+    "misfit": MeasureInfo(
+        "misfit to a parabola",
+        "losses",
+        line="root mean square distance to the best parabola with the same loss and slope, relative to the range",
+        needs=("slope",),
+    ),
+    "cosine": MeasureInfo(
+        "cosine of the gradients",
+        "gradient_cosines",
+        band="smallest to largest cosine between the gradients before and after the step",
+        needs=("gradient_cosines",),
+        smoother="higher",
     ),
 }
 """Measures of smoothness by name, in the order of help texts."""

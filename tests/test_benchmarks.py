@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks import components, launches, overhead, rays, trace_store
+from benchmarks import components, coverage, launches, overhead, rays, trace_store
 from benchmarks.charts import draw_rays
 from benchmarks.methods import METHODS, Method, Workbench
 from benchmarks.side_effects import SideEffects
@@ -116,7 +116,7 @@ def test_loss_landscapes_same_points():
 def test_dropout_mask_differs_between_points():
     found, expected = run_once("deepcopy per point", DROPOUT), run_once("landscape, loop", DROPOUT)
     assert found.leaves == "torch's RNG advanced"
-    assert found.losses[0] == expected.losses[0]
+    assert list(found.losses[0]) == list(expected.losses[0])
     assert found.differs(expected.losses) > 1e-3
     assert "random" in run_once("vmap", DROPOUT).note
 
@@ -241,3 +241,22 @@ def test_trace_store_command(tmp_path, monkeypatch):
     assert [written["task"], read["task"]] == ["append: TraceWriter", "read: read_traces"]
     assert read["us_per_row"] is None
     assert read["peak_mb"] > 50 or not Path("/proc/self/status").exists()
+
+
+def test_coverage_of_intervals():
+    rows = {(row["values"], row["seeds"], row["interval"]): row["coverage"] for row in coverage.measure(300)}
+    assert rows["normal", 3, "paired t"] == pytest.approx(0.95, abs=0.04)
+    assert rows["normal", 10, "Welch's t"] == pytest.approx(0.95, abs=0.04)
+    assert rows["normal", 3, "percentile bootstrap"] < 0.85
+
+
+def test_recorded_coverage_is_in_the_documentation():
+    root = Path(__file__).parents[1]
+    recorded = json.loads((root / "benchmarks/results/coverage.json").read_text())
+    page = (root / "docs/benchmarks.md").read_text()
+    kinds = {row["values"]: {} for row in recorded["rows"]}
+    for row in recorded["rows"]:
+        kinds[row["values"]].setdefault(row["interval"], []).append(f"{row['coverage']:.2f}")
+    for kind, intervals in kinds.items():
+        cells = [" / ".join(intervals[name]) for name in coverage.METHODS]
+        assert f"| {kind} | {' | '.join(cells)} |" in page

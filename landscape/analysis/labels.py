@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from landscape.errors import LandscapeError
@@ -52,7 +51,7 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
     labels = [label if label == short(label) else f"[{index}] {short(label)}" for index, label in enumerate(labels)]
     order = [labels[index] for index in sorted(range(len(facts)), key=lambda index: _position(facts[index]))]
     categories = list(dict.fromkeys(order))
-    codes = np.array([categories.index(label) for label in labels], int)
+    codes = pd.Index(categories).get_indexer(pd.Index(labels))
     return pd.Series(pd.Categorical.from_codes(codes[number], categories), frame.index)
 
 

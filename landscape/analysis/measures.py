@@ -2,18 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from landscape.analysis.columns import normalized
+from landscape.analysis.curve import Curves
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES, check_measure
 
 REMEDIES = {
     "gradient_distances": "Record with `landscape probe --gradients` or LandscapeProbe(..., gradients=True)",
+    "gradient_cosines": "Record with `landscape probe --gradients` or LandscapeProbe(..., gradients=True)",
     "slope": "Record the run again, because traces have it from format version 2 on",
+    "direction_norm": "Record the run again, because traces have it from format version 2 on",
 }
 """Remedy by the first missing column that a measure requires."""
 
@@ -31,9 +35,28 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     - ``curvature``: ``2 gap_k / (eta_k |d|)^2``. This is a weighted mean of the second derivative of ``L`` by distance
       between ``theta`` and the point, with more weight near ``theta``. If ``L`` is quadratic with Hessian ``H``, it is
       ``d'Hd / |d|^2``.
+    - ``cosine``: cosine between ``grad L(theta - eta_k d)`` and ``g``.
 
-    Units: ``loss`` and ``gap`` are in units of the loss, ``predictiveness`` is loss / parameter, ``beta`` and
-    ``curvature`` are loss / parameter^2. The norms are l2 norms over all parameters.
+    The others are one value per update. With ``s = <g, d>``, the range ``R = max_k L_k - min_k L_k`` and
+    ``gap(eta) = L(theta - eta d) - L(theta) + eta s``, read from the curve through the points
+    (:class:`landscape.analysis.curve.Curves`):
+
+    - ``range``: ``R``.
+    - ``relative_range``: ``R / ((max_k eta_k - min_k eta_k) |s|)``; 1 on a linear loss.
+    - ``lost_share``: ``gap(lr) / (lr s)``, the share of the promised decrease that is lost at the learning rate; 0 on a
+      linear loss, 1 where the loss does not fall (for gradient descent, sharpness 2 / lr: the edge of stability).
+    - ``sharpness``: ``2 gap(lr) / (lr |d|)^2``.
+    - ``batch_sharpness``: ``d'Hd / |d|^2``, the limit of ``2 gap(eta) / (eta |d|)^2`` for ``eta -> 0``.
+    - ``optimal_step``: ``argmin_eta L(theta - eta d)`` for ``0 <= eta <= max_k eta_k``.
+    - ``critical_step``: smallest ``eta > 0`` with ``L(theta - eta d) >= L(theta)``.
+    - ``critical_sharpness``: ``2 / critical_step``.
+    - ``lipschitz``: ``max_{i != j} |L_i - L_j| / (|eta_i - eta_j| |d|)``, with ``L(theta)`` at 0 among the points.
+    - ``misfit``: root mean square of ``L_k - (L(theta) - eta_k s + c eta_k^2)`` with the best ``c``, divided by ``R``.
+
+    Units: ``loss`` and ``gap`` are in units of the loss, ``predictiveness`` is loss / parameter, ``beta``,
+    ``curvature``, ``sharpness`` and ``batch_sharpness`` are loss / parameter^2, ``range`` is in units of the loss,
+    ``lipschitz`` is loss / parameter, ``optimal_step`` and ``critical_step`` have the unit of the learning rate and
+    ``critical_sharpness`` its inverse; the others have none. The norms are l2 norms over all parameters.
 
     The first 3 are defined in Santurkar et al. 2018 (arXiv:1805.11604), section 3.1. The last 2 require no gradients
     along the ray. ``beta`` and ``curvature`` omit step size 0, where they are undefined. Losses in single precision
@@ -42,12 +65,15 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
 
     Args:
         frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
-        measure: ``"loss"``, ``"predictiveness"``, ``"beta"``, ``"gap"`` or ``"curvature"``.
+        measure: Name of one of them.
 
     Returns:
         The frame with two more columns, ``<measure>_min`` and ``<measure>_max``: minimum and maximum of the K values,
-        or NaN if a value is NaN or there is none. For ``beta``, both equal a third column ``beta``. A frame that has
-        the two columns is returned unchanged.
+        or NaN if a value is NaN or there is none. For a measure with one value, both equal a third column
+        ``<measure>``, which is NaN if one of the losses is not finite (except ``beta``), or the learning rate is 0 or
+        beyond the largest step size. ``optimal_step``, ``critical_step`` and ``critical_sharpness`` have one more
+        column, ``<measure>_inside``: False where the step size lies beyond the largest one, which is then the value of
+        the step (right-censored), and missing where it is NaN. A frame that has the columns is returned unchanged.
 
     Raises:
         LandscapeError: The measure does not exist, no row has the columns that it requires, or a row has not exactly
@@ -66,6 +92,7 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
         2.0
     """
     check_measure(measure)
+    frame = normalized(frame)
     needs = MEASURES[measure].needs
     if needs and not has_inputs(frame, measure).any():
         raise LandscapeError(
@@ -75,12 +102,21 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     low, high = f"{measure}_min", f"{measure}_max"
     if low in frame and high in frame:
         return frame
+    normalized(frame, ("step_sizes", MEASURES[measure].along, *(("loss",) if "slope" in needs else ())))
     rays = _Rays.of(frame, MEASURES[measure].along, MEASURES[measure].at_zero)
     with np.errstate(all="ignore"):  # inf - inf and 0 / 0 are NaN on purpose.
-        smallest, largest = rays.extremes(_FORMULAS[measure](rays))
-    if measure == "beta":
-        return frame.assign(beta=largest, beta_min=largest, beta_max=largest)
-    return frame.assign(**{low: smallest, high: largest})
+        if measure in _UPDATES:
+            return frame.assign(**_scalar(measure, *_UPDATES[measure](rays)))
+        smallest, largest = rays.extremes(_POINTS[measure](rays))
+    return frame.assign(**({low: smallest, high: largest} if measure != "beta" else _scalar(measure, largest)))
+
+
+def _scalar(measure: str, value: np.ndarray, inside: np.ndarray | None = None) -> dict[str, Any]:
+    """Return the columns of a measure with one value per update."""
+    columns: dict[str, Any] = dict.fromkeys((measure, f"{measure}_min", f"{measure}_max"), value)
+    if inside is not None:
+        columns[f"{measure}_inside"] = pd.arrays.BooleanArray(inside, np.isnan(value))
+    return columns
 
 
 def flatten_lists(frame: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +187,15 @@ class _Rays:
 
     def each(self, name: str) -> np.ndarray:
         """Return the value of a column for every point."""
-        return self.frame[name].to_numpy(float, na_value=np.nan)[self.row]
+        return self.column(name)[self.row]
+
+    def column(self, name: str) -> np.ndarray:
+        """Return the values of a column, (rows,)."""
+        return self.frame[name].to_numpy(float, na_value=np.nan)
+
+    def curves(self) -> Curves:
+        """Return the curves through the points."""
+        return Curves.through(self.row, self.eta, self.value, self.column("loss"), self.column("slope"))
 
     def extremes(self, values: np.ndarray) -> np.ndarray:
         """Return minimum and maximum of each row, (2, rows).
@@ -182,10 +226,91 @@ def _curvature(rays: _Rays) -> np.ndarray:
     return 2 * _gap(rays) / (rays.eta * rays.each("direction_norm")) ** 2
 
 
-_FORMULAS: dict[str, Callable[[_Rays], np.ndarray]] = {
+_POINTS: dict[str, Callable[[_Rays], np.ndarray]] = {
     "loss": _recorded,
     "predictiveness": _recorded,
     "beta": _beta,
     "gap": _gap,
     "curvature": _curvature,
+    "cosine": _recorded,
 }
+"""Formulas with a value for each point."""
+
+
+def _range(rays: _Rays) -> tuple[np.ndarray]:
+    low, high = rays.extremes(rays.value)
+    return (high - low,)
+
+
+def _relative_range(rays: _Rays) -> tuple[np.ndarray]:
+    low, high = rays.extremes(rays.eta)
+    return (_range(rays)[0] / ((high - low) * np.abs(rays.column("slope"))),)
+
+
+def _lost_share(rays: _Rays) -> tuple[np.ndarray]:
+    lr = rays.column("lr")
+    return (rays.curves().q_at(lr) * lr / rays.column("slope"),)
+
+
+def _sharpness(rays: _Rays) -> tuple[np.ndarray]:
+    return (2 * rays.curves().q_at(rays.column("lr")) / rays.column("direction_norm") ** 2,)
+
+
+def _batch_sharpness(rays: _Rays) -> tuple[np.ndarray]:
+    return (2 * rays.curves().limit / rays.column("direction_norm") ** 2,)
+
+
+def _optimal_step(rays: _Rays) -> tuple[np.ndarray, np.ndarray]:
+    return rays.curves().optimal_step()
+
+
+def _critical_step(rays: _Rays) -> tuple[np.ndarray, np.ndarray]:
+    return rays.curves().critical_step()
+
+
+def _critical_sharpness(rays: _Rays) -> tuple[np.ndarray, np.ndarray]:
+    step, inside = _critical_step(rays)
+    return 2 / step, inside
+
+
+def _lipschitz(rays: _Rays) -> tuple[np.ndarray]:
+    # The largest slope of a chord is that of two neighbours.
+    rows = np.arange(len(rays.frame))
+    row = np.concatenate([rays.row, rows])
+    eta = np.concatenate([rays.eta, np.zeros(len(rows))])
+    value = np.concatenate([rays.value, rays.column("loss")])
+    order = np.lexsort((eta, row))
+    row, eta, value = row[order], eta[order], value[order]
+    chord = (row[1:] == row[:-1]) & (eta[1:] != eta[:-1])
+    steepness = np.abs(np.diff(value)[chord]) / np.diff(eta)[chord]
+    largest = _Rays(rays.frame, row[1:][chord], eta[1:][chord], steepness).extremes(steepness)[1]
+    lowest, highest = rays.extremes(rays.value)
+    known = np.isfinite(lowest) & np.isfinite(highest)
+    return (np.where(known, largest / rays.column("direction_norm"), np.nan),)
+
+
+def _misfit(rays: _Rays) -> tuple[np.ndarray]:
+    gap, square, rows = _gap(rays), rays.eta**2, len(rays.frame)
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(rays.row, values, rows)
+
+    best = total(gap * square) / total(square**2)
+    residual = np.sqrt(total((gap - best[rays.row] * square) ** 2) / total(np.ones(len(gap))))
+    several = total((rays.eta != 0).astype(float)) > 1  # A parabola fits a single point.
+    return (np.where(several, residual / _range(rays)[0], np.nan),)
+
+
+_UPDATES: dict[str, Callable[[_Rays], tuple[np.ndarray] | tuple[np.ndarray, np.ndarray]]] = {
+    "range": _range,
+    "relative_range": _relative_range,
+    "lost_share": _lost_share,
+    "sharpness": _sharpness,
+    "batch_sharpness": _batch_sharpness,
+    "optimal_step": _optimal_step,
+    "critical_step": _critical_step,
+    "critical_sharpness": _critical_sharpness,
+    "lipschitz": _lipschitz,
+    "misfit": _misfit,
+}
+"""Formulas with one value for each update, and whether it is inside the step sizes."""

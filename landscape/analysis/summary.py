@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from landscape.analysis.columns import normalized
 from landscape.analysis.labels import group_keys
 from landscape.analysis.measures import has_inputs, measured
 from landscape.errors import LandscapeError
@@ -33,7 +34,7 @@ def envelope(
     Returns:
         One row per group and bin, with the columns ``by`` and: ``x`` (smallest in the bin), ``<measure>_min`` and
         ``<measure>_max`` (NaN if no update is finite), ``updates`` (number of rows) and ``not_finite`` (number of rows
-        with a NaN or infinite value). ``loss`` and ``beta`` have one more column, ``<measure>``: the mean of its finite
+        with a NaN or infinite value). Measures with a line have one more column, ``<measure>``: the mean of its finite
         values. Runs that did not record what the measure requires have no rows.
 
     Raises:
@@ -48,6 +49,7 @@ def envelope(
         0     0   2.5       1.0       5.0        2           0
         1     2   1.0       NaN       NaN        1           1
     """
+    frame = normalized(frame, (x, "loss") if measure == "loss" else (x,))
     keys = group_keys(frame, by, x)
     if pd.isna(frame[x].to_numpy()).any():
         raise LandscapeError(f"x={x!r}: missing or NaN in some rows. Use another x, such as step.")
@@ -85,9 +87,9 @@ def _bins(x: np.ndarray, bins: int) -> np.ndarray:
 def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str = "loss") -> pd.DataFrame:
     """Return the mean and median roughness of every group.
 
-    The roughness of an update is the range of its losses, ``max_k L_k - min_k L_k``, for ``loss``, and the largest
-    magnitude of its values, ``max_k |m_k|``, for every other measure. Mean and median are over the updates of a group
-    whose values are all finite.
+    The size of an update is the range of its losses, ``max_k L_k - min_k L_k``, for ``loss``; the value itself for a
+    measure with one value; the smallest cosine for ``cosine``; and the largest magnitude, ``max_k |m_k|``, for the
+    others. Mean and median are over the updates of a group whose values are all finite.
 
     Args:
         frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
@@ -113,6 +115,7 @@ def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str
         0   a        2           0         3.0      1.0
         1   b        1           1         NaN      0.5
     """
+    frame = normalized(frame, ("step", "loss", "seconds"))
     keys = group_keys(frame, by, "step", "loss", "seconds")
     if "epoch" in keys:
         keys["epoch"] = np.floor(keys["epoch"]).astype("Int64")
@@ -123,7 +126,7 @@ def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str
         _known=known,
         _not_finite=known & ~finite,
         _first=frame["step"].astype("Int64").where(known & ~finite),
-        _size=_size(frame, measure).where(finite),
+        _size=size_of(frame, measure).where(finite),
         _loss=loss,
         _seconds=frame["seconds"],
     )
@@ -142,9 +145,19 @@ def size_name(measure: str) -> str:
     return measure if MEASURES[measure].has_origin else "range"
 
 
-def _size(frame: pd.DataFrame, measure: str) -> pd.Series:
-    low, high = frame[f"{measure}_min"], frame[f"{measure}_max"]
-    return pd.Series(np.maximum(low.abs(), high.abs()) if MEASURES[measure].has_origin else high - low)
+def size_of(frame: pd.DataFrame, measure: str) -> pd.Series:
+    """Return the size of each update, as :func:`summarize` defines it.
+
+    Args:
+        frame: Frame returned by ``measured(frame, measure)``.
+        measure: A measure of :func:`measured`.
+    """
+    low, high, info = frame[f"{measure}_min"], frame[f"{measure}_max"], MEASURES[measure]
+    if not info.has_origin:
+        return high - low
+    if not info.band or info.smoother == "higher":
+        return low
+    return pd.Series(np.maximum(low.abs(), high.abs()))
 
 
 def is_finite(frame: pd.DataFrame, measure: str) -> np.ndarray:

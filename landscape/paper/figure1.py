@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
@@ -16,7 +15,7 @@ from torch import Tensor
 from landscape.analysis.labels import band_labels
 from landscape.errors import LandscapeError
 from landscape.norms.registry import REGISTRY, make_norm
-from landscape.plotting.figure import LandscapeFigure, footnote
+from landscape.plotting.figure import LandscapeFigure, figure_style, footnote
 
 FIGURE_1: tuple[tuple[str, dict[str, int]], ...] = (
     ("batch", {}),
@@ -142,7 +141,7 @@ def plot_blocks(blocks: Mapping[str, np.ndarray]) -> Figure:
         'BatchNorm'
     """
     rows = -(-len(blocks) // 3)
-    with sns.axes_style("white"), sns.plotting_context("paper"):
+    with figure_style():
         figure = LandscapeFigure(figsize=(8, 0.8 + 2.6 * rows), layout="constrained")
         panels = figure.subplots(rows, 3, squeeze=False).ravel()
         for axes in panels:

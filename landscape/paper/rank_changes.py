@@ -16,7 +16,7 @@ from landscape.errors import LandscapeError
 from landscape.names import TITLES
 from landscape.norms.functional import ghost_norm
 from landscape.norms.layers import BatchNorm
-from landscape.plotting.figure import LandscapeFigure, footnote
+from landscape.plotting.figure import LandscapeFigure, figure_style, footnote
 from landscape.training.experiment import Experiment
 from landscape.training.recipe import Recipe
 
@@ -231,7 +231,7 @@ def plot_orders(frame: pd.DataFrame) -> Figure:
     """
     names = frame["model"].replace(TITLES) + " on " + frame["dataset"].replace(TITLES)
     networks = list(frame.groupby(names, sort=False))
-    with sns.axes_style("ticks"), sns.plotting_context("paper"):
+    with figure_style():
         figure = LandscapeFigure(figsize=(8, 6), layout="constrained")
         grid = figure.subplots(2, len(networks), sharex=True, sharey=True, squeeze=False)
         gap = 0.06 * quartiles(frame)["median"].to_numpy().max()  # about the height of a layer's name

@@ -15,13 +15,15 @@ from landscape.text import short
 DIRECTIONS = {"gradient": "the gradient", "update": "the optimizer's update"}
 QUOTED = 3
 """Maximum number of quoted reading errors."""
+NAMED = 12
+"""Maximum number of bands that a sentence names."""
 CHANGED = 1e-3
 """Part of the optimizer's gradient, not along the loss's, from which on the caption states it."""
 MODES = {"training": ", in training mode (batch statistics)", "evaluation": ", in evaluation mode (running statistics)"}
 
 
 def caption(
-    frame: pd.DataFrame, measures: Sequence[str], points: int, unread: Sequence[str] = (), grey: bool = False
+    frame: pd.DataFrame, measures: Sequence[str], points: int, unread: Sequence[str] = (), grey: str = ""
 ) -> str:
     """Return the caption of a figure.
 
@@ -33,7 +35,7 @@ def caption(
         measures: Names of the measures that are drawn.
         points: Maximum number of points of a band.
         unread: Errors of reading the traces, one sentence each.
-        grey: True if each panel also shows the bands of the others in grey.
+        grey: What the bands or lines in grey are, such as ``"those of the other panels"``; empty if there are none.
     """
     known = {measure: has_measure(frame, measure) for measure in measures}
     any_known = np.logical_or.reduce(list(known.values()))
@@ -44,7 +46,7 @@ def caption(
         _trained(drawn),
         _probes(drawn),
         *(_measure(measure, alone=len(measures) == 1) for measure in measures),
-        f"The grey {'bands' if band else 'lines'} are those of the other panels." if grey else "",
+        f"The grey {'bands' if band else 'lines'} are {grey}." if grey else "",
         _zero(drawn, measures),
         _gradient(drawn),
         _runs(drawn, band, line),
@@ -69,12 +71,12 @@ def _trained(frame: pd.DataFrame) -> str:
 
 
 def _rates(frame: pd.DataFrame) -> str:
-    if _only(frame, "schedule") in (None, "constant"):
+    if _only(frame, "schedule") in (None, "constant") or "lr" not in frame:
         return ""
     peaks = {band: f"{max(rows['lr']):.2g}" for band, rows in frame.groupby("band", observed=True)}
     usual = statistics.mode(peaks.values())
     others = [f" ({band}: {peak})" for band, peak in peaks.items() if peak != usual]
-    return f" at learning rates up to {usual}{''.join(others)}"
+    return f" at learning rates up to {usual}{_abridged(others, '')}"
 
 
 def _probes(frame: pd.DataFrame) -> str:
@@ -117,11 +119,13 @@ def _step_sizes(frame: pd.DataFrame) -> str:
     Otherwise return their common multiples of the learning rate, or their range.
     """
     sizes, counts = flatten_lists(frame, "step_sizes")
+    if not len(sizes):
+        return "unknown step sizes"
     if (counts == counts[0]).all():
         rows = sizes.reshape(len(frame), -1)
         if (rows == rows[0]).all():
             return f"step sizes {_enumeration(rows[0])}"
-        lr = frame["lr"].to_numpy()
+        lr = frame["lr"].to_numpy() if "lr" in frame else np.zeros(len(frame))
         largest = lr.argmax()  # A warm-up may start at a learning rate of 0.
         if lr[largest] > 0 and np.allclose(rows, np.outer(lr, rows[largest] / lr[largest]), atol=0):
             return f"{_enumeration(rows[largest] / lr[largest])} times the learning rate"
@@ -171,10 +175,17 @@ def _runs_of(frame: pd.DataFrame, rows: np.ndarray) -> str:
     """Return bands of rows, with counts for incomplete bands."""
     frame = frame if "run" in frame else frame.assign(run="")
     lacking, runs = (of.groupby("band", observed=True)["run"].nunique().to_dict() for of in (frame.loc[rows], frame))
-    return ", ".join(
-        f"{band}" if number == runs[band] else f"{band} ({number} of {runs[band]} runs)"
-        for band, number in lacking.items()
+    return _abridged(
+        [
+            f"{band}" if number == runs[band] else f"{band} ({number} of {runs[band]} runs)"
+            for band, number in lacking.items()
+        ]
     )
+
+
+def _abridged(parts: Sequence[str], separator: str = ", ") -> str:
+    more = [f" and {len(parts) - NAMED:,} more"] if len(parts) > NAMED else []
+    return separator.join(parts[:NAMED]) + "".join(more)
 
 
 def _not_finite(frame: pd.DataFrame, known: Mapping[str, np.ndarray]) -> str:
@@ -214,7 +225,7 @@ def _departures(rows: pd.DataFrame) -> str:
         else:
             where = f"first at update {first:,}" if np.any(later) else f"from update {first:,} on"
         parts.append(f"{band} {where} ({len(lost):,} of {len(of):,})".strip())
-    return ", ".join(parts)
+    return _abridged(parts)
 
 
 def _only(frame: pd.DataFrame, fact: str) -> Any:

@@ -1,5 +1,7 @@
 """The figure of the loss landscape along training runs."""
 
+import textwrap
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,13 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from landscape.analysis.columns import normalized
 from landscape.analysis.labels import band_labels
 from landscape.analysis.measures import measured
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES, check_choice, check_measure
 from landscape.plotting.bands import POINTS, Band, NonFiniteMarks, PanelData, bands_overlap, draw_order, panel_data
 from landscape.plotting.caption import caption
-from landscape.plotting.figure import LandscapeFigure, footnote
+from landscape.plotting.figure import LandscapeFigure, figure_style, footnote
 
 X_LABELS = {"step": "update", "epoch": "epoch"}
 SCALES = ("auto", "log", "symlog", "linear")
@@ -28,6 +31,13 @@ LAYOUTS = ("auto", "overlay", "multiples")
 
 MARK = 6.0
 """Height of a row of marks above a panel, in points."""
+COLOURED = 12
+"""Maximum number of bands in colour: more shades are hard to tell apart."""
+
+PANEL_WIDTH = {1: 100, 2: 48, 3: 30}
+"""Maximum number of characters in a line above a panel, by columns of panels."""
+LEGEND_ROW = 0.16
+"""Height of a row of the legend, in inches."""
 
 Colour = tuple[float, ...]
 
@@ -49,9 +59,9 @@ def plot_landscape(
 
     Args:
         frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
-        measure: ``"loss"``, ``"predictiveness"``, ``"beta"``, ``"gap"`` or ``"curvature"``, as defined in
-            :func:`landscape.measured`, or several of them for one panel each. Runs that did not record what a measure
-            requires are left out of its panel and named in the caption.
+        measure: Name of a measure of :func:`landscape.measured`, or several of them for one panel each. Runs that did
+            not record what a measure requires are left out of its panel and named in the caption. A dashed line at 1
+            in a panel of ``lost_share`` is the edge of stability of gradient descent.
         x: ``"step"`` or ``"epoch"``.
         scale: Scale of the measures' axes: ``"log"``, ``"linear"``, ``"symlog"`` (logarithmic for large values of both
             signs, linear between) or ``"auto"``. Automatic is logarithmic if all values are positive and span more than
@@ -79,29 +89,49 @@ def plot_landscape(
         ``plot_landscape(frame, measure=("loss", "predictiveness", "beta"))``.
     """
     measures = [measure] if isinstance(measure, str) else list(dict.fromkeys(measure))
-    _check(frame, measures, x, scale, layout)
-    unread = frame.attrs.get("left_out", ())  # Read first, because pandas drops attributes easily.
+    _check(measures, x, scale, layout)
+    unread = list(getattr(frame, "attrs", {}).get("left_out", ()))  # pandas drops attributes easily.
+    frame = normalized(frame, dict.fromkeys(("step", x, "step_sizes", *(["loss"] if "loss" in measures else []))))
+    if frame.empty:
+        raise LandscapeError("The frame has no rows. Use a frame of read_traces or LandscapeProbe.frame.")
     frame = frame.assign(band=band_labels(frame))
     for name in measures:
         frame = measured(frame, name)
     views = [panel_data(frame, x, name, scale) for name in measures]
     shown = {label for view in views for label in view.bands}
     labels = [label for label in map(str, frame["band"].cat.categories) if label in shown]
-    multiples = layout == "multiples" or (layout == "auto" and len(views) == 1 and bands_overlap(views[0]))
-    text = caption(frame, measures, POINTS, unread, grey=multiples and len(labels) > 1)
-    with sns.axes_style("ticks"), sns.plotting_context("paper"):
+    coloured = labels[:COLOURED]
+    multiples = layout == "multiples" or (
+        layout == "auto" and len(views) == 1 and bands_overlap(_only(views[0], coloured))
+    )
+    text = caption(frame, measures, POINTS, unread, _about_grey(labels, multiples))
+    if len(labels) > COLOURED:
+        warnings.warn(
+            f"{len(labels):,} bands: only the first {COLOURED} have a colour and a name. Give runs that belong "
+            "together the same fact norm, which makes them one band, or draw fewer: frame[frame['run'].isin([...])].",
+            stacklevel=2,
+        )
+    with figure_style():
         figure = LandscapeFigure(figsize=(8, 4.5), layout="constrained")
         if multiples:
-            _draw_multiples(figure, views[0], labels, X_LABELS[x])
+            _draw_multiples(figure, views[0], coloured, X_LABELS[x])
         else:
-            _draw_overlays(figure, views, labels, X_LABELS[x])
+            _draw_overlays(figure, views, coloured, X_LABELS[x])
         title = views[0].measure.title if len(views) == 1 else ""
         reach = (float(np.min(frame[x])), float(np.max(frame[x])))
         _finish(figure, reach, title, f"{text} {_about_axes(views)}")
     return figure
 
 
-def _check(frame: pd.DataFrame, measures: Sequence[str], x: str, scale: str, layout: str) -> None:
+def _about_grey(labels: Sequence[str], multiples: bool) -> str:
+    """Return what the bands in grey are."""
+    if len(labels) > COLOURED:
+        others = "all" if multiples else f"the other {len(labels) - COLOURED:,} of"
+        return f"{others} {len(labels):,}; the first {COLOURED} are in colour"
+    return "those of the other panels" if multiples and len(labels) > 1 else ""
+
+
+def _check(measures: Sequence[str], x: str, scale: str, layout: str) -> None:
     for kind, name, known in (("x", x, X_LABELS), ("scale", scale, SCALES), ("layout", layout, LAYOUTS)):
         check_choice(kind, name, known)
     for name in measures:
@@ -110,8 +140,10 @@ def _check(frame: pd.DataFrame, measures: Sequence[str], x: str, scale: str, lay
         raise LandscapeError(f"measure={measures}: must have at least one name. Use some of {', '.join(MEASURES)}.")
     if len(measures) > 1 and layout == "multiples":
         raise LandscapeError("layout='multiples': draws one measure only. Use one measure, or layout='overlay'.")
-    if frame.empty:
-        raise LandscapeError("The frame has no rows. Use a frame of read_traces or LandscapeProbe.frame.")
+
+
+def _only(view: PanelData, labels: Collection[str]) -> PanelData:
+    return view._replace(bands={label: band for label, band in view.bands.items() if label in labels})
 
 
 def _colours(labels: Collection[str]) -> dict[str, Colour]:
@@ -124,15 +156,22 @@ def _draw_overlays(figure: Figure, views: Sequence[PanelData], labels: Sequence[
     colours, handles = _colours(labels), {label: {} for label in labels}
     panels = _panels(figure, len(views), x_label)
     for axes, view in zip(panels, views, strict=True):
-        for label, band in draw_order(view).items():
+        for label, band in view.bands.items():
+            if label not in colours:
+                _draw_behind(axes, view, band)
+        for label, band in draw_order(_only(view, labels)).items():
             handles[label] |= {type(artist): artist for artist in _draw_band(axes, view, band, colours[label])}
         _set_axis(axes, view)
         _draw_marks(axes, [(view.marks[label], colours[label]) for label in labels if label in view.marks])
-        _set_title(axes, view.measure.title if len(views) > 1 else "", max(len(view.marks) for view in views))
+        rows = max(len(colours.keys() & view.marks.keys()) for view in views)
+        _set_title(axes, view.measure.title if len(views) > 1 else "", rows)
     if any(labels):
         entries: list[Any] = [tuple(sorted(of.values(), key=Artist.get_zorder)) for of in handles.values()]
         columns = max(1, min(4, 100 // (6 + max(map(len, labels)))))
-        legend = figure.legend(entries, labels, loc="outside upper left", ncols=columns, frameon=False)
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + LEGEND_ROW * max(0, -(-len(labels) // columns) - 2))
+        names = [_end(label, PANEL_WIDTH[1]) for label in labels]
+        legend = figure.legend(entries, names, loc="outside upper left", ncols=columns, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)  # A name may contain dollar signs.
 
@@ -147,11 +186,28 @@ def _draw_multiples(figure: Figure, view: PanelData, labels: Sequence[str], x_la
         _draw_band(axes, view, view.bands[label], colour)
         _set_axis(axes, view)
         _draw_marks(axes, [(view.marks[label], colour)] if label in view.marks else [])
-        _set_title(axes, label.replace(" (", "\n(") if len(label) > 24 else label, min(1, len(view.marks)))
+        _set_title(axes, _in_lines(label, PANEL_WIDTH[_columns(len(labels))]), min(1, len(view.marks)))
+
+
+def _in_lines(label: str, width: int) -> str:
+    """Return a name in lines of a panel's width."""
+    label = _end(label, 3 * width)
+    parts = label.replace(" (", "\n(").splitlines() if len(label) > 24 else [label]
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
+
+
+def _end(label: str, width: int) -> str:
+    """Return the end of a long name."""
+    # Runs of a folder differ at the end.
+    return label if len(label) <= width else f"…{label[1 - width :]}"
+
+
+def _columns(panels: int) -> int:
+    return {1: 1, 2: 2, 4: 2}.get(panels, 3)
 
 
 def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> list[Axes]:
-    columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
+    columns = _columns(count)
     rows = -(-count // columns)
     if count > 1:
         figure.set_size_inches(8, 1.3 + 2.4 * rows)
@@ -232,6 +288,8 @@ def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -
 
 def _set_axis(axes: Axes, view: PanelData) -> None:
     axes.set_yscale(view.scale.name, **view.scale.options)
+    if view.measure.edge is not None:
+        axes.axhline(view.measure.edge, color="0.4", linewidth=0.8, linestyle="--", zorder=0)
     if view.limit:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -view.limit), min(high, view.limit))

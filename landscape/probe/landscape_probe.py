@@ -112,7 +112,7 @@ class LandscapeProbe:
         ...         loss.backward()
         ...         optimizer.step()
         >>> frame = probe.frame()
-        >>> len(frame), list(frame.step_sizes[0])
+        >>> len(frame), frame.step_sizes[0].tolist()
         (5, [0.05, 0.1, 0.15000000000000002, 0.2])
         >>> bool((frame.loss_min <= frame.loss_max).all())
         True
@@ -193,6 +193,16 @@ class LandscapeProbe:
         self._hooks.detach()
         self._capture.detach()
         self.trace.update_metadata(**self._schedule.facts())
+
+    def __repr__(self) -> str:
+        """Return how far the probe is.
+
+        As in ``LandscapeProbe(step 412, engine tape, 412 probed, last range 0.021)``. The call waits for the device.
+        """
+        losses = self.last().get("losses", [])
+        last = [f"last range {max(losses) - min(losses):.3g}"] if losses else []
+        engine = [f"engine {self._evaluator.engine}"] if losses else []
+        return f"LandscapeProbe({', '.join([f'step {self.step}', *engine, f'{self._schedule.probes} probed', *last])})"
 
     def __enter__(self) -> Self:
         return self.attach()

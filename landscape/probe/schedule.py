@@ -144,7 +144,9 @@ class ProbeSchedule:
         self._decide = decide
         self._budget = None if share is None else OverheadBudget(share)
         self._timer = DeviceTimer(device)
-        self._updates = self._probes = 0
+        self.probes = 0
+        """Number of probed updates."""
+        self._updates = 0
         self._seconds = 0.0
         """Seconds of blocks of a probe that has not finished."""
         self._ended = time.perf_counter()
@@ -166,7 +168,7 @@ class ProbeSchedule:
             extra: Seconds that the probe has taken outside of `probing`.
         """
         self._updates += 1
-        self._probes += self.due
+        self.probes += self.due
         if self._budget is None:
             self._timer.pop()
             self.due = self._updates % self._every == 0
@@ -185,11 +187,11 @@ class ProbeSchedule:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, without unfinished blocks."""
         budget = None if self._budget is None else self._budget.state_dict()
-        return {"due": self.due, "updates": self._updates, "probes": self._probes, "budget": budget}
+        return {"due": self.due, "updates": self._updates, "probes": self.probes, "budget": budget}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a checkpoint."""
-        self.due, self._updates, self._probes = state["due"], state["updates"], state["probes"]
+        self.due, self._updates, self.probes = state["due"], state["updates"], state["probes"]
         if self._budget is not None and state["budget"] is not None:
             self._budget.load_state_dict(state["budget"])
         self.start()
@@ -202,9 +204,9 @@ class ProbeSchedule:
         if self._budget is None:
             return {}
         facts = {"share": self._budget.share, "training_seconds": self._budget.training}
-        facts |= {"probing_seconds": self._budget.probing, "probes": self._probes, "updates": self._updates}
+        facts |= {"probing_seconds": self._budget.probing, "probes": self.probes, "updates": self._updates}
         enough = min(ENOUGH_PROBES, math.ceil(self._updates / self._every))
-        if self._probes < enough:
+        if self.probes < enough:
             # A tenth more than needed, in steps of 5 %.
             facts |= {"enough_probes": enough, "enough_share": 5 * math.ceil(22 * self._budget.share_for(enough)) / 100}
         return {"budget": facts}

@@ -76,7 +76,7 @@ class StepHooks:
         return bool(self._handles)
 
     def skipped(self) -> Tensor | None:
-        """Return a number, not 0 if the update was skipped.
+        """Return a tensor, not 0 if the update was skipped.
 
         It is on a device; None if the host knows that the update was made.
         """
@@ -115,7 +115,8 @@ class StepHooks:
             return None
         self._frame = next(_callers())
         # GradScaler passes it to a fused optimizer, which then decides on the device.
-        skips = [skip] if (skip := getattr(optimizer, "found_inf", None)) is not None else []
+        found: Tensor | None = getattr(optimizer, "found_inf", None)
+        skips = [] if found is None else [found]
         if any(optimizer is other for other in self._stepped):
             self._end()
         if self._stepped:

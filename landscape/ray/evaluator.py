@@ -78,6 +78,11 @@ class Evaluator:
                 taped = error
         return self._fall_back(taped, looped, partial(self._gradients_by_loop, start=start))
 
+    @property
+    def engine(self) -> str | None:
+        """Name of the engine of the last ray."""
+        return self._facts.get("engine")
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
         return {

@@ -40,6 +40,10 @@ class RowBuffer:
         is_full = len(self._pending[table]) >= self._flush_rows
         return is_full or time.monotonic() - self._flushed >= self._flush_seconds
 
+    def rows(self, table: str) -> int:
+        """Return the number of rows of a table so far."""
+        return self.encoded[table] + len(self._pending[table])
+
     def encode(self, run: str | None) -> Iterator[tuple[str, int, bytes]]:
         """Encode pending rows; yield name, row count and content.
 

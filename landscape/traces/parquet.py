@@ -64,9 +64,9 @@ def _with_range(row: Row) -> Row:
 
 
 def to_pandas(part: pa.Table) -> pd.DataFrame:
-    """Return an Arrow table as a frame with Arrow-backed lists."""
-    # Lists as NumPy arrays would be large and slow: a million small objects per column.
-    return part.to_pandas(types_mapper=lambda kind: pd.ArrowDtype(kind) if pa.types.is_list(kind) else None)
+    """Return a table as a frame; lists become arrays."""
+    # Arrow-backed lists would be smaller, but pandas cannot read a file back to which it wrote them.
+    return part.to_pandas()
 
 
 def to_parquet(part: pa.Table, name: str, run: str | None = None) -> bytes:

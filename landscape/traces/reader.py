@@ -55,7 +55,7 @@ def read_traces(paths: Location | Iterable[Location], table: str = "updates") ->
     Returns:
         One row per row of the traces. Columns are ``run`` (the run's folder relative to the given path), one column per
         scalar fact at the top level of ``run.json``, and those of `landscape.traces.schema`, which replace facts of the
-        same name. Text is categorical, integer facts are ``Int64``, lists are Arrow-backed (``frame.losses.list[0]``).
+        same name. Text is categorical, integer facts are ``Int64``, lists are NumPy arrays (``frame.losses.str[0]``).
         NaN and inf are kept.
 
     Raises:

@@ -302,6 +302,11 @@ class TraceWriter:
     def _unusable(self, error: OSError) -> LandscapeError:
         return LandscapeError(f"{self._store}: cannot hold a trace ({reason(error)}). Use another folder.")
 
+    def __repr__(self) -> str:
+        """Return the place and the number of rows."""
+        rows = self._buffer.rows("updates")
+        return f"TraceWriter({self.location or 'in memory'}, {rows} updates)"
+
     def __enter__(self) -> Self:
         return self
 

@@ -140,7 +140,7 @@ def test_summarize_by_epoch():
     assert list(summary["updates"]) == [20, 20, 10] * 2
 
 
-OTHERS = [measure for measure in MEASURES if measure != "loss"]
+OTHERS = [measure for measure in MEASURES if MEASURES[measure].needs]
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -151,7 +151,7 @@ def test_envelope_measure(measure):
     np.testing.assert_array_equal(band[f"{measure}_min"], joined[f"{measure}_min"].min())
     np.testing.assert_array_equal(band[f"{measure}_max"], joined[f"{measure}_max"].max())
     assert set(band["updates"]) == {6}
-    assert (measure in band) == (measure in ("loss", "beta"))
+    assert (measure in band) == bool(MEASURES[measure].line)
     if measure in band:
         np.testing.assert_allclose(band[measure], joined[measure].mean(), rtol=1e-12)
 
@@ -187,7 +187,9 @@ def test_envelope_beta_mean():
 
 @pytest.mark.parametrize("measure", OTHERS)
 def test_run_without_measure(measure):
-    lacking = without(frames("none", seeds=(0, 1), steps=3), "slope", "direction_norm", "gradient_distances")
+    lacking = without(
+        frames("none", seeds=(0, 1), steps=3), "slope", "direction_norm", "gradient_distances", "gradient_cosines"
+    )
     runs = pd.concat([frame("batch", steps=3), lacking, frame("none", seed=2, steps=3)], ignore_index=True)
     assert list(has_measure(runs, measure)) == [True] * 3 + [False] * 6 + [True] * 3
     assert set(envelope(runs, measure=measure)["run"]) == {"batch-0", "none-2"}

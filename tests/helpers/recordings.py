@@ -24,6 +24,7 @@ def rows(steps=40, width=0.5, seed=0):
             "step_sizes": STEP_SIZES,
             "losses": [loss[step] * (1 + share * width * noise[step]) for share in (0.0, 0.2, 1.0)],
             "gradient_distances": [eta * loss[step] * (1 + width * noise[step]) for eta in STEP_SIZES],
+            "gradient_cosines": [1 - eta * width * noise[step] / 2 for eta in STEP_SIZES],
             "seconds": 0.01,
         }
         for step in range(steps)

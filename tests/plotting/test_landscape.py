@@ -368,7 +368,7 @@ def test_x_epoch():
         ({"x": "time"}, "x='time'.*step or epoch"),
         ({"scale": "sqrt"}, "scale='sqrt'.*auto, log, symlog or linear"),
         ({"layout": "grid"}, "layout='grid'.*auto, overlay or multiples"),
-        ({"measure": "width"}, "measure='width': .*loss, predictiveness, beta, gap or curvature"),
+        ({"measure": "width"}, "measure='width': .*loss, predictiveness, beta, gap, curvature, .*cosine"),
         ({"measure": ["loss", "width"]}, "measure='width'"),
         ({"measure": []}, r"measure=\[\].*loss, predictiveness"),
         ({"measure": ["loss", "gap"], "layout": "multiples"}, "layout='multiples'.*one measure"),

@@ -669,3 +669,17 @@ def test_foreach_writes_are_counted():
         tensor = torch.ones(3)
         torch._foreach_mul_([tensor], 2.0)
         assert tensor._version == 1
+
+
+def test_repr_tells_how_far():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES, every=2)
+    assert repr(probe) == "LandscapeProbe(step 0, 0 probed)"
+    assert repr(probe.trace) == "TraceWriter(in memory, 0 updates)"
+    with probe:
+        train(model, optimizer, nn.CrossEntropyLoss(), updates=5)
+    losses = probe.last()["losses"]
+    expected = f"step 5, engine tape, 3 probed, last range {max(losses) - min(losses):.3g}"
+    assert repr(probe) == f"LandscapeProbe({expected})"
+    assert repr(probe.trace) == "TraceWriter(in memory, 3 updates)"

@@ -1,0 +1,139 @@
+"""Which runs may be compared, and what a reader of a comparison must know about them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from landscape.analysis.measures import flatten_lists
+
+SETTINGS = (
+    *("recipe", "dataset", "samples", "model", "criterion", "batch_size", "epochs", "base_lr", "schedule", "optimizer"),
+    *("momentum", "nesterov", "weight_decay", "train_samples", "precision", "mode", "direction", "relative", "every"),
+    "overhead",
+)
+"""Facts that runs must share to be compared; step sizes are compared, too."""
+HANDFUL = 0.05
+"""Share of the updates that must hold less than half of a sum for a mean to describe them."""
+
+
+def step_sizes_of(run: pd.DataFrame) -> str:
+    """Return the step sizes of a run as text.
+
+    They are multiples of the learning rate if the run recorded them so. Those of a function of the step are described
+    by the first update.
+    """
+    first = run.loc[run["step_sizes"].notna()].head(1)
+    if first.empty:
+        return "none"
+    sizes = flatten_lists(first, "step_sizes")[0]
+    relative = bool(first["relative"].fillna(False).iloc[0]) if "relative" in first else False
+    scale = float(first["lr"].iloc[0]) if relative else 1.0
+    text = ", ".join(f"{size / scale if scale else np.nan:.4g}" for size in sizes)
+    return f"{text} times the learning rate" if relative else text
+
+
+def comparable_groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the runs that share their settings, with what sets them apart.
+
+    Args:
+        frame: Rows with a column ``run``.
+
+    Yields:
+        The facts in which this group differs from others, such as ``"epochs 2, every 1"`` (empty for a single group),
+        and its rows.
+    """
+    names = [name for name in SETTINGS if name in frame]
+    runs = frame.groupby("run", observed=True, sort=False)
+    facts = runs[names].first() if names else pd.DataFrame(index=runs.size().index)
+    facts["step sizes"] = [step_sizes_of(rows) for _, rows in runs]
+    facts = facts.astype(object).where(facts.notna(), None)
+    differing = [name for name in facts if len(set(facts[name].map(repr))) > 1]
+    keys = facts[differing].apply(lambda row: ", ".join(_shown(name, row[name]) for name in differing), axis=1)
+    labels = dict(zip(facts.index, keys if differing else [""] * len(facts), strict=True))
+    label = frame["run"].map(labels).astype(object)
+    for text in dict.fromkeys(labels.values()):
+        yield str(text), frame[(label == text).to_numpy()]
+
+
+def _shown(name: str, value: Any) -> str:
+    shown = "not recorded" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{name.replace('_', ' ')} {shown}"
+
+
+def notes_on_runs(group: pd.DataFrame, in_group: str) -> Iterator[str]:
+    """Yield sentences on seeds that repeat, runs that end early, and step sizes.
+
+    Args:
+        group: Rows of runs that share their settings, with the columns ``run``, ``band`` and ``seed``.
+        in_group: Text that names the group.
+    """
+    runs = group.groupby(["band", "run"], observed=True).agg(seed=("seed", "first"), last=("step", "max")).reset_index()
+    for (band, seed), same in runs.groupby(["band", "seed"], observed=True):
+        if len(same) > 1:
+            names = " and ".join(map(str, same["run"]))
+            yield f"{band}{in_group}: seed {seed} was recorded {len(same)} times ({names}): their mean is used."
+    longest = runs["last"].max()
+    for run in runs[runs["last"] + 1 < 0.95 * (longest + 1)].itertuples():
+        yield f"{run.run} ends at step {run.last:,} of {longest:,}: its later phases are missing."
+    if short := _beyond_step_sizes(group):
+        yield (
+            f"In {short:.0%} of the updates{in_group} the largest step size is below the learning rate: the range does "
+            "not see the step that is taken, and lost_share and sharpness are missing there."
+        )
+
+
+def _beyond_step_sizes(group: pd.DataFrame) -> float:
+    """Return the share of updates whose learning rate exceeds the step sizes."""
+    values, counts = flatten_lists(group, "step_sizes")
+    held = counts > 0
+    if not held.any() or "lr" not in group:
+        return 0.0
+    largest = np.maximum.reduceat(values, (np.cumsum(counts) - counts)[held])
+    return float(np.mean(largest * (1 + 1e-9) < group["lr"].to_numpy(float, na_value=np.nan)[held]))
+
+
+def updates_that_rule(sizes: np.ndarray) -> int | None:
+    """Return the number of updates that hold half of a sum.
+
+    Args:
+        sizes: Sizes of the updates of a phase.
+
+    Returns:
+        The number, or None unless it is a handful: at most 5 % of 20 updates or more.
+
+    Examples:
+        >>> updates_that_rule(np.r_[np.ones(99), 1000.0]), updates_that_rule(np.ones(100))
+        (1, None)
+    """
+    if len(sizes) < 20 or (sizes < 0).any() or not sizes.sum() > 0:
+        return None
+    largest = np.cumsum(np.sort(sizes)[::-1])
+    count = int(np.searchsorted(largest, largest[-1] / 2)) + 1
+    return count if count <= HANDFUL * len(sizes) else None
+
+
+def loss_edges(losses: Sequence[np.ndarray], bins: int) -> np.ndarray | None:
+    """Return edges of bins of training loss that all runs pass through.
+
+    The bins cover the overlap of the runs, each between its 5 % and 95 % quantile, and hold equally many updates of all
+    runs together.
+
+    Args:
+        losses: Finite training losses of each run.
+        bins: Number of bins.
+
+    Returns:
+        Ascending edges, (bins + 1,), or None if the runs have no loss in common.
+    """
+    if not losses or any(len(of) < 2 for of in losses):
+        return None
+    low = max(float(np.quantile(of, 0.05)) for of in losses)
+    high = min(float(np.quantile(of, 0.95)) for of in losses)
+    if not low < high:
+        return None
+    within = np.concatenate(losses)
+    within = within[(within >= low) & (within <= high)]
+    edges = np.quantile(within, np.linspace(0, 1, bins + 1)) if len(within) else np.array([])
+    return np.r_[low, edges[1:-1], high] if len(np.unique(edges)) == bins + 1 else None
