@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -122,7 +123,9 @@ class Program:
             replay = Replay(self._tape, ray.origin, moved)
             self._losses = torch.stack(replay.losses(self._etas.unbind()))
 
-        self._run = capture(run)
+        # Its stream is one of the current device, which need not be the model's.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self._run = capture(run)
 
     def losses(self, tensors: Sequence[Tensor], step_sizes: Tensor) -> Tensor:
         """Return the losses of another tape of the signature.
@@ -191,7 +194,7 @@ class Graphs:
             except (RuntimeError, NotImplementedError):  # A kernel waits for the host.
                 self._refused, self._program = inputs.signature, None
                 return None
-        etas = torch.tensor(list(ray.step_sizes), dtype=torch.float64)
+        etas = torch.tensor(list(ray.step_sizes), dtype=torch.float64, device="cpu")
         self._runs += 1
         if self._runs % CHECK_EVERY == 1:
             at_zero = self._program.losses(inputs.tensors, torch.zeros_like(etas))[0]
