@@ -4,6 +4,7 @@ import copy
 import time
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -230,7 +231,7 @@ def joining(ranks, folder):
                 nn.functional.cross_entropy(model(inputs), targets).backward()
                 optimizer.step()
 
-    return {attached: message_of(lambda: train(attached)) for attached in (False, True)}
+    return {attached: message_of(partial(train, attached)) for attached in (False, True)}
 
 
 TASKS = [bits, means, failures, writing, wrapping, joining, clocks, sharing]

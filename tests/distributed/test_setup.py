@@ -72,7 +72,7 @@ def test_killed_process_ends_command(tmp_path, victim):
     assert (running.returncode, out) == (128 + signal.SIGKILL, "")
     assert re.fullmatch(f"Process {victim} was killed by SIGKILL.* others were stopped.*--resume.*{tmp_path}.*\n", err)
     assert not any(Path(f"/proc/{process}").exists() for process in processes.values())
-    with pytest.warns(UserWarning, match="killed"):
+    with pytest.warns(UserWarning, match="killed") if victim == 0 else nullcontext():
         steps = list(read_traces(tmp_path).step)
     assert steps == list(range(len(steps)))
     (run,) = tmp_path.iterdir()
@@ -131,6 +131,7 @@ def test_killed_process_under_torchrun_keeps_trace(tmp_path):
         [*command, "copies", "training", "2", tmp_path], env=ALONE, capture_output=True, text=True, timeout=120
     )
     assert answer.returncode == 1
-    steps = list(read_traces(tmp_path).step)
+    with pytest.warns(UserWarning, match="killed"):
+        steps = list(read_traces(tmp_path).step)
     assert steps == list(range(len(steps)))
     assert rank_deaths.FLUSHED <= len(steps) <= rank_deaths.STEP
