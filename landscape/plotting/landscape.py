@@ -57,8 +57,14 @@ def plot_landscape(
     et al. 2018 (arXiv:1805.11604), figure 4, and Dimitriou & Arandjelovic 2020 (arXiv:2007.08554), section 3.1. Each
     norm with its groups is one band, which covers all its seeds. The caption states step sizes, statistics and seeds.
 
+    The style does not depend on ``matplotlib.rcParams``, except for fonts and resolution. Of more than 12 bands the
+    first 12 are in colour and all others in grey. To join runs in fewer bands, give them a column ``norm``, any text::
+
+        plot_landscape(frame.assign(norm="lr " + frame["base_lr"].astype(str)))
+
     Args:
-        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``, or any frame with their columns, such as one read
+            from CSV or converted from polars.
         measure: Name of a measure of :func:`landscape.measured`, or several of them for one panel each. Runs that did
             not record what a measure requires are left out of its panel and named in the caption. A dashed line at 1
             in a panel of ``lost_share`` is the edge of stability of gradient descent.
@@ -74,8 +80,8 @@ def plot_landscape(
         A :class:`LandscapeFigure`, 8 inches wide. Notebooks display it; :func:`save_figure` writes it.
 
     Raises:
-        LandscapeError: An option is invalid, the frame has no rows, no run recorded what a measure requires, or a value
-            is 0 or less and the scale is ``"log"``.
+        LandscapeError: An option is invalid, the frame has no rows, a column is missing or has a value of another type,
+            no run recorded what a measure requires, or a value is 0 or less and the scale is ``"log"``.
 
     Examples:
         >>> frame = pd.DataFrame({"step": [0, 1], "lr": 0.1, "loss": [2.0, 1.5], "loss_min": [1.4, 0.9],

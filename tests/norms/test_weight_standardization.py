@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,7 +164,7 @@ def test_standardized_model_probe(model, engine):
             pass
     for before, gradient in updates(unprobed, torch.optim.SGD(unprobed.parameters(), lr=0.1), criterion):
         expected.append(moved_losses(before, gradient, [0.1, 0.4]).detach())
-    losses = torch.tensor(probe.frame().losses.tolist(), dtype=torch.float64)
+    losses = torch.tensor(np.stack(probe.frame().losses), dtype=torch.float64)
     torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-12, atol=1e-12)
     for name, tensor in unprobed.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name

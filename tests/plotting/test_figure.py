@@ -112,6 +112,18 @@ def test_saved_and_displayed_in_any_style(tmp_path):
     assert (tmp_path / "usual.png").read_bytes() == (tmp_path / "dark.png").read_bytes()
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_drawn_on_a_canvas_in_any_style(style):
+    def pixels(figure):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba()).copy()
+
+    expected, figure = pixels(norms()), norms()  # Powers of 10 are set in fonts that are chosen while drawing.
+    with mpl.rc_context(dict(STYLES[style])):
+        np.testing.assert_array_equal(pixels(figure), expected)
+
+
 def test_users_font_and_resolution_are_kept():
     with mpl.rc_context({"font.family": ["serif"], "font.serif": ["STIXGeneral"], "figure.dpi": 50, "savefig.dpi": 40}):
         figure = landscape()
