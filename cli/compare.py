@@ -99,12 +99,13 @@ def _number(value: float, form: str = ".3g") -> str:
 def _blocks(comparison: "Comparison") -> list[tuple[str, list[list[str]]]]:
     """Return a title and lines for each group of runs and measure."""
     blocks = []
-    for (setting, measure), rows in comparison.table.groupby(["setting", "measure"], sort=False):
+    for key, rows in comparison.table.groupby(["setting", "measure"], sort=False):
+        setting, measure = map(str, key)  # pyright: ignore[reportArgumentType]
         rows = rows.assign(place=rows["phase"].map(list(dict.fromkeys(rows["phase"])).index)).sort_values(
             "place", kind="stable"
         )
         references = " and ".join(rows["reference"].unique())
-        title = f"{measure}: {MEASURES[str(measure)].title}, relative to {references}{f' ({setting})' * bool(setting)}"
+        title = f"{measure}: {MEASURES[measure].title}, relative to {references}{f' ({setting})' * bool(setting)}"
         blocks.append((title, [_cells(row) for row in rows.to_dict("records")]))
     return blocks
 

@@ -48,13 +48,13 @@ def comparable_groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]
     runs = frame.groupby("run", observed=True, sort=False)
     facts = runs[names].first() if names else pd.DataFrame(index=runs.size().index)
     facts["step sizes"] = [step_sizes_of(rows) for _, rows in runs]
-    facts = facts.astype(object).where(facts.notna(), None)
-    differing = [name for name in facts if len(set(facts[name].map(repr))) > 1]
-    keys = facts[differing].apply(lambda row: ", ".join(_shown(name, row[name]) for name in differing), axis=1)
-    labels = dict(zip(facts.index, keys if differing else [""] * len(facts), strict=True))
-    label = frame["run"].map(labels).astype(object)
-    for text in dict.fromkeys(labels.values()):
-        yield str(text), frame[(label == text).to_numpy()]
+    records = pd.DataFrame(facts.astype(object).where(facts.notna(), None)).to_dict("records")
+    differing = [name for name in facts.columns if len({repr(run[name]) for run in records}) > 1]
+    texts = [", ".join(_shown(str(name), run[name]) for name in differing) for run in records]
+    labels = dict(zip(facts.index, texts, strict=True))
+    label = np.array([labels[run] for run in frame["run"]], dtype=object)
+    for text in dict.fromkeys(texts):
+        yield text, pd.DataFrame(frame[label == text])
 
 
 def _shown(name: str, value: Any) -> str:
@@ -70,13 +70,15 @@ def notes_on_runs(group: pd.DataFrame, in_group: str) -> Iterator[str]:
         in_group: Text that names the group.
     """
     runs = group.groupby(["band", "run"], observed=True).agg(seed=("seed", "first"), last=("step", "max")).reset_index()
-    for (band, seed), same in runs.groupby(["band", "seed"], observed=True):
+    for _, same in runs.groupby(["band", "seed"], observed=True):
         if len(same) > 1:
-            names = " and ".join(map(str, same["run"]))
+            names, (band, seed) = " and ".join(map(str, same["run"])), same[["band", "seed"]].to_numpy()[0]
             yield f"{band}{in_group}: seed {seed} was recorded {len(same)} times ({names}): their mean is used."
-    longest = runs["last"].max()
-    for run in runs[runs["last"] + 1 < 0.95 * (longest + 1)].itertuples():
-        yield f"{run.run} ends at step {run.last:,} of {longest:,}: its later phases are missing."
+    last = dict(zip(runs["run"], runs["last"], strict=True))
+    longest = max(last.values())
+    for run, step in last.items():
+        if step + 1 < 0.95 * (longest + 1):
+            yield f"{run} ends at step {step:,} of {longest:,}: its later phases are missing."
     if short := _beyond_step_sizes(group):
         yield (
             f"In {short:.0%} of the updates{in_group} the largest step size is below the learning rate: the range does "
