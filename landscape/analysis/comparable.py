@@ -1,4 +1,4 @@
-"""Which runs may be compared, and what a reader of a comparison must know about them."""
+"""Groups of runs that may be compared, and what a reader of a comparison must know about them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,7 +35,7 @@ def step_sizes_of(run: pd.DataFrame) -> str:
 
 
 def comparable_groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the runs that share their settings, with what sets them apart.
+    """Yield runs that share settings, with their differing facts.
 
     Args:
         frame: Rows with a column ``run``.
@@ -63,7 +63,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def notes_on_runs(group: pd.DataFrame, in_group: str) -> Iterator[str]:
-    """Yield sentences on seeds that repeat, runs that end early, and step sizes.
+    """Yield sentences on seeds, early ends and step sizes.
 
     Args:
         group: Rows of runs that share their settings, with the columns ``run``, ``band`` and ``seed``.
@@ -87,7 +87,7 @@ def notes_on_runs(group: pd.DataFrame, in_group: str) -> Iterator[str]:
 
 
 def _beyond_step_sizes(group: pd.DataFrame) -> float:
-    """Return the share of updates whose learning rate exceeds the step sizes."""
+    """Return the share of updates with too small step sizes."""
     values, counts = flatten_lists(group, "step_sizes")
     held = counts > 0
     if not held.any() or "lr" not in group:
@@ -97,7 +97,7 @@ def _beyond_step_sizes(group: pd.DataFrame) -> float:
 
 
 def updates_that_rule(sizes: np.ndarray) -> int | None:
-    """Return the number of updates that hold half of a sum.
+    """Return how many updates hold half of a sum.
 
     Args:
         sizes: Sizes of the updates of a phase.
@@ -117,7 +117,7 @@ def updates_that_rule(sizes: np.ndarray) -> int | None:
 
 
 def loss_edges(losses: Sequence[np.ndarray], bins: int) -> np.ndarray | None:
-    """Return edges of bins of training loss that all runs pass through.
+    """Return edges of bins of training loss for all runs.
 
     The bins cover the overlap of the runs, each between its 5 % and 95 % quantile, and hold equally many updates of all
     runs together.

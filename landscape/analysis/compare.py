@@ -115,7 +115,7 @@ def compare(frame: pd.DataFrame, measure: str | Sequence[str] = DEFAULT, referen
 
 
 class _Pair(NamedTuple):
-    """Rows of the two tables for one norm beside the reference."""
+    """Rows of both tables for one norm."""
 
     setting: str
     band: str
@@ -212,7 +212,7 @@ def _sized(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 def _ruled(rows: pd.DataFrame, measure: str) -> Iterator[str]:
     for _, part in rows[rows["finite"]].groupby(["band", "third"]):
-        band, third = part["band"].to_numpy()[0], THIRDS[part["third"].to_numpy()[0]]
+        band, third = next(iter(part["band"])), THIRDS[next(iter(part["third"]))]
         for run, updates in part.groupby("run", observed=True):
             if count := updates_that_rule(np.asarray(updates["size"], float)):
                 yield (
@@ -233,7 +233,7 @@ def _censored(rows: pd.DataFrame, measure: str) -> Iterator[str]:
 
 
 def _compared(rows: pd.DataFrame, measure: str, band: str, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the ratios of each phase, and the values of the seeds."""
+    """Return the ratios of phases, and the seeds' values."""
     finite = rows[np.isfinite(rows["loss"])]
     edges = loss_edges([np.asarray(part["loss"], float) for _, part in finite.groupby("run", observed=True)], len(BINS))
     paired = _same_seeds(rows, band, reference)
@@ -277,7 +277,10 @@ def _per_seed(part: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(seeds: pd.DataFrame, band: str, reference: str, paired: bool, limits: tuple[float, float]) -> dict[str, Any]:
-    """Return the statistics of one phase; NaN where a value is not positive."""
+    """Return the statistics of one phase.
+
+    They are NaN where a value is not positive.
+    """
     of = {name: seeds[seeds["band"] == name].set_index("seed") for name in (band, reference)}
     ours, theirs = (pd.DataFrame(of[name][of[name]["value"].notna()]) for name in (band, reference))
     if paired:

@@ -101,16 +101,19 @@ class Curves:
         return np.where(inside, (1 - weight) * self.q[rows, right - 1] + weight * self.q[rows, right], np.nan)
 
     def change(self, eta: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Return the change of the loss where ``q = a + b eta``."""
+        """Return the change of the loss for linear ``q``."""
         return eta * (eta * (a + b * eta) - self.slope[:, None])
 
     def pieces(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return ``a`` and ``b`` of ``q = a + b eta`` between knots, (rows, J)."""
+        """Return ``a`` and ``b`` between knots.
+
+        There ``q = a + b eta``; both are (rows, J).
+        """
         b = np.diff(self.q, axis=1) / np.diff(self.knots, axis=1)
         return self.q[:, :-1] - b * self.knots[:, :-1], b
 
     def optimal_step(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the step size of the smallest loss, and whether it is inside.
+        """Return the best step size, and True if inside.
 
         Returns:
             ``argmin L(theta - eta d)`` over ``0 <= eta <= largest``, (rows,), and False where it is the largest step
@@ -130,7 +133,7 @@ class Curves:
         return step, step < self.largest
 
     def critical_step(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the step size at which the loss is back, and whether it is inside.
+        """Return the critical step size, and True if inside.
 
         Returns:
             Smallest ``eta > 0`` with ``L(theta - eta d) >= L(theta)``, (rows,), or the largest step size if the loss is
@@ -154,6 +157,6 @@ class Curves:
 
 
 def _roots(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> list[np.ndarray]:
-    """Return both roots of ``a x^2 + b x + c``, without cancellation."""
+    """Return both roots of a quadratic, without cancellation."""
     term = -(b + np.copysign(np.sqrt(b**2 - 4 * a * c), b)) / 2
     return [term / a, c / term]

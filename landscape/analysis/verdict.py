@@ -14,7 +14,9 @@ LEVEL = 0.05
 
 
 def sentence(rows: pd.DataFrame, band: str, reference: str, setting: str, not_finite: Mapping[str, int]) -> str:
-    """Return the text on one pair of norms: a heading, and a line per measure.
+    """Return the text on one pair of norms.
+
+    It is a heading, and a line per measure.
 
     Args:
         rows: Rows of a comparison's table for the pair.
@@ -66,7 +68,7 @@ def _line(measure: str, rows: pd.DataFrame) -> str:
 
 
 def _finding(measure: str, part: pd.DataFrame, phases: str, seeds: int) -> str:
-    """Return how many phases differ, and the ratio of the last one."""
+    """Return how many phases differ, and the last ratio."""
     known = pd.DataFrame(part[part["ratio"].notna()])
     if known.empty:
         return "without a ratio, as values are missing or not positive"

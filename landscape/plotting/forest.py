@@ -59,7 +59,10 @@ def plot_forest(comparison: Comparison) -> Figure:
 
 
 def _rows(table: pd.DataFrame, pairs: list[tuple[str, str, str]]) -> list[tuple[tuple[str, str, str], str]]:
-    """Return pair and phase of each row; a heading has no phase."""
+    """Return pair and phase of each row.
+
+    A heading has no phase.
+    """
     rows = []
     for pair in pairs:
         of_pair = table.loc[(table["setting"] == pair[0]) & (table["band"] == pair[1]), "phase"]
@@ -98,7 +101,7 @@ def _draw(axes: Axes, table: pd.DataFrame, rows: list, colours: dict[str, Colour
 
 
 def _label(first: list[Axes], rows: list) -> None:
-    """Write norms and phases at the first panel of each line."""
+    """Write norms and phases at the first panels."""
     names = [phase or f"{pair[1]}{f', {pair[0]}' if pair[0] else ''}" for pair, phase in rows]
     for axes in first:
         axes.set_yticks(range(len(rows)), names, parse_math=False)
