@@ -1,4 +1,4 @@
-"""How often intervals over a few seeds cover the true ratio: ``python -m benchmarks.coverage``.
+"""Coverage of intervals over a few seeds: ``python -m benchmarks.coverage``.
 
 No training and no timing: seeds are drawn from known distributions, and the intervals are those of `landscape.compare`,
 beside the percentile bootstrap that is in common use.
@@ -19,7 +19,9 @@ SEEDS = (3, 5, 10)
 
 
 def draw(kind: str, n: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the values of two norms at n seeds, and of the second at n other seeds, (n,) each.
+    """Return the values of two norms at n seeds.
+
+    The third array are values of the second norm at n other seeds; each is (n,).
 
     A seed's own part, with a deviation of 0.3 in the logarithm, is shared by both norms. The rest has one of 0.2, or
     twice as much for one norm.

@@ -53,7 +53,7 @@ option = options_under("Comparison")
 def command(
     paths: tuple[str | Path, ...], measures: tuple[str, ...], reference: str, style: str, figure: Path | None
 ) -> None:
-    """Compare norms over seeds: is one smoother, and by how much?
+    """Compare norms over seeds, also at equal loss.
 
     PATHS are folders of runs, folders that hold runs at any depth, or URLs such as s3://bucket/traces. Each seed counts
     once: its mean over the updates of a phase. Phases are thirds of training, and bins in which both norms have the
@@ -97,14 +97,15 @@ def _number(value: float, form: str = ".3g") -> str:
 
 
 def _blocks(comparison: "Comparison") -> list[tuple[str, list[list[str]]]]:
-    """Return a title and lines for each group of runs and measure."""
+    """Return title and lines of each table."""
     blocks = []
-    for (setting, measure), rows in comparison.table.groupby(["setting", "measure"], sort=False):
+    for key, rows in comparison.table.groupby(["setting", "measure"], sort=False):
+        setting, measure = map(str, key)  # pyright: ignore[reportArgumentType]
         rows = rows.assign(place=rows["phase"].map(list(dict.fromkeys(rows["phase"])).index)).sort_values(
             "place", kind="stable"
         )
         references = " and ".join(rows["reference"].unique())
-        title = f"{measure}: {MEASURES[str(measure)].title}, relative to {references}{f' ({setting})' * bool(setting)}"
+        title = f"{measure}: {MEASURES[measure].title}, relative to {references}{f' ({setting})' * bool(setting)}"
         blocks.append((title, [_cells(row) for row in rows.to_dict("records")]))
     return blocks
 

@@ -1,4 +1,4 @@
-"""Which runs may be compared, and what a reader of a comparison must know about them."""
+"""Groups of runs that may be compared, and what a reader of a comparison must know about them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,7 +35,7 @@ def step_sizes_of(run: pd.DataFrame) -> str:
 
 
 def comparable_groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the runs that share their settings, with what sets them apart.
+    """Yield runs that share settings, with their differing facts.
 
     Args:
         frame: Rows with a column ``run``.
@@ -48,13 +48,13 @@ def comparable_groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]
     runs = frame.groupby("run", observed=True, sort=False)
     facts = runs[names].first() if names else pd.DataFrame(index=runs.size().index)
     facts["step sizes"] = [step_sizes_of(rows) for _, rows in runs]
-    facts = facts.astype(object).where(facts.notna(), None)
-    differing = [name for name in facts if len(set(facts[name].map(repr))) > 1]
-    keys = facts[differing].apply(lambda row: ", ".join(_shown(name, row[name]) for name in differing), axis=1)
-    labels = dict(zip(facts.index, keys if differing else [""] * len(facts), strict=True))
-    label = frame["run"].map(labels).astype(object)
-    for text in dict.fromkeys(labels.values()):
-        yield str(text), frame[(label == text).to_numpy()]
+    records = pd.DataFrame(facts.astype(object).where(facts.notna(), None)).to_dict("records")
+    differing = [name for name in facts.columns if len({repr(run[name]) for run in records}) > 1]
+    texts = [", ".join(_shown(str(name), run[name]) for name in differing) for run in records]
+    labels = dict(zip(facts.index, texts, strict=True))
+    label = np.array([labels[run] for run in frame["run"]], dtype=object)
+    for text in dict.fromkeys(texts):
+        yield text, pd.DataFrame(frame[label == text])
 
 
 def _shown(name: str, value: Any) -> str:
@@ -63,20 +63,22 @@ def _shown(name: str, value: Any) -> str:
 
 
 def notes_on_runs(group: pd.DataFrame, in_group: str) -> Iterator[str]:
-    """Yield sentences on seeds that repeat, runs that end early, and step sizes.
+    """Yield sentences on seeds, early ends and step sizes.
 
     Args:
         group: Rows of runs that share their settings, with the columns ``run``, ``band`` and ``seed``.
         in_group: Text that names the group.
     """
     runs = group.groupby(["band", "run"], observed=True).agg(seed=("seed", "first"), last=("step", "max")).reset_index()
-    for (band, seed), same in runs.groupby(["band", "seed"], observed=True):
+    for _, same in runs.groupby(["band", "seed"], observed=True):
         if len(same) > 1:
-            names = " and ".join(map(str, same["run"]))
+            names, (band, seed) = " and ".join(map(str, same["run"])), same[["band", "seed"]].to_numpy()[0]
             yield f"{band}{in_group}: seed {seed} was recorded {len(same)} times ({names}): their mean is used."
-    longest = runs["last"].max()
-    for run in runs[runs["last"] + 1 < 0.95 * (longest + 1)].itertuples():
-        yield f"{run.run} ends at step {run.last:,} of {longest:,}: its later phases are missing."
+    last = dict(zip(runs["run"], runs["last"], strict=True))
+    longest = max(last.values())
+    for run, step in last.items():
+        if step + 1 < 0.95 * (longest + 1):
+            yield f"{run} ends at step {step:,} of {longest:,}: its later phases are missing."
     if short := _beyond_step_sizes(group):
         yield (
             f"In {short:.0%} of the updates{in_group} the largest step size is below the learning rate: the range does "
@@ -85,7 +87,7 @@ def notes_on_runs(group: pd.DataFrame, in_group: str) -> Iterator[str]:
 
 
 def _beyond_step_sizes(group: pd.DataFrame) -> float:
-    """Return the share of updates whose learning rate exceeds the step sizes."""
+    """Return the share of updates with too small step sizes."""
     values, counts = flatten_lists(group, "step_sizes")
     held = counts > 0
     if not held.any() or "lr" not in group:
@@ -95,7 +97,7 @@ def _beyond_step_sizes(group: pd.DataFrame) -> float:
 
 
 def updates_that_rule(sizes: np.ndarray) -> int | None:
-    """Return the number of updates that hold half of a sum.
+    """Return how many updates hold half of a sum.
 
     Args:
         sizes: Sizes of the updates of a phase.
@@ -115,7 +117,7 @@ def updates_that_rule(sizes: np.ndarray) -> int | None:
 
 
 def loss_edges(losses: Sequence[np.ndarray], bins: int) -> np.ndarray | None:
-    """Return edges of bins of training loss that all runs pass through.
+    """Return edges of bins of training loss for all runs.
 
     The bins cover the overlap of the runs, each between its 5 % and 95 % quantile, and hold equally many updates of all
     runs together.

@@ -105,7 +105,8 @@ def compare(frame: pd.DataFrame, measure: str | Sequence[str] = DEFAULT, referen
     table, texts = pd.concat([pair.table for pair in pairs], ignore_index=True), []
     families = table.groupby(["setting", "measure"], sort=False)["p"]
     table["p_holm"] = families.transform(lambda p: statistics.holm(p.tolist()))
-    for (setting, band, other), rows in table.groupby(["setting", "band", "reference"], sort=False):
+    for key, rows in table.groupby(["setting", "band", "reference"], sort=False):
+        setting, band, other = map(str, key)  # pyright: ignore[reportArgumentType]
         lost = {pair.not_finite for pair in pairs if (pair.setting, pair.band) == (setting, band)}
         texts.append(sentence(rows, band, other, setting, dict(next(iter(lost)))))
     seeds = pd.concat([pair.seeds for pair in pairs], ignore_index=True).drop_duplicates(ignore_index=True)
@@ -114,7 +115,7 @@ def compare(frame: pd.DataFrame, measure: str | Sequence[str] = DEFAULT, referen
 
 
 class _Pair(NamedTuple):
-    """Rows of the two tables for one norm beside the reference."""
+    """Rows of both tables for one norm."""
 
     setting: str
     band: str
@@ -143,9 +144,9 @@ class _Group:
 
     @property
     def bands(self) -> list[str]:
-        order = band_labels(self.frame.drop(columns="band")).cat.categories if "norm" in self.frame else ()
         held = list(dict.fromkeys(self.frame["band"]))
-        return sorted(held, key=lambda band: list(order).index(band) if band in order else len(held))
+        order = list(band_labels(self.frame.drop(columns="band")).cat.categories) if "norm" in self.frame else []
+        return sorted(held, key=lambda band: order.index(band) if band in order else len(held))
 
     def notes(self, several: bool) -> Iterator[str]:
         text = f" ({self.setting})" if several else ""
@@ -161,7 +162,9 @@ class _Group:
             notes += _ruled(rows, name)
             notes += _censored(rows, name)
         for band in others:
-            parts = {name: rows[rows["band"].isin([band, self.reference])] for name, rows in sized.items()}
+            parts = {
+                name: pd.DataFrame(rows[rows["band"].isin([band, self.reference])]) for name, rows in sized.items()
+            }
             results = [_compared(rows, name, band, self.reference) for name, rows in parts.items()]
             table = pd.concat([result for result, _ in results], ignore_index=True)
             values = pd.concat([found for _, found in results], ignore_index=True)
@@ -198,21 +201,22 @@ def _check_bands(groups: Sequence[_Group]) -> None:
 
 def _sized(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Return the size of each update that has the measure."""
-    held = frame[has_inputs(frame, measure)]
-    columns = ["run", "band", "seed", "third", "loss"]
+    held = pd.DataFrame(frame[has_inputs(frame, measure)])
+    rows = pd.DataFrame(held[["run", "band", "seed", "third", "loss"]])
     if held.empty:
-        return held[columns].assign(size=0.0, finite=True, inside=True)
+        return rows.assign(size=0.0, finite=True, inside=True)
     held = measured(held, measure)
     inside = held.get(f"{measure}_inside", pd.Series(True, held.index))
-    return held[columns].assign(size=size_of(held, measure), finite=is_finite(held, measure), inside=inside)
+    return rows.assign(size=size_of(held, measure), finite=is_finite(held, measure), inside=inside)
 
 
 def _ruled(rows: pd.DataFrame, measure: str) -> Iterator[str]:
-    for (band, third), part in rows[rows["finite"]].groupby(["band", "third"]):
+    for _, part in rows[rows["finite"]].groupby(["band", "third"]):
+        band, third = next(iter(part["band"])), THIRDS[next(iter(part["third"]))]
         for run, updates in part.groupby("run", observed=True):
-            if count := updates_that_rule(updates["size"].to_numpy()):
+            if count := updates_that_rule(np.asarray(updates["size"], float)):
                 yield (
-                    f"{measure}, {band}, {THIRDS[int(third)]}: half of the mean of {run} comes from {count} of "
+                    f"{measure}, {band}, {third}: half of the mean of {run} comes from {count} of "
                     f"{len(updates):,} updates. Look at ratio_of_medians, too."
                 )
                 break
@@ -220,7 +224,7 @@ def _ruled(rows: pd.DataFrame, measure: str) -> Iterator[str]:
 
 def _censored(rows: pd.DataFrame, measure: str) -> Iterator[str]:
     for band, part in rows[rows["finite"]].groupby("band"):
-        beyond = 1 - part["inside"].astype(float).mean()
+        beyond = float(1 - np.asarray(part["inside"], float).mean())
         if beyond > 0:
             yield (
                 f"{measure}, {band}: in {beyond:.0%} of the updates the step lies beyond the largest step size "
@@ -229,9 +233,9 @@ def _censored(rows: pd.DataFrame, measure: str) -> Iterator[str]:
 
 
 def _compared(rows: pd.DataFrame, measure: str, band: str, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the ratios of each phase, and the values of the seeds."""
+    """Return the ratios of phases, and the seeds' values."""
     finite = rows[np.isfinite(rows["loss"])]
-    edges = loss_edges([part["loss"].to_numpy() for _, part in finite.groupby("run", observed=True)], len(BINS))
+    edges = loss_edges([np.asarray(part["loss"], float) for _, part in finite.groupby("run", observed=True)], len(BINS))
     paired = _same_seeds(rows, band, reference)
     results, values = [], []
     for index, phase in enumerate(PHASES):
@@ -245,7 +249,7 @@ def _compared(rows: pd.DataFrame, measure: str, band: str, reference: str) -> tu
             limits = (float(edges[position]), float(edges[position + 1]))
             above = rows["loss"] > limits[0] if position else rows["loss"] >= limits[0]
             part = rows[above & (rows["loss"] <= limits[1])]
-        seeds = _per_seed(part)
+        seeds = _per_seed(pd.DataFrame(part))
         names = {"measure": measure, "phase": phase}
         results.append(names | _row(seeds, band, reference, paired, limits))
         values.append(seeds.assign(**names, reference=reference if phase in BINS else ""))
@@ -273,15 +277,19 @@ def _per_seed(part: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(seeds: pd.DataFrame, band: str, reference: str, paired: bool, limits: tuple[float, float]) -> dict[str, Any]:
-    """Return the statistics of one phase; NaN where a value is not positive."""
+    """Return the statistics of one phase.
+
+    They are NaN where a value is not positive.
+    """
     of = {name: seeds[seeds["band"] == name].set_index("seed") for name in (band, reference)}
-    ours, theirs = (of[name][of[name]["value"].notna()] for name in (band, reference))
+    ours, theirs = (pd.DataFrame(of[name][of[name]["value"].notna()]) for name in (band, reference))
     if paired:
         both = ours.index.intersection(theirs.index)
         ours, theirs = ours.loc[both], theirs.loc[both]
     facts: dict[str, Any] = {"band": band, "reference": reference, "loss_from": limits[0], "loss_to": limits[1]}
     facts["seeds"] = min(len(ours), len(theirs))
-    if facts["seeds"] == 0 or (ours["value"] <= 0).any() or (theirs["value"] <= 0).any():
+    a, b = ours["value"].to_numpy(float), theirs["value"].to_numpy(float)
+    if facts["seeds"] == 0 or min(a.min(), b.min()) <= 0:
         unknown = ("ratio", "low", "high", "p", "smallest_p", "superiority", "ratio_of_medians")
         method = "no value" if facts["seeds"] == 0 else "not positive"
         return (
@@ -294,7 +302,6 @@ def _row(seeds: pd.DataFrame, band: str, reference: str, paired: bool, limits: t
                 "seed_ratios": {},
             }
         )
-    a, b = ours["value"].to_numpy(float), theirs["value"].to_numpy(float)
     result = statistics.ratio(a, b, paired)
     own = a / (b if paired else np.exp(np.log(b).mean()))
     one = result.method == statistics.SINGLE

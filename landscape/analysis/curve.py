@@ -22,11 +22,13 @@ class Curves:
     Attributes:
         knots: 0 and the positive step sizes, ascending, (rows, J + 1); NaN after the last one of a row.
         q: ``q`` at the knots, (rows, J + 1).
+        back: True at the knots whose loss is at least ``L(theta)``, (rows, J + 1); False at 0 and at NaN.
         slope: ``s``, (rows,).
     """
 
     knots: np.ndarray
     q: np.ndarray
+    back: np.ndarray
     slope: np.ndarray
 
     @classmethod
@@ -56,8 +58,10 @@ class Curves:
         column = np.arange(len(row)) - np.searchsorted(row, row) - negative[row] + 1
         positive = eta > 0
         knots = np.full((rows, max(column.max(initial=0), 0) + 1), np.nan)
-        values = knots.copy()
-        knots[row[positive], column[positive]], values[row[positive], column[positive]] = eta[positive], q[positive]
+        values, back = knots.copy(), np.zeros(knots.shape, bool)
+        at = row[positive], column[positive]
+        knots[at], values[at] = eta[positive], q[positive]
+        back[at] = (value >= loss[row])[positive]  # Of the losses, because the curve has rounding errors.
         counts = np.bincount(row, minlength=rows)
         held = np.flatnonzero(counts)
         start = np.searchsorted(row, held)
@@ -67,7 +71,7 @@ class Curves:
         width = eta[second] - eta[first]
         rise = np.divide(q[second] - q[first], width, out=np.zeros(len(held)), where=width != 0)
         knots[held, 0], values[held, 0] = 0.0, q[first] - eta[first] * rise
-        return cls(knots, values, slope)
+        return cls(knots, values, back, slope)
 
     @property
     def limit(self) -> np.ndarray:
@@ -101,16 +105,19 @@ class Curves:
         return np.where(inside, (1 - weight) * self.q[rows, right - 1] + weight * self.q[rows, right], np.nan)
 
     def change(self, eta: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Return the change of the loss where ``q = a + b eta``."""
+        """Return the change of the loss for linear ``q``."""
         return eta * (eta * (a + b * eta) - self.slope[:, None])
 
     def pieces(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return ``a`` and ``b`` of ``q = a + b eta`` between knots, (rows, J)."""
+        """Return ``a`` and ``b`` between knots.
+
+        There ``q = a + b eta``; both are (rows, J).
+        """
         b = np.diff(self.q, axis=1) / np.diff(self.knots, axis=1)
         return self.q[:, :-1] - b * self.knots[:, :-1], b
 
     def optimal_step(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the step size of the smallest loss, and whether it is inside.
+        """Return the best step size, and True if inside.
 
         Returns:
             ``argmin L(theta - eta d)`` over ``0 <= eta <= largest``, (rows,), and False where it is the largest step
@@ -130,7 +137,7 @@ class Curves:
         return step, step < self.largest
 
     def critical_step(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the step size at which the loss is back, and whether it is inside.
+        """Return the critical step size, and True if inside.
 
         Returns:
             Smallest ``eta > 0`` with ``L(theta - eta d) >= L(theta)``, (rows,), or the largest step size if the loss is
@@ -139,8 +146,7 @@ class Curves:
         """
         a, b = self.pieces()
         crossings = self._inside(_roots(b, a, -self.slope[:, None]))
-        back = self.knots[:, 1:] * self.q[:, 1:] >= self.slope[:, None]
-        steps = np.concatenate([np.where(back, self.knots[:, 1:], np.nan), *crossings], axis=1)
+        steps = np.concatenate([np.where(self.back, self.knots, np.nan), *crossings], axis=1)
         first = np.fmin.reduce(steps, axis=1, initial=np.inf)
         first[(self.slope < 0) | ((self.slope == 0) & (self.limit >= 0))] = 0.0
         inside = np.isfinite(first)
@@ -154,6 +160,6 @@ class Curves:
 
 
 def _roots(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> list[np.ndarray]:
-    """Return both roots of ``a x^2 + b x + c``, without cancellation."""
+    """Return both roots of a quadratic, without cancellation."""
     term = -(b + np.copysign(np.sqrt(b**2 - 4 * a * c), b)) / 2
     return [term / a, c / term]

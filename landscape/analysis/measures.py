@@ -112,7 +112,7 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 
 def _scalar(measure: str, value: np.ndarray, inside: np.ndarray | None = None) -> dict[str, Any]:
-    """Return the columns of a measure with one value per update."""
+    """Return the columns of one value per update."""
     columns: dict[str, Any] = dict.fromkeys((measure, f"{measure}_min", f"{measure}_max"), value)
     if inside is not None:
         columns[f"{measure}_inside"] = pd.arrays.BooleanArray(inside, np.isnan(value))

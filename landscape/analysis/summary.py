@@ -152,12 +152,15 @@ def size_of(frame: pd.DataFrame, measure: str) -> pd.Series:
         frame: Frame returned by ``measured(frame, measure)``.
         measure: A measure of :func:`measured`.
     """
-    low, high, info = frame[f"{measure}_min"], frame[f"{measure}_max"], MEASURES[measure]
+    info = MEASURES[measure]
+    low, high = (frame[f"{measure}_{end}"].to_numpy(float, na_value=np.nan) for end in ("min", "max"))
     if not info.has_origin:
-        return high - low
-    if not info.band or info.smoother == "higher":
-        return low
-    return pd.Series(np.maximum(low.abs(), high.abs()))
+        sizes = high - low
+    elif not info.band or info.smoother == "higher":
+        sizes = low
+    else:
+        sizes = np.maximum(np.abs(low), np.abs(high))
+    return pd.Series(sizes, frame.index)
 
 
 def is_finite(frame: pd.DataFrame, measure: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from landscape.analysis.statistics import PAIRED, SINGLE, WELCH, seeds_needed
@@ -13,7 +14,9 @@ LEVEL = 0.05
 
 
 def sentence(rows: pd.DataFrame, band: str, reference: str, setting: str, not_finite: Mapping[str, int]) -> str:
-    """Return the text on one pair of norms: a heading, and a line per measure.
+    """Return the text on one pair of norms.
+
+    It is a heading, and a line per measure.
 
     Args:
         rows: Rows of a comparison's table for the pair.
@@ -22,11 +25,11 @@ def sentence(rows: pd.DataFrame, band: str, reference: str, setting: str, not_fi
         setting: What sets this group of runs apart from others, or nothing.
         not_finite: Number of updates by label that are left out because a loss is NaN or infinite.
     """
-    compared = rows[rows["method"].isin([PAIRED, WELCH, SINGLE])]
+    compared = pd.DataFrame(rows[rows["method"].isin([PAIRED, WELCH, SINGLE])])
     method = str(compared["method"].iloc[0]) if len(compared) else "no ratio"
-    n = int(compared["seeds"].max()) if len(compared) else 0
+    n = int(compared["seeds"].to_numpy().max()) if len(compared) else 0
     head = f"{band} beside {reference}{f' ({setting})' if setting else ''}, {_design(method, n)}:"
-    lines = [f"- {_line(name, part)}" for name, part in rows.groupby("measure", sort=False)]
+    lines = [f"- {_line(str(name), part)}" for name, part in rows.groupby("measure", sort=False)]
     if method == SINGLE:
         needed = ", ".join(f"{seeds_needed(spread)} at {spread:.0%}" for spread in (0.05, 0.1, 0.2))
         lines.append(
@@ -34,9 +37,10 @@ def sentence(rows: pd.DataFrame, band: str, reference: str, setting: str, not_fi
             f"seeds a ratio of 1.2 takes depends on how much the ratio varies between seeds: {needed}."
         )
     elif len(compared):
-        floor = compared["smallest_p"].min()
+        floor = np.nanmin(compared["smallest_p"].to_numpy(float))
         lines.append(
-            f"- The intervals assume normal log ratios. A test without this cannot give a p below {floor:.2g} here."
+            f"- 95 % intervals by {method} on log ratios, p by Holm. They assume normal log ratios; a test that does "
+            f"not cannot give a p below {floor:.2g} here."
         )
     if lost := [f"{count:,} of {name}" for name, count in not_finite.items() if count]:
         lines.append(f"- Left out, because a loss is NaN or infinite: {' and '.join(lost)} (updates).")
@@ -48,33 +52,33 @@ def _design(method: str, n: int) -> str:
         return "one seed"
     if not n:
         return "no ratio"
-    seeds = f"{n} paired seeds" if method == PAIRED else "seeds that do not pair"
-    return f"{seeds} ({method} on log ratios, 95 % intervals, p by Holm)"
+    return f"{n} paired seeds" if method == PAIRED else "seeds that do not pair"
 
 
 def _line(measure: str, rows: pd.DataFrame) -> str:
-    rows = rows.set_index("phase")
-    thirds = rows[[phase.endswith("third") for phase in rows.index]]
-    bins = rows[[phase.endswith("loss") for phase in rows.index]]
+    rows, seeds = rows.set_index("phase"), int(rows["seeds"].to_numpy().max())
+    thirds = pd.DataFrame(rows[[phase.endswith("third") for phase in rows.index]])
+    bins = pd.DataFrame(rows[[phase.endswith("loss") for phase in rows.index]])
     at_equal_loss = (
-        f"at equal loss {_finding(measure, bins, 'bins')}"
+        f"at equal loss {_finding(measure, bins, 'bins', seeds)}"
         if len(bins)
         else "never at the same training loss, so norm and loss cannot be told apart"
     )
-    return f"{measure}: {_finding(measure, thirds, 'thirds of training')}; {at_equal_loss}."
+    return f"{measure}: {_finding(measure, thirds, 'thirds of training', seeds)}; {at_equal_loss}."
 
 
-def _finding(measure: str, part: pd.DataFrame, phases: str) -> str:
-    """Return how many phases differ, and the ratio of the last one."""
-    known = part[part["ratio"].notna()]
+def _finding(measure: str, part: pd.DataFrame, phases: str, seeds: int) -> str:
+    """Return how many phases differ, and the last ratio."""
+    known = pd.DataFrame(part[part["ratio"].notna()])
     if known.empty:
         return "without a ratio, as values are missing or not positive"
     last = known.iloc[-1]
     shown = f"{last.name} {_ratio(last)}"
     if last["method"] == SINGLE:
         return shown
-    larger = int(((part["ratio"] > 1) & (part["p_holm"] < LEVEL)).sum())
-    smaller = int(((part["ratio"] < 1) & (part["p_holm"] < LEVEL)).sum())
+    # A phase that some seeds never reach is one of selected seeds.
+    ratios = np.asarray(known.loc[(known["p_holm"] < LEVEL) & (known["seeds"] == seeds), "ratio"], float)
+    larger, smaller = int((ratios > 1).sum()), int((ratios < 1).sum())
     rough = MEASURES[measure].smoother == "lower"
     words = {"rougher": larger if rough else smaller, "smoother": smaller if rough else larger}
     held = [f"{word} in {count} of {len(part)} {phases}" for word, count in words.items() if count]

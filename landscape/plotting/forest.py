@@ -1,7 +1,5 @@
 """The forest plot of a comparison: ratios with intervals, and a dot per seed."""
 
-from itertools import groupby
-
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -53,7 +51,7 @@ def plot_forest(comparison: Comparison) -> Figure:
         for axes in grid[len(measures) :]:
             axes.remove()
         for axes, measure in zip(grid, measures, strict=False):
-            _draw(axes, table[table["measure"] == measure], rows, colours)
+            _draw(axes, pd.DataFrame(table[table["measure"] == measure]), rows, colours)
             axes.set_title(MEASURES[measure].title, loc="left")
         _label(list(grid[: len(measures)][::columns]), rows)
         footnote(figure, _caption(table))
@@ -61,11 +59,14 @@ def plot_forest(comparison: Comparison) -> Figure:
 
 
 def _rows(table: pd.DataFrame, pairs: list[tuple[str, str, str]]) -> list[tuple[tuple[str, str, str], str]]:
-    """Return pair and phase of each row; a heading has no phase."""
+    """Return pair and phase of each row.
+
+    A heading has no phase.
+    """
     rows = []
     for pair in pairs:
-        of_pair = table[(table["setting"] == pair[0]) & (table["band"] == pair[1])]
-        rows += [(pair, ""), *((pair, phase) for phase in of_pair["phase"].unique())]
+        of_pair = table.loc[(table["setting"] == pair[0]) & (table["band"] == pair[1]), "phase"]
+        rows += [(pair, ""), *((pair, phase) for phase in dict.fromkeys(of_pair))]
     return rows
 
 
@@ -100,7 +101,7 @@ def _draw(axes: Axes, table: pd.DataFrame, rows: list, colours: dict[str, Colour
 
 
 def _label(first: list[Axes], rows: list) -> None:
-    """Write norms and phases at the first panel of each line."""
+    """Write norms and phases at the first panels."""
     names = [phase or f"{pair[1]}{f', {pair[0]}' if pair[0] else ''}" for pair, phase in rows]
     for axes in first:
         axes.set_yticks(range(len(rows)), names, parse_math=False)
@@ -111,7 +112,7 @@ def _label(first: list[Axes], rows: list) -> None:
 
 def _caption(table: pd.DataFrame) -> str:
     references = " and ".join(table["reference"].unique())
-    methods = [method for method, _ in groupby(sorted(table.loc[table["low"].notna(), "method"]))]
+    methods = sorted(set(table.loc[table["low"].notna(), "method"]))
     intervals = f"Bars: 95 % intervals ({' or '.join(methods)} on log ratios)." if methods else "One seed."
     counts = sorted(set(table["seeds"]))
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])

@@ -97,6 +97,11 @@ def test_equal_loss_separates_norm_from_progress():
     limits = table.loc[list(BINS), ["loss_from", "loss_to"]].to_numpy(float)
     assert (limits[:-1, 0] == limits[1:, 1]).all()
     assert (limits[:, 0] < limits[:, 1]).all()
+    seeds = compare(pd.concat(runs), measure="range").seeds
+    for (low, high), phase in zip(limits, BINS, strict=True):
+        for norm, loss in (("BatchNorm", runs[0]["loss"]), ("No normalization", slow)):
+            counts = seeds.query(f"phase == {phase!r} and band == {norm!r}")["updates"]
+            assert set(counts) == {((loss > low) & (loss <= high)).sum() + (loss == low).sum() * (phase == BINS[-1])}
 
 
 def test_losses_without_overlap():
@@ -128,6 +133,7 @@ def test_one_seed():
     [
         ("epochs", (2, 3)),
         ("every", (1, 5)),
+        ("overhead", (None, 0.1)),
         ("batch_size", (64, 128)),
         ("precision", ("float32", "bfloat16")),
         ("direction", ("gradient", "update")),

@@ -120,6 +120,18 @@ def test_critical_step_censored():
     assert 0.5 < found["critical_step"][1] < 1.0
 
 
+def test_critical_step_at_a_point():
+    """A loss that is back exactly at a recorded point is found in spite of rounding."""
+    generator = np.random.default_rng(0)
+    loss, slope, last = generator.uniform(0.1, 3, (3, 200))
+    first = loss - slope * last / 3
+    rows = pd.DataFrame({"loss": loss, "slope": slope})
+    rows["step_sizes"], rows["losses"] = list(np.stack([last / 2, last], 1)), list(np.stack([first, loss], 1))
+    found = measured(rows, "critical_step")
+    close(found["critical_step"], last)
+    assert found["critical_step_inside"].all()
+
+
 def test_lost_share_beyond_step_sizes():
     run = frame(steps=3).assign(lr=[0.0, 0.4, 0.5])  # the largest step size is 0.4
     assert list(measured(run, "lost_share")["lost_share"].isna()) == [True, False, True]

@@ -40,9 +40,9 @@ def test_numbers_are_the_table():
 def test_colours_are_those_of_the_bands():
     runs = frames("batch", "none", "ghost", seeds=(0, 1))
     _, diamonds, _ = drawn(plot_forest(compare(runs, measure="range")).axes[0])
-    lines = plot_landscape(runs, layout="overlay").axes[0].lines
-    by_loss = {to_rgb(line.get_color()) for line in lines}
-    assert {to_rgb(diamond.get_color()) for diamond in diamonds} < by_loss
+    figure = plot_landscape(runs, measure="range")
+    in_order = [to_rgb(line.get_color()) for line in figure.legends[0].get_lines()]  # none, batch, ghost
+    assert list(dict.fromkeys(to_rgb(diamond.get_color()) for diamond in diamonds)) == [in_order[0], in_order[2]]
 
 
 def test_one_seed_has_no_interval():
