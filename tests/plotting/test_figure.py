@@ -37,6 +37,7 @@ JOURNAL = {
     "savefig.pad_inches": 1.0,
     "axes.spines.left": False,
     "axes.grid": True,
+    "axes.unicode_minus": False,
     "lines.linewidth": 5,
     "axes.prop_cycle": plt.cycler(color=["red"]),
     "axes.formatter.limits": (-1, 1),
@@ -119,7 +120,11 @@ def test_drawn_on_a_canvas_in_any_style(style):
         canvas.draw()
         return np.asarray(canvas.buffer_rgba()).copy()
 
-    expected, figure = pixels(norms()), norms()  # Powers of 10 are set in fonts that are chosen while drawing.
+    def below_zero():
+        run = frame(steps=10)
+        return plot_landscape(run.assign(**{name: run[name] - 5 for name in ("loss", "loss_min", "loss_max")}))
+
+    expected, figure = pixels(below_zero()), below_zero()  # Tick labels, with their signs, are made while drawing.
     with mpl.rc_context(dict(STYLES[style])):
         np.testing.assert_array_equal(pixels(figure), expected)
 
