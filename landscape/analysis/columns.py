@@ -14,8 +14,8 @@ LISTS = ("step_sizes", "losses", "gradient_distances", "gradient_cosines")
 """Columns with a list in each row."""
 NUMBERS = (
     *("step", "epoch", "lr", "loss", "grad_norm", "slope", "direction_norm", "gradient_rest", "seconds"),
-    *(f"{measure}{end}" for measure in MEASURES for end in ("_min", "_max")),
-    "beta",
+    *(f"{measure}{end}" for measure in MEASURES if measure != "loss" for end in ("", "_min", "_max")),
+    *("loss_min", "loss_max"),
 )
 """Columns with a number in each row."""
 _WRAPPED = re.compile(r"(?:np\.|numpy\.)?(?:float\d+|array|tensor)\(|dtype=[\w.]+|\)")

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from landscape.analysis import statistics
+from landscape.analysis.columns import normalized
 from landscape.analysis.comparable import comparable_groups, loss_edges, notes_on_runs, updates_that_rule
 from landscape.analysis.labels import band_labels
 from landscape.analysis.measures import has_inputs, measured
@@ -64,7 +65,7 @@ def compare(frame: pd.DataFrame, measure: str | Sequence[str] = DEFAULT, referen
     Runs whose settings differ (recipe, step sizes, batch size, epochs, ...) are compared in separate groups.
 
     Args:
-        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``, or any frame with their columns.
         measure: Name of a measure of :func:`landscape.measured`, or several. Those that no run recorded are named in
             the notes.
         reference: Norm, or label of :func:`band_labels`, that the others are divided by; without it in a group, the
@@ -93,6 +94,7 @@ def compare(frame: pd.DataFrame, measure: str | Sequence[str] = DEFAULT, referen
         check_measure(name)
     if frame.empty:
         raise LandscapeError("The frame has no rows. Use a frame of read_traces or LandscapeProbe.frame.")
+    frame = normalized(frame, ("step",))
     known = [name for name in measures if has_inputs(frame, name).any()]
     if not known:
         measured(frame, measures[0])  # raises, and names what is missing

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from landscape.analysis.compare import Comparison
 from landscape.names import MEASURES
-from landscape.plotting.figure import LandscapeFigure, footnote
+from landscape.plotting.figure import LandscapeFigure, figure_style, footnote
 from landscape.plotting.landscape import Colour, _colours
 
 ROW = 0.19
@@ -44,7 +44,7 @@ def plot_forest(comparison: Comparison) -> Figure:
     rows = _rows(table, pairs)
     columns = min(COLUMNS, len(measures))
     panels = -(-len(measures) // columns)
-    with sns.axes_style("ticks"), sns.plotting_context("paper"):
+    with figure_style():
         figure = LandscapeFigure(figsize=(8, 1.2 + panels * (0.6 + ROW * len(rows))), layout="constrained")
         grid = figure.subplots(panels, columns, sharey=True, squeeze=False).ravel()
         colours = _colours(comparison.bands)

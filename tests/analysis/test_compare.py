@@ -264,3 +264,10 @@ def test_loss_edges():
     counts = [((within > low) & (within <= high)).sum() for low, high in pairwise(edges)]
     assert abs(counts[0] - counts[1]) <= 1
     assert loss_edges([np.ones(5), np.ones(5)], 3) is None
+
+
+def test_frame_after_csv(tmp_path):
+    """Numbers and lists are read from their text."""
+    pairs().to_csv(tmp_path / "rows.csv")
+    table = compare(pd.read_csv(tmp_path / "rows.csv"), measure=["range", "lost_share"]).table
+    np.testing.assert_allclose(table["ratio"], 3.0, rtol=1e-6)
