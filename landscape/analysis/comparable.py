@@ -79,14 +79,14 @@ def notes_on_runs(group: pd.DataFrame, in_group: str) -> Iterator[str]:
     for run, step in last.items():
         if step + 1 < 0.95 * (longest + 1):
             yield f"{run} ends at step {step:,} of {longest:,}: its later phases are missing."
-    if short := _beyond_step_sizes(group):
+    if short := share_beyond_step_sizes(group):
         yield (
             f"In {short:.0%} of the updates{in_group} the largest step size is below the learning rate: the range does "
             "not see the step that is taken, and lost_share and sharpness are missing there."
         )
 
 
-def _beyond_step_sizes(group: pd.DataFrame) -> float:
+def share_beyond_step_sizes(group: pd.DataFrame) -> float:
     """Return the share of updates with too small step sizes."""
     values, counts = flatten_lists(group, "step_sizes")
     held = counts > 0

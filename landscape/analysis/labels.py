@@ -5,18 +5,25 @@ from typing import Any
 
 import pandas as pd
 
+from landscape.analysis.comparable import step_sizes_of
 from landscape.errors import LandscapeError
 from landscape.names import NORMS, NormInfo
 from landscape.text import short
 
-SETTINGS = ("dataset", "model", "batch_size", "base_lr", "direction")
+SETTINGS = (
+    *("recipe", "dataset", "model", "batch_size", "epochs", "train_samples", "base_lr", "precision", "direction"),
+    "every",
+)
 """Metadata that is added to the labels if runs differ in it."""
+STEP_SIZES = "step sizes"
+"""Name of the column of step sizes as text, which are added likewise."""
 
 
 def band_labels(frame: pd.DataFrame) -> pd.Series:
     """Return the label of the band of each row.
 
-    Runs with the same norm, groups, implementation of GhostNorm and ``SETTINGS`` share a band, whatever their seed.
+    Runs with the same norm, groups, implementation of GhostNorm, ``SETTINGS`` and step sizes share a band, whatever
+    their seed.
     Without a column ``norm`` every run is a band, and without ``run`` as well there is one band with an empty label.
 
     Args:
@@ -36,13 +43,13 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
     """
     if "norm" not in frame:
         return pd.Series(frame.get("run", ""), frame.index, dtype="category")
-    names = [name for name in ("norm", "groups", "channel_groups", "ghost_by", *SETTINGS) if name in frame]
+    frame = _with_step_sizes(frame)
+    settings = [name for name in (*SETTINGS, STEP_SIZES) if name in frame]
+    names = [*(name for name in ("norm", "groups", "channel_groups", "ghost_by") if name in frame), *settings]
     # A run without a norm in its metadata is a separate band.
     runs = frame["run"].astype(object) if "run" in frame else pd.Series("", frame.index)
     keys = frame[names].assign(run=runs.where(frame["norm"].isna()))
-    differing = [
-        name for name in SETTINGS if name in frame and len(frame.loc[frame["norm"].notna(), name].unique()) > 1
-    ]
+    differing = [name for name in settings if len(frame.loc[frame["norm"].notna(), name].unique()) > 1]
     number = keys.groupby(list(keys), observed=True, dropna=False, sort=False).ngroup()
     facts = keys.loc[~number.duplicated()].astype(object)
     facts = facts.where(facts.notna(), None).to_dict("records")
@@ -53,6 +60,16 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
     categories = list(dict.fromkeys(order))
     codes = pd.Index(categories).get_indexer(pd.Index(labels))
     return pd.Series(pd.Categorical.from_codes(codes[number], categories), frame.index)
+
+
+def _with_step_sizes(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add step sizes as text, if there are runs."""
+    if "run" not in frame or "step_sizes" not in frame:
+        return frame
+    first = frame[["run", *(name for name in ("step_sizes", "lr", "relative") if name in frame)]]
+    first = first[first["step_sizes"].notna()].drop_duplicates("run").set_index("run", drop=False)
+    texts = {run: short(step_sizes_of(first.loc[[run]]), 40) for run in first.index}
+    return frame.assign(**{STEP_SIZES: frame["run"].astype(object).map(texts)})
 
 
 def _label(facts: Mapping[str, Any], differing: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from landscape.analysis.comparable import share_beyond_step_sizes, updates_that_rule
 from landscape.analysis.measures import flatten_lists
 from landscape.analysis.summary import has_measure, is_finite
 from landscape.names import MEASURES, TITLES
@@ -50,6 +51,9 @@ def caption(
         _zero(drawn, measures),
         _gradient(drawn),
         _runs(drawn, band, line),
+        _same_seeds(drawn),
+        _reach(drawn),
+        _ruled(drawn) if "loss" in measures else "",
         _updates(drawn, points, band, line),
         _left_out(frame, known),
         _not_finite(frame, known),
@@ -149,6 +153,33 @@ def _runs(frame: pd.DataFrame, band: bool, line: bool) -> str:
     number = f"{max(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
     how = ", ".join(["the band covers all of them"] * band + ["the line is their mean"] * line)
     return f"{number} {word}s per {what}: {how}."
+
+
+def _same_seeds(frame: pd.DataFrame) -> str:
+    """Return the seeds of which a band has several runs."""
+    if "run" not in frame or "seed" not in frame:
+        return ""
+    runs = frame[["band", "seed", "run"]].drop_duplicates().dropna(subset="seed")
+    twice = runs[runs.duplicated(["band", "seed"])].drop_duplicates(["band", "seed"])
+    parts = [f"{row.band} (seed {row.seed})" for row in twice.itertuples()]
+    return f"Seeds that were run more than once: {_abridged(parts)}." if parts else ""
+
+
+def _reach(frame: pd.DataFrame) -> str:
+    """Return the share of updates that step beyond the ray."""
+    share = share_beyond_step_sizes(frame) if "step_sizes" in frame else 0
+    return f"At {share:.0%} of the updates the learning rate is beyond the largest step size." if share else ""
+
+
+def _ruled(frame: pd.DataFrame) -> str:
+    """Return the bands whose range is that of few updates."""
+    parts = []
+    for band, rows in frame.groupby("band", observed=True):
+        ranges = (rows["loss_max"] - rows["loss_min"]).to_numpy(float)
+        ranges = ranges[np.isfinite(ranges)]
+        if count := updates_that_rule(ranges):
+            parts.append(f"{band} {count:,} of {len(ranges):,}".strip())
+    return f"Updates that hold half of the sum of the ranges: {_abridged(parts)}." if parts else ""
 
 
 def _updates(frame: pd.DataFrame, points: int, band: bool, line: bool) -> str:

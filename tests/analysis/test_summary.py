@@ -230,6 +230,23 @@ def test_band_labels_settings():
     assert list(band_labels(pd.concat(runs, ignore_index=True))) == ["BatchNorm, base lr 0.1", "BatchNorm, base lr 2.0"]
 
 
+@pytest.mark.parametrize("fact", ["recipe", "epochs", "every", "precision", "train_samples"])
+def test_runs_of_other_settings_are_other_bands(fact):
+    runs = [frame("batch", seed=seed, steps=1).assign(**{fact: value}) for seed, value in enumerate((1, 2, 2))]
+    name = fact.replace("_", " ")
+    expected = [f"BatchNorm, {name} {value}" for value in (1, 2, 2)]
+    assert list(band_labels(pd.concat(runs, ignore_index=True))) == expected
+
+
+def test_runs_of_other_step_sizes_are_other_bands():
+    runs = [frame("batch", seed=seed, steps=2) for seed in range(3)]
+    runs[2] = runs[2].assign(step_sizes=[[0.5, 1.0]] * 2, losses=[[1.0, 2.0]] * 2)
+    labels = band_labels(pd.concat(runs, ignore_index=True))
+    assert labels.nunique() == 2
+    assert labels.iloc[0] == labels.iloc[2] != labels.iloc[4]
+    assert labels.iloc[4] == "BatchNorm, step sizes 0.5, 1"
+
+
 def test_band_labels_order():
     runs = pd.concat(
         [

@@ -244,3 +244,22 @@ def test_caption_states_a_changed_gradient(rest, expected):
     text = text_of(frame(steps=3).assign(gradient_rest=rest))
     assert ("optimizer's gradient" in text) == (expected is not None)
     assert expected is None or expected in text
+
+
+def test_caption_seed_that_was_run_twice():
+    runs = pd.concat([frame("batch", seed=seed).assign(run=run) for run, seed in (("a", 0), ("b", 0), ("c", 1))])
+    assert "more than once: BatchNorm (seed 0)." in text_of(runs.reset_index(drop=True))
+    assert "more than once" not in text_of(pd.concat([frame("batch", seed=seed) for seed in (0, 1)], ignore_index=True))
+
+
+def test_caption_learning_rate_beyond_the_step_sizes():
+    run = with_step_sizes([[0.1, 0.2]] * 4)  # at learning rates of 0.1 to 0.4
+    assert "At 50% of the updates the learning rate is beyond" in text_of(run)
+    assert "is beyond" not in text_of(run.assign(lr=0.2))
+
+
+def test_caption_few_updates_that_rule_the_range():
+    run = frame("batch", steps=100)
+    run = run.assign(loss_min=0.0, loss_max=np.r_[np.ones(98), 100.0, 200.0])
+    assert "half of the sum of the ranges: BatchNorm 1 of 100." in text_of(run)
+    assert "half of the sum" not in text_of(run.assign(loss_max=1.0))
