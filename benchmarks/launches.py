@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.utils import _python_dispatch as dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.timing import machine, write_json
@@ -58,6 +59,16 @@ class Launches(TorchDispatchMode):
         Then calls that the recorder itself makes are counted.
         """
         return True
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave the mode, also below recorders that have started since."""
+        above = []
+        while (mode := dispatch._pop_mode()) is not self:
+            above.append(mode)
+        dispatch._push_mode(self)
+        super().__exit__(*error)
+        for mode in reversed(above):
+            dispatch._push_mode(mode)
 
     @property
     def total(self) -> int:

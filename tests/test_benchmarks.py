@@ -16,6 +16,7 @@ from benchmarks.charts import draw_rays
 from benchmarks.methods import METHODS, Method, Workbench
 from benchmarks.side_effects import SideEffects
 from benchmarks.workloads import BARE, PROBE, PROBED, UNPROBED, WORKLOADS, Workload
+from landscape import LandscapeProbe
 
 
 def batch():
@@ -79,6 +80,20 @@ def test_launches_of_operators_and_views():
     assert mode.total == 0
 
 
+def test_launches_are_counted_no_longer_than_asked():
+    """Also if a probe that was never detached records on."""
+    model, criterion = nn.Linear(2, 2), nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = LandscapeProbe(model, optimizer, step_sizes=[0.1]).attach()
+    with launches.Launches("cpu") as mode:
+        criterion(model(torch.ones(3, 2)), torch.ones(3, 2)).backward()
+        optimizer.step()
+    before = mode.total
+    assert torch.ones(2).sum() == 2
+    assert mode.total == before > 0
+    probe.detach()
+
+
 def test_launches_of_update():
     wide = replace(TINY, model=layers(*[layer for _ in range(5) for layer in (nn.BatchNorm1d(5), nn.Linear(5, 5))]))
     tiny, large = (launches.count_update(workload, None, "cpu") for workload in (TINY, wide))
@@ -116,7 +131,7 @@ def test_loss_landscapes_same_points():
 def test_dropout_mask_differs_between_points():
     found, expected = run_once("deepcopy per point", DROPOUT), run_once("landscape, loop", DROPOUT)
     assert found.leaves == "torch's RNG advanced"
-    assert list(found.losses[0]) == list(expected.losses[0])
+    assert found.losses[0] == expected.losses[0]
     assert found.differs(expected.losses) > 1e-3
     assert "random" in run_once("vmap", DROPOUT).note
 
