@@ -251,7 +251,10 @@ def test_compiled_model(tmp_path):
         attach(make_trainer(tmp_path, gpt2, **arguments))
     bare = make_trainer(tmp_path / "bare", gpt2, transformers.Trainer, **arguments)
     bare.train()
-    expected, rows = final(bare), compare(tmp_path, gpt2, gradient_accumulation_steps=2, optim="sgd")
+    expected, rows = (
+        final(bare),
+        compare(tmp_path, gpt2, gradient_accumulation_steps=2, eval_strategy="epoch", optim="sgd"),
+    )
     probed = make_trainer(tmp_path / "probed", gpt2, transformers.Trainer, **arguments)
     attached = attach(probed, step_sizes=ETAS)
     probed.train()
