@@ -36,7 +36,7 @@ class AttachedProbe:
         model, optimizer, options = self._trainer.model_wrapped, self._trainer.optimizer, self._options
         check_whole(model)
         self.probe = LandscapeProbe(model, optimizer, **options)
-        if state is not None and options.get("trace") is not None:
+        if state is not None and options.get("trace") is not None:  # rows in memory were lost with their process
             self.probe.load_state_dict(_decoded(state))
         self.probe.attach()
         if self._trainer.args.torch_compile:
@@ -66,8 +66,10 @@ class AttachedProbe:
         return observed
 
     def state(self) -> str | None:
-        """Return the encoded state of the probe, for a checkpoint."""
-        return None if self.probe is None else _encoded(self.probe.state_dict())
+        """Return the encoded state of the probe, for a checkpoint; None if rows are in memory."""
+        if self.probe is None or self._options.get("trace") is None:
+            return None
+        return _encoded(self.probe.state_dict())
 
 
 def attach(trainer: Any, /, **options: Any) -> AttachedProbe:

@@ -283,7 +283,6 @@ def test_resumed_run(tmp_path):
     one = LandscapeCallback(step_sizes=ETAS, trace=tmp_path / "trace")
     _, expected, _ = fit(tmp_path, [one, saving("whole")], **options)
     rows = [*map(list, one.probe.frame()["losses"])]
-    one.probe.trace.close()
     other = LandscapeCallback(step_sizes=ETAS, trace=tmp_path / "trace", resume=True)
     checkpoint = next((tmp_path / "whole").glob("*step=7.ckpt"))
     _, state, _ = fit(tmp_path, [other, saving("again")], ckpt_path=checkpoint, **options)
