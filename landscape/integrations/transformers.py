@@ -66,7 +66,7 @@ class AttachedProbe:
         return observed
 
     def state(self) -> str | None:
-        """Return the encoded state of the probe, for a checkpoint; None if rows are in memory."""
+        """Return the encoded state, or None without a trace."""
         if self.probe is None or self._options.get("trace") is None:
             return None
         return _encoded(self.probe.state_dict())
