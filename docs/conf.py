@@ -32,6 +32,7 @@ nb_execution_timeout = 120
 nb_execution_cache_path = str(Path(__file__).parent / "_build/.jupyter_cache")
 
 default_role = "py:obj"  # `name` in a docstring
+autodoc_mock_imports = ["accelerate", "lightning", "transformers"]  # the page needs none of them
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 autodoc_typehints = "signature"

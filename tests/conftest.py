@@ -15,6 +15,7 @@ MARKED = {
         "device",
         "distributed",
         "fuzz",
+        "integrations",
         "paper/test_figures4_5.py",
         "storage/test_object_store.py",
         "test_benchmarks.py",

@@ -3,11 +3,14 @@
 import functools
 import importlib
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from landscape_cli.main import COMMANDS, main
+
+from landscape.errors import MissingExtraError
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -29,7 +32,10 @@ def test_python_blocks_run_in_order(path, tmp_path, monkeypatch):
     blocks = re.findall(r"^```(?:python|\{code-cell\}.*)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
     names: dict = {"__name__": "__main__"}
     for number, block in enumerate(blocks, start=1):
-        exec(compile(block, f"{of_root(path)}, block {number}", "exec"), names)
+        try:
+            exec(compile(block, f"{of_root(path)}, block {number}", "exec"), names)
+        except MissingExtraError as error:
+            pytest.skip(f"block {number} and later ones: {error}")
 
 
 def test_readme_has_two_install_commands():
@@ -60,8 +66,9 @@ def test_named_objects_exist(path):
     for name in set(re.findall(r"`~?(landscape(?:\.[A-Za-z]\w*)+)`", path.read_text())) - {"landscape.png"}:
         parts = name.split(".")
         found = importlib.import_module(parts[0])
-        for part in parts[1:]:
-            found = getattr(found, part, None) or importlib.import_module(f"{found.__name__}.{part}")
+        with suppress(MissingExtraError):  # CI installs all extras
+            for part in parts[1:]:
+                found = getattr(found, part, None) or importlib.import_module(f"{found.__name__}.{part}")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=of_root)

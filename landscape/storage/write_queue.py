@@ -60,8 +60,8 @@ class WriteQueue:
         if not in_back_off and started < self._retry_at:
             return False
         try:
-            self._lock = self._lock or Lock(self._store)  # It was released, and there are new files.
             if self.waiting:
+                self._lock = self._lock or Lock(self._store)  # It was released, and there are new files.
                 self._lock.refresh()
             for name in list(self.waiting):
                 self._store.write(name, self.waiting[name])

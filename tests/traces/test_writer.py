@@ -83,6 +83,13 @@ def test_frame_has_pending_rows(tmp_path):
         assert list(trace.frame()["step"]) == list(range(6))
 
 
+def test_reading_a_closed_trace_leaves_it_to_other_writers(tmp_path):
+    first = record(tmp_path)
+    assert len(first.frame()) == 10
+    first.flush()
+    assert len(record(tmp_path, steps=3, overwrite=True).frame()) == 3
+
+
 def test_rows_are_flushed_after_seconds(tmp_path, monkeypatch):
     seconds = 0.0
     monkeypatch.setattr(buffer, "time", SimpleNamespace(monotonic=lambda: seconds))

@@ -1,0 +1,1 @@
+"""Probes in trainers of other libraries, one line each; the trainer's library is imported there only."""
