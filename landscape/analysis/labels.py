@@ -66,10 +66,11 @@ def _with_step_sizes(frame: pd.DataFrame) -> pd.DataFrame:
     """Add step sizes as text, if there are runs."""
     if "run" not in frame or "step_sizes" not in frame:
         return frame
-    first = frame[["run", *(name for name in ("step_sizes", "lr", "relative") if name in frame)]]
-    first = first[first["step_sizes"].notna()].drop_duplicates("run").set_index("run", drop=False)
-    texts = {run: short(step_sizes_of(first.loc[[run]]), 40) for run in first.index}
-    return frame.assign(**{STEP_SIZES: frame["run"].astype(object).map(texts)})
+    held = ["run", *(name for name in ("step_sizes", "lr", "relative") if name in frame)]
+    known = pd.DataFrame(frame.loc[frame["step_sizes"].notna(), held])
+    first = known[~known["run"].duplicated()]
+    texts = {str(run): step_sizes_of(pd.DataFrame(rows)) for run, rows in first.groupby("run", observed=True)}
+    return frame.assign(**{STEP_SIZES: frame["run"].astype(object).map(lambda run: texts.get(str(run)))})
 
 
 def _label(facts: Mapping[str, Any], differing: Sequence[str]) -> str:

@@ -159,9 +159,12 @@ def _same_seeds(frame: pd.DataFrame) -> str:
     """Return the seeds of which a band has several runs."""
     if "run" not in frame or "seed" not in frame:
         return ""
-    runs = frame[["band", "seed", "run"]].drop_duplicates().dropna(subset="seed")
-    twice = runs[runs.duplicated(["band", "seed"])].drop_duplicates(["band", "seed"])
-    parts = [f"{row.band} (seed {row.seed})" for row in twice.itertuples()]
+    runs = pd.DataFrame(frame.loc[frame["seed"].notna(), ["band", "seed", "run"]])
+    runs = runs[~runs.duplicated()]
+    pairs = pd.DataFrame(runs[["band", "seed"]])
+    twice = pd.DataFrame(pairs[pairs.duplicated()])
+    twice = pd.DataFrame(twice[~twice.duplicated()])
+    parts = [f"{row['band']} (seed {row['seed']})" for row in twice.to_dict("records")]
     return f"Seeds that were run more than once: {_abridged(parts)}." if parts else ""
 
 
