@@ -43,6 +43,8 @@ def normalized(frame: pd.DataFrame, required: Iterable[str] = ()) -> pd.DataFram
         (1.5, [1.0, nan], 'mine')
     """
     _check_names(frame, required)
+    if set(frame.index.names) & set(frame.columns):  # as after set_index(..., drop=False)
+        frame = frame.reset_index(drop=True)
     columns = {str(name): pd.Series(frame[name]) for name in (*NUMBERS, *LISTS) if name in frame}
     changed = {name: numbers(columns[name]) for name in NUMBERS if name in columns and not _is_plain(columns[name])}
     changed |= {name: lists(columns[name]) for name in LISTS if name in columns and not _has_arrays(columns[name])}

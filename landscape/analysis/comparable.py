@@ -18,6 +18,23 @@ HANDFUL = 0.05
 """Share of the updates that must hold less than half of a sum for a mean to describe them."""
 
 
+def runs_of(frame: pd.DataFrame) -> pd.Series:
+    """Return the run of each row, where none is recorded.
+
+    A run begins where the step is not larger than in the row before, or where the norm or the seed is another.
+
+    Examples:
+        >>> runs_of(pd.DataFrame({"step": [0, 1, 0, 1, 2]})).tolist()
+        ['run 1', 'run 1', 'run 2', 'run 2', 'run 2']
+    """
+    begins = np.diff(frame["step"].to_numpy(float), prepend=np.inf) <= 0
+    for name in ("norm", "groups", "seed"):
+        if name in frame:
+            values = frame[name].astype(object).where(frame[name].notna(), None).to_numpy()
+            begins[1:] |= values[1:] != values[:-1]
+    return pd.Series([f"run {run}" for run in np.cumsum(begins)], frame.index)
+
+
 def step_sizes_of(run: pd.DataFrame) -> str:
     """Return the step sizes of a run as text.
 
@@ -129,7 +146,8 @@ def loss_edges(losses: Sequence[np.ndarray], bins: int) -> np.ndarray | None:
     Returns:
         Ascending edges, (bins + 1,), or None if the runs have no loss in common.
     """
-    if not losses or any(len(of) < 2 for of in losses):
+    losses = [of for of in losses if len(of) >= 2]  # A run that diverges at once has no losses to share.
+    if not losses:
         return None
     low = max(float(np.quantile(of, 0.05)) for of in losses)
     high = min(float(np.quantile(of, 0.95)) for of in losses)

@@ -9,13 +9,13 @@ import pandas as pd
 
 from landscape.analysis import statistics
 from landscape.analysis.columns import normalized
-from landscape.analysis.comparable import comparable_groups, loss_edges, notes_on_runs, updates_that_rule
+from landscape.analysis.comparable import comparable_groups, loss_edges, notes_on_runs, runs_of, updates_that_rule
 from landscape.analysis.labels import band_labels
 from landscape.analysis.measures import has_inputs, measured
 from landscape.analysis.summary import is_finite, size_of
 from landscape.analysis.verdict import sentence
 from landscape.errors import LandscapeError
-from landscape.names import NORMS, check_measure
+from landscape.names import MEASURES, NORMS, check_measure
 
 THIRDS = ("first third", "second third", "last third")
 BINS = ("high loss", "middle loss", "low loss")
@@ -65,7 +65,8 @@ def compare(frame: pd.DataFrame, measure: str | Sequence[str] = DEFAULT, referen
     Runs whose settings differ (recipe, step sizes, batch size, epochs, ...) are compared in separate groups.
 
     Args:
-        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``, or any frame with their columns.
+        frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``, or any frame with their columns. Without a column
+            ``run`` a run begins where ``step`` falls, or ``norm`` or ``seed`` change.
         measure: Name of a measure of :func:`landscape.measured`, or several. Those that no run recorded are named in
             the notes.
         reference: Norm, or label of :func:`band_labels`, that the others are divided by; without it in a group, the
@@ -90,15 +91,18 @@ def compare(frame: pd.DataFrame, measure: str | Sequence[str] = DEFAULT, referen
         Agarwal et al. 2021 (arXiv:2108.13264) on few runs; Holm 1979; Vargha & Delaney 2000.
     """
     measures = [measure] if isinstance(measure, str) else list(dict.fromkeys(measure))
+    if not measures:
+        raise LandscapeError(f"measure={measures}: must have at least one name. Use some of {', '.join(MEASURES)}.")
     for name in measures:
         check_measure(name)
     if frame.empty:
         raise LandscapeError("The frame has no rows. Use a frame of read_traces or LandscapeProbe.frame.")
-    frame = normalized(frame, ("step",))
+    frame = normalized(frame, ("step", "loss", "step_sizes"))
     known = [name for name in measures if has_inputs(frame, name).any()]
     if not known:
         measured(frame, measures[0])  # raises, and names what is missing
-    frame = frame if "run" in frame else frame.assign(run="")
+    frame = frame if "run" in frame else frame.assign(run=runs_of(frame))
+    _check_reference(frame, reference)
     notes = [f"{name}: no run recorded what it requires." for name in measures if name not in known]
     groups = [_Group.of(setting, rows, reference) for setting, rows in comparable_groups(frame)]
     _check_bands(groups)
@@ -136,7 +140,7 @@ class _Group:
 
     @classmethod
     def of(cls, setting: str, frame: pd.DataFrame, reference: str) -> "_Group":
-        bands = band_labels(frame).astype(str) if "band" not in frame else frame["band"].astype(str)
+        bands = band_labels(frame).astype(str)
         seeds = frame["seed"] if "seed" in frame else pd.Series(np.nan, frame.index)
         # A run without a seed is a seed of its own, which pairs with no other.
         unit = seeds.astype(object).where(seeds.notna(), "run " + frame["run"].astype(str))
@@ -190,6 +194,15 @@ def _reference(frame: pd.DataFrame, wanted: str) -> str:
     ]:
         return found[0]
     return str(band_labels(frame.drop(columns="band")).cat.categories[0]) if "norm" in frame else labels[0]
+
+
+def _check_reference(frame: pd.DataFrame, wanted: str) -> None:
+    """Raise a LandscapeError for a reference of no run."""
+    labels = list(map(str, band_labels(frame).cat.categories))
+    title = NORMS[wanted].title if wanted in NORMS else wanted
+    if wanted == "batch" or wanted in labels or any(label.startswith(title) for label in labels):
+        return
+    raise LandscapeError(f"reference={wanted!r}: is none of the norms here. Use one of {', '.join(labels)}.")
 
 
 def _check_bands(groups: Sequence[_Group]) -> None:

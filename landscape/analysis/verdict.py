@@ -75,7 +75,7 @@ def _finding(measure: str, part: pd.DataFrame, phases: str, seeds: int) -> str:
     last = known.iloc[-1]
     shown = f"{last.name} {_ratio(last)}"
     if last["method"] == SINGLE:
-        return shown
+        return f"{shown} of one seed"
     # A phase that some seeds never reach is one of selected seeds.
     ratios = np.asarray(known.loc[(known["p_holm"] < LEVEL) & (known["seeds"] == seeds), "ratio"], float)
     larger, smaller = int((ratios > 1).sum()), int((ratios < 1).sum())

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -12,15 +13,18 @@ from landscape.probe import LandscapeProbe
 
 accelerate = import_host("accelerate", "accelerate")
 
-FILE = "landscape.pt"
-"""Name of the probe's state in the folder of a checkpoint."""
+FILE = "landscape{}.pt"
+"""Name of a probe's state in the folder of a checkpoint; the number is its place among those of the accelerator."""
+_attached: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""Number of probes that each accelerator saves."""
 
 
 def attach(accelerator: Any, model: nn.Module, optimizer: Any, /, *args: Any, **options: Any) -> LandscapeProbe:
     """Attach a probe to a training loop of Accelerate.
 
     With a ``trace``, ``accelerator.save_state`` saves the probe's state with the checkpoint, and
-    ``accelerator.load_state``, before the first update, resumes from it. Checkpoints without it can be loaded.
+    ``accelerator.load_state``, before the first update, resumes from it. Checkpoints without it can be loaded. Several
+    probes of one accelerator (an actor's and a critic's) must be attached in the same order on resume.
 
     Args:
         accelerator: The ``accelerate.Accelerator``.
@@ -58,14 +62,17 @@ def attach(accelerator: Any, model: nn.Module, optimizer: Any, /, *args: Any, **
     check_whole(model)
     probe = LandscapeProbe(model, optimizer, *args, **options)
     if options.get("trace") is not None:
+        place = _attached.get(accelerator, 0)
+        _attached[accelerator] = place + 1
+        name = FILE.format(place or "")
 
         def save(models: Any, weights: Any, folder: str) -> None:
             state = probe.state_dict()
             if accelerator.is_main_process:
-                torch.save(state, Path(folder, FILE))
+                torch.save(state, Path(folder, name))
 
         def load(models: Any, folder: str) -> None:
-            if (path := Path(folder, FILE)).exists():
+            if (path := Path(folder, name)).exists():
                 probe.load_state_dict(torch.load(path, weights_only=True))
 
         accelerator.register_save_state_pre_hook(save)

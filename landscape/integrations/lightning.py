@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from landscape.errors import LandscapeError
-from landscape.integrations.support import check_whole, import_host
+from landscape.integrations.support import check_options, check_whole, import_host
 from landscape.probe import LandscapeProbe
 
 lightning = import_host("lightning.pytorch", "lightning")
@@ -50,6 +50,7 @@ class LandscapeCallback(lightning.Callback):
     """
 
     def __init__(self, *, together: bool = False, **options: Any) -> None:
+        check_options(options)
         self.probes: list[LandscapeProbe] = []
         self._together, self._options = together, options
         self._states: list[dict[str, Any]] = []

@@ -1,11 +1,14 @@
 """Libraries that may be missing, and trainings that no probe can measure, for all integrations."""
 
 import importlib
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from landscape.errors import LandscapeError, MissingExtraError
+from landscape.probe import LandscapeProbe
+from landscape.probe.options import ProbeOptions
 
 _REASONS = {
     "DEEPSPEED": "DeepSpeed keeps gradients and steps of its own",
@@ -24,6 +27,12 @@ def import_host(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingExtraError(f"landscape.integrations.{extra}", extra) from error
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise for options that `LandscapeProbe` refuses later."""
+    own = signature(LandscapeProbe.__init__).parameters
+    ProbeOptions(**{name: value for name, value in options.items() if name not in own})
 
 
 def check_whole(model: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from landscape.errors import LandscapeError
-from landscape.integrations.support import check_accelerator, check_whole, import_host
+from landscape.integrations.support import check_accelerator, check_options, check_whole, import_host
 from landscape.probe import LandscapeProbe
 
 transformers = import_host("transformers", "transformers")
@@ -111,6 +111,7 @@ def attach(trainer: Any, /, **options: Any) -> AttachedProbe:
     if not isinstance(trainer, transformers.Trainer):
         raise LandscapeError(f"trainer={type(trainer).__name__}: must be a transformers.Trainer.")
     _check_trainer(trainer)
+    check_options(options)
     attached = AttachedProbe(trainer, options)
     callback = _callback_of(attached)
     if any(type(other).__name__ == type(callback).__name__ for other in trainer.callback_handler.callbacks):

@@ -40,6 +40,10 @@ def check_arguments(
             "optimizer: must hold real parameters, got complex ones. Hold their torch.view_as_real, and use "
             "torch.view_as_complex in the forward pass."
         )
+    if len({id(parameter) for parameter in held}) < len(held):
+        raise LandscapeError(
+            "optimizer: two of them hold the same parameter, so that no ray has its step. Hold each parameter once."
+        )
     for optimizer in optimizers:
         if options.relative and "lr" not in optimizer.param_groups[0]:
             raise LandscapeError(

@@ -394,8 +394,8 @@ class Capture:
             raise LandscapeError(messages.UNEVEN_INPUTS)
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not is_replaying():
-            self._hooks.begin_forward()
+        if not is_replaying() and torch.is_grad_enabled():
+            self._hooks.end_unfinished()
         if self.criterion is not None and self._is_recording() and not self._is_lazy():
             arguments = VersionedArgs.of((args, kwargs))
             is_derived = self.passes.depends_on_parameters(arguments.leaves)

@@ -190,6 +190,7 @@ class LandscapeProbe:
         self.trace.close()
 
     def _remove_hooks(self) -> None:
+        self._hooks.end_unfinished()
         self._hooks.detach()
         self._capture.detach()
         self.trace.update_metadata(**self._schedule.facts())
@@ -221,6 +222,7 @@ class LandscapeProbe:
         Call it between two updates. ``torch.load(..., weights_only=True)`` reads it. Under data parallelism each
         process has its own; that of the first one serves all.
         """
+        self._hooks.end_unfinished()
         self.trace.flush()
         own = {name: part.state_dict() for name, part in self._parts.items()}
         signature = resume_signature(self.options, self._inner)

@@ -80,8 +80,9 @@ NO_STEP = (
 
 # With several optimizers, what was measured before the first step is not the update that they make.
 NO_COMMON_STEP = (
-    "{} made no step, so that the update is not along the gradients of all optimizers. Give the probe those that step "
-    "together."
+    "{} made no step before the next forward pass with gradients, so that the update is not along the gradients of "
+    "all optimizers. Give the probe those that step together, and evaluate the model between their steps under "
+    "torch.no_grad()."
 )
 CHANGED_GRADIENT = (
     "The gradient that {} gets was changed after another optimizer's step. Change gradients (clipping) before the "

@@ -82,10 +82,15 @@ class StepHooks:
         """
         return stacked(self._skips).sum() if self._skips else None
 
-    def begin_forward(self) -> None:
-        """End the last update, if an optimizer made no step."""
-        if self._stepped and not self._depth and torch.is_grad_enabled():
+    def end_unfinished(self) -> None:
+        """End an update in which an optimizer made no step."""
+        if self._stepped and not self._is_within_step():
+            self._depth = 0
             self._end()
+
+    def _is_within_step(self) -> bool:
+        """Return True within a step, not after a failed one."""
+        return self._depth > 0 and any(frame is self._frame for frame in _callers())
 
     def move_last(self) -> None:
         """Register again, behind hooks that may change the gradient."""
@@ -108,8 +113,8 @@ class StepHooks:
         return optimizer.register_step_pre_hook(before)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        if self._depth and all(frame is not self._frame for frame in _callers()):
-            self._depth = 0  # the previous step has failed
+        if not self._is_within_step():
+            self._depth = 0  # the previous step may have failed
         self._depth += 1
         if self._depth > 1:
             return None

@@ -271,3 +271,36 @@ def test_frame_after_csv(tmp_path):
     pairs().to_csv(tmp_path / "rows.csv")
     table = compare(pd.read_csv(tmp_path / "rows.csv"), measure=["range", "lost_share"]).table
     np.testing.assert_allclose(table["ratio"], 3.0, rtol=1e-6)
+
+
+def test_frame_without_runs():
+    """Rows of probes in memory: a run begins where the step falls."""
+    rows = pairs(spread=0.1)
+    expected = compare(rows).table
+    pd.testing.assert_frame_equal(compare(rows.drop(columns="run")).table, expected)
+
+
+@pytest.mark.parametrize("given", [{"measure": []}, {"reference": "ghst"}])
+def test_arguments_are_refused(given):
+    with pytest.raises(LandscapeError, match=next(iter(given))):
+        compare(pairs(), **given)
+
+
+@pytest.mark.parametrize("column", ["step", "loss", "step_sizes"])
+def test_missing_column_is_named(column):
+    with pytest.raises(LandscapeError, match=column):
+        compare(pairs().drop(columns=column))
+
+
+def test_run_that_diverges_at_once_hides_no_common_loss():
+    rows = pairs()
+    rows.loc[(rows["run"] == "none-2") & (rows["step"] > 0), "loss"] = np.nan
+    assert set(BINS) <= set(compare(rows, measure="range").table["phase"])
+
+
+def test_columns_of_users_are_not_the_bands():
+    pd.testing.assert_frame_equal(compare(pairs().assign(band="mine")).table, compare(pairs()).table)
+
+
+def test_index_with_the_name_of_a_column():
+    pd.testing.assert_frame_equal(compare(pairs().set_index("run", drop=False)).table, compare(pairs()).table)

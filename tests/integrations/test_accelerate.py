@@ -143,6 +143,36 @@ def test_resumed_run(tmp_path):
     assert [*map(list, one["losses"])] == [*map(list, other["losses"])]
 
 
+def test_two_probes_of_one_accelerator_resume_their_own_traces(tmp_path):
+    """An actor and a critic."""
+
+    def run(resume):
+        torch.manual_seed(0)
+        accelerator = accelerate.Accelerator(cpu=True)
+        probes, loops = [], []
+        for name, every in (("actor", 1), ("critic", 2)):
+            model = make_model()
+            model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+            options = {"step_sizes": ETAS, "every": every, "trace": tmp_path / name, "resume": resume}
+            probes.append(attach(accelerator, model, optimizer, **options))
+            loops.append((model, optimizer))
+        if resume:
+            accelerator.load_state(tmp_path / "checkpoint")
+        for place, (model, optimizer) in enumerate(loops):
+            for x, y in itertools.islice(loader(), 4 - 2 * place):
+                optimizer.zero_grad()
+                accelerator.backward(CRITERION(model(x), y))
+                optimizer.step()
+        if not resume:
+            accelerator.save_state(tmp_path / "checkpoint")
+        for probe in probes:
+            probe.detach()
+        return [list(probe.frame()["step"]) for probe in probes]
+
+    assert run(False) == [[0, 1, 2, 3], [0]]
+    assert run(True) == [[*range(8)], [0, 2]]
+
+
 def test_checkpoint_without_a_probe_can_be_loaded(tmp_path):
     Run(False).accelerator.save_state(tmp_path)
     run = Run(True, trace=tmp_path / "trace")

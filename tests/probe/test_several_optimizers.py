@@ -1,5 +1,7 @@
 """Updates that several optimizers make together, as Muon and AdamW do."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -206,11 +208,13 @@ def test_failed_step_is_no_step():
     assert probe.frame().step.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("given", [[], "twice", [None]])
+@pytest.mark.parametrize("given", ["none", "twice", "no optimizer", "shared parameters"])
 def test_errors(given):
     model = make_model()
+    lists = {"none": [], "twice": one_sgd(model) * 2, "no optimizer": [None]}
+    lists["shared parameters"] = [*one_sgd(model), *two_sgd(model)]
     with pytest.raises(LandscapeError, match="optimizer"):
-        LandscapeProbe(model, one_sgd(model) * 2 if given == "twice" else given)
+        LandscapeProbe(model, lists[given])
 
 
 def test_wrappers_in_a_list():
@@ -223,3 +227,41 @@ def test_wrappers_in_a_list():
     model = make_model()
     optimizers = two_sgd(model)
     assert LandscapeProbe(model, [Wrapper(one) for one in optimizers]).optimizers == tuple(optimizers)
+
+
+@pytest.mark.parametrize("how", ["state_dict", "detach"])
+def test_update_without_one_step_ends(how):
+    """Before a checkpoint, and at the end, an update in which one optimizer made no step is over."""
+    model = make_model()
+    optimizers = two_sgd(model)
+    probe = LandscapeProbe(model, optimizers, step_sizes=STEP_SIZES).attach()
+    x, y = torch.randn(16, 6).double(), torch.randint(0, 3, (16,))
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizers[0].step()
+    with pytest.warns(UserWarning, match="SGD"):
+        getattr(probe, how)()
+    assert probe.step == 1
+    assert len(probe.frame()) == 0
+    probe.detach()
+
+
+def test_failed_step_that_is_not_repeated_loses_its_own_row_only():
+    model = make_model()
+    first, second = split(model)
+    optimizers = [torch.optim.SGD(first, lr=0.1), FailsOnce(second, lr=0.1)]
+    probe = LandscapeProbe(model, optimizers, step_sizes=STEP_SIZES)
+
+    def run():
+        with probe:
+            for _ in range(3):
+                x, y = torch.randn(16, 6).double(), torch.randint(0, 3, (16,))
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizers[0].step()
+                with contextlib.suppress(RuntimeError):
+                    optimizers[1].step()
+
+    with pytest.warns(UserWarning, match="Fails"):
+        run()
+    assert probe.frame().step.tolist() == [1, 2]
