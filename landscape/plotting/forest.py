@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from landscape.analysis.compare import Comparison
 from landscape.names import MEASURES
 from landscape.plotting.figure import LandscapeFigure, figure_style, footnote
-from landscape.plotting.landscape import Colour, _colours
+from landscape.plotting.landscape import Colour, colours_of
 
 ROW = 0.19
 """Height of a row, in inches."""
@@ -47,7 +47,7 @@ def plot_forest(comparison: Comparison) -> Figure:
     with figure_style():
         figure = LandscapeFigure(figsize=(8, 1.2 + panels * (0.6 + ROW * len(rows))), layout="constrained")
         grid = figure.subplots(panels, columns, sharey=True, squeeze=False).ravel()
-        colours = _colours(comparison.bands)
+        colours = colours_of(comparison.bands)
         for axes in grid[len(measures) :]:
             axes.remove()
         for axes, measure in zip(grid, measures, strict=False):

@@ -152,14 +152,14 @@ def _only(view: PanelData, labels: Collection[str]) -> PanelData:
     return view._replace(bands={label: band for label, band in view.bands.items() if label in labels})
 
 
-def _colours(labels: Collection[str]) -> dict[str, Colour]:
+def colours_of(labels: Collection[str]) -> dict[str, Colour]:
     """Return colours from light to dark, also distinct in grey."""
     return dict(zip(labels, sns.color_palette("plasma_r", len(labels)), strict=True))
 
 
 def _draw_overlays(figure: Figure, views: Sequence[PanelData], labels: Sequence[str], x_label: str) -> None:
     """Draw a panel for each measure, with all bands."""
-    colours, handles = _colours(labels), {label: {} for label in labels}
+    colours, handles = colours_of(labels), {label: {} for label in labels}
     panels = _panels(figure, len(views), x_label)
     for axes, view in zip(panels, views, strict=True):
         for label, band in view.bands.items():
@@ -185,7 +185,7 @@ def _draw_overlays(figure: Figure, views: Sequence[PanelData], labels: Sequence[
 def _draw_multiples(figure: Figure, view: PanelData, labels: Sequence[str], x_label: str) -> None:
     """Draw a panel per band, with the others in grey."""
     panels = _panels(figure, len(labels), x_label, sharey=True)
-    for axes, (label, colour) in zip(panels, _colours(labels).items(), strict=True):
+    for axes, (label, colour) in zip(panels, colours_of(labels).items(), strict=True):
         for other, band in view.bands.items():
             if other != label:
                 _draw_behind(axes, view, band)

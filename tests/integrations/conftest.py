@@ -1,19 +1,10 @@
 import os
 
 import pytest
-import torch
+from one_thread import _one_thread  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.register_assert_rewrite("reference_run")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Use one thread, because small models are slower with several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items):

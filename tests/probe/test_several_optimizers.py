@@ -176,6 +176,14 @@ def test_closure_of_the_first_optimizer():
     assert_same_rows(run(model, two_sgd(model)), run(plain, one_sgd(plain)))
 
 
+def differentiate(model, optimizers):
+    """Compute the gradient of a batch."""
+    x, y = torch.randn(16, 6).double(), torch.randint(0, 3, (16,))
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+
+
 class FailsOnce(torch.optim.SGD):
     """An optimizer whose first step fails."""
 
@@ -195,10 +203,7 @@ def test_failed_step_is_no_step():
     optimizers = [torch.optim.SGD(first, lr=0.1), FailsOnce(second, lr=0.1)]
     with LandscapeProbe(model, optimizers, step_sizes=STEP_SIZES) as probe:
         for attempt in range(2):
-            x, y = torch.randn(16, 6).double(), torch.randint(0, 3, (16,))
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
+            differentiate(model, optimizers)
             optimizers[0].step()
             if attempt == 0:
                 with pytest.raises(RuntimeError, match="memory"):
@@ -254,10 +259,7 @@ def test_failed_step_that_is_not_repeated_loses_its_own_row_only():
     def run():
         with probe:
             for _ in range(3):
-                x, y = torch.randn(16, 6).double(), torch.randint(0, 3, (16,))
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
+                differentiate(model, optimizers)
                 optimizers[0].step()
                 with contextlib.suppress(RuntimeError):
                     optimizers[1].step()

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from one_thread import _one_thread  # noqa: F401
 from resuming import check_same, finish, kill_tree, process, start_probe, train_with_kills, wait_for_checkpoint
 from torch import nn
 
@@ -33,14 +34,6 @@ SOAKED = [
 
 class Stop(Exception):
     """Stops a training between two updates."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train_in_parts(recipe, out, *steps):
