@@ -54,6 +54,7 @@ TITLES = {
     "wrn-28-10": "WideResNet-28-10",
     "mnist": "MNIST",
     "cifar10": "CIFAR-10",
+    "cifar10-half": "CIFAR-10 (16 x 16 pixels)",
     "cifar100": "CIFAR-100",
 }
 """Titles of models and data sets in figures and tables."""

@@ -133,17 +133,18 @@ def load_dataset(name: str, data_dir: str | Path | None = None, device: str | to
     Channel c of an image is ``(pixels - mean[c]) / std[c]``, by the mean and the biased standard deviation of the
     channel over all training pixels. Every file is verified by its SHA-256 hash before it is parsed.
 
-    ============  ========  ======  ================  =====================================================
-    name          training  test    images            source
-    ============  ========  ======  ================  =====================================================
-    ``digits``    1,500     297     (N, 1, 8, 8)      Alpaydin & Kaynak 1998; part of this package
-    ``mnist``     50,000    10,000  (N, 1, 28, 28)    LeCun et al. 1998; the first 50,000 training images
-    ``cifar10``   50,000    10,000  (N, 3, 32, 32)    Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar
-    ``cifar100``  50,000    10,000  (N, 3, 32, 32)    Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar
-    ============  ========  ======  ================  =====================================================
+    ================  ========  ======  ================  =================================================
+    name              training  test    images            source
+    ================  ========  ======  ================  =================================================
+    ``digits``        1,500     297     (N, 1, 8, 8)      Alpaydin & Kaynak 1998; part of this package
+    ``mnist``         50,000    10,000  (N, 1, 28, 28)    LeCun et al. 1998; the first 50,000 training images
+    ``cifar10``       50,000    10,000  (N, 3, 32, 32)    Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar
+    ``cifar10-half``  50,000    10,000  (N, 3, 16, 16)    CIFAR-10, means of 2 x 2 pixels: 4 times faster
+    ``cifar100``      50,000    10,000  (N, 3, 32, 32)    Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar
+    ================  ========  ======  ================  =================================================
 
     Args:
-        name: ``"digits"``, ``"mnist"``, ``"cifar10"`` or ``"cifar100"``.
+        name: ``"digits"``, ``"mnist"``, ``"cifar10"``, ``"cifar10-half"`` or ``"cifar100"``.
         data_dir: Folder that contains the published files, packed or unpacked, directly or in a subfolder. Missing
             files are downloaded into its subfolder ``name``. Default: the user's cache folder.
         device: Device of the tensors.
@@ -159,7 +160,8 @@ def load_dataset(name: str, data_dir: str | Path | None = None, device: str | to
         tensor(1.)
         >>> load_dataset("minst")
         Traceback (most recent call last):
-        landscape.errors.LandscapeError: name='minst': unknown data set. Use digits, mnist, cifar10 or cifar100.
+        landscape.errors.LandscapeError: name='minst': unknown data set. Use digits, mnist, cifar10, cifar10-half or
+        cifar100.
     """
     if not isinstance(name, str) or name not in LOADERS:
         *others, last = LOADERS
@@ -227,6 +229,18 @@ def _load_mnist(folder: Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
     return (images[:50_000], labels[:50_000]), read_mnist("t10k", folder)
 
 
+def _load_half(folder: Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
+    """Return CIFAR-10 in half the resolution."""
+    train, test = ((_half(images), labels) for images, labels in read_cifar(CIFAR10, folder))
+    return train, test
+
+
+def _half(images: np.ndarray) -> np.ndarray:
+    """Return means of 2 x 2 pixels, (N, C, H/2, W/2)."""
+    count, channels, height, width = images.shape
+    return images.reshape(count, channels, height // 2, 2, width // 2, 2).mean((3, 5), dtype=np.float32)
+
+
 def _cifar(cifar: Cifar) -> tuple[int, Callable[[Path], tuple[ImagesAndLabels, ImagesAndLabels]]]:
     return cifar.labels[-1], lambda folder: read_cifar(cifar, folder)
 
@@ -235,6 +249,7 @@ LOADERS: dict[str, tuple[int, Callable[[Path], tuple[ImagesAndLabels, ImagesAndL
     "digits": (10, _load_digits),
     "mnist": (10, _load_mnist),
     "cifar10": _cifar(CIFAR10),
+    "cifar10-half": (CIFAR10.labels[-1], _load_half),
     "cifar100": _cifar(CIFAR100),
 }
 """Number of classes of each data set, and the function that reads its training and test set from a folder."""

@@ -46,7 +46,7 @@ class Recipe:
     name: str
     """Name of the recipe, with which the names of its runs begin."""
     dataset: str
-    """Data set: ``"mnist"``, ``"cifar10"``, ``"cifar100"`` or ``"digits"``."""
+    """Data set, one of those of `landscape.data.load_dataset`."""
     model: str
     """Model: ``"simplenet"``, ``"resnet20"``, ``"resnet56"`` or ``"wrn-28-10"``."""
     batch_size: int

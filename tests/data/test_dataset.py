@@ -12,7 +12,7 @@ from real_data import REAL_DATA
 from sklearn.datasets import load_digits
 
 from landscape.data import download
-from landscape.data.dataset import load_dataset, stratified
+from landscape.data.dataset import _half, load_dataset, stratified
 from landscape.data.download import Source, read_files
 from landscape.data.mnist import MNIST, parse_idx, read_mnist
 from landscape.errors import LandscapeError
@@ -106,7 +106,7 @@ def test_split_too_large(validation, train):
 
 
 def test_load_dataset_unknown_name():
-    with pytest.raises(LandscapeError, match=r"'minst'.*digits, mnist, cifar10 or cifar100"):
+    with pytest.raises(LandscapeError, match=r"'minst'.*digits, mnist, cifar10, cifar10-half or cifar100"):
         load_dataset("minst")
 
 
@@ -276,3 +276,13 @@ def test_download_failure_is_short(tmp_path):
         read_file("a", tmp_path, make_source({"a.gz": b""}, "http://127.0.0.1:1/"))
     assert "Max retries" not in str(caught.value)
     assert " object at " not in str(caught.value)
+
+
+def test_half_resolution():
+    images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
+    half = _half(images)
+    assert half.shape == (2, 3, 2, 2)
+    for corner in np.ndindex(2, 3, 2, 2):
+        image, channel, row, column = corner
+        block = images[image, channel, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert half[corner] == sum(map(int, block.ravel())) / 4
