@@ -236,7 +236,7 @@ def _load_half(folder: Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
 
 
 def _half(images: np.ndarray) -> np.ndarray:
-    """Return means of 2 x 2 pixels, (N, C, H/2, W/2)."""
+    """Return the means of 2 x 2 pixels."""
     count, channels, height, width = images.shape
     return images.reshape(count, channels, height // 2, 2, width // 2, 2).mean((3, 5), dtype=np.float32)
 

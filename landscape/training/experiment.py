@@ -124,6 +124,8 @@ class Experiment:
             # Gradients of parts are added. Those of ranks are averaged, which the factor of their number undoes.
             (loss * share * self.ranks.size).backward()
             losses.append(loss.detach() * share)
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.schedule.step()
         return torch.stack(losses).sum() * self.ranks.size

@@ -89,6 +89,8 @@ class Recipe:
     """True for Nesterov momentum."""
     weight_decay: float = 0.0
     """Weight decay of SGD, an L2 penalty."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; a longer one is scaled to it. None does not clip."""
     augment: tuple[str, ...] = ()
     """Names from `AUGMENTATIONS`, applied in the order of that tuple."""
     train_samples: int | None = None
@@ -220,7 +222,7 @@ def _check_choices(recipe: Recipe) -> None:
 
 
 def _check_numbers(recipe: Recipe) -> None:
-    for name in ("lr", "lr_without_norm", "lr_start"):
+    for name in ("lr", "lr_without_norm", "lr_start", "clip_norm"):
         value = getattr(recipe, name)
         if value is not None and not 1e-38 <= value <= 1e38:
             raise LandscapeError(f"{name}={value}: must be from 1e-38 to 1e38, the range of float32.")
