@@ -31,6 +31,6 @@ def command(number: str, scale: str, out: Path, worker: WorkerOptions) -> None:
     """
     table = TABLES[number, scale]
     tuning = TuningConfig(
-        table.recipe, groups=table.groups, channel_groups=table.channel_groups, strategy=table.strategy
+        table.recipe, groups=table.groups, channel_groups=table.channel_groups, strategy=table.strategy, runs=table.runs
     )
     run(tuning, out / f"table{number}-{scale}", worker, table.title)

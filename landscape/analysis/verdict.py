@@ -76,13 +76,23 @@ def _finding(measure: str, part: pd.DataFrame, phases: str, seeds: int) -> str:
     shown = f"{last.name} {_ratio(last)}"
     if last["method"] == SINGLE:
         return f"{shown} of one seed"
-    # A phase that some seeds never reach is one of selected seeds.
-    ratios = np.asarray(known.loc[(known["p_holm"] < LEVEL) & (known["seeds"] == seeds), "ratio"], float)
-    larger, smaller = int((ratios > 1).sum()), int((ratios < 1).sum())
-    rough = MEASURES[measure].smoother == "lower"
-    words = {"rougher": larger if rough else smaller, "smoother": smaller if rough else larger}
+    rougher, smoother = told_apart(measure, part, seeds)
+    words = {"rougher": rougher, "smoother": smoother}
     held = [f"{word} in {count} of {len(part)} {phases}" for word, count in words.items() if count]
     return f"{' and '.join(held) or 'not told apart'} ({shown})"
+
+
+def told_apart(measure: str, rows: pd.DataFrame, seeds: int) -> tuple[int, int]:
+    """Return in how many phases a norm is rougher, and smoother.
+
+    Args:
+        measure: Name of the measure.
+        rows: Rows of a comparison's table, one per phase.
+        seeds: Seeds of the comparison. A phase that some of them never reach is one of selected seeds, and not counted.
+    """
+    ratios = np.asarray(rows.loc[(rows["p_holm"] < LEVEL) & (rows["seeds"] == seeds), "ratio"], float)
+    larger, smaller = int((ratios > 1).sum()), int((ratios < 1).sum())
+    return (larger, smaller) if MEASURES[measure].smoother == "lower" else (smaller, larger)
 
 
 def _ratio(row: Any) -> str:

@@ -29,10 +29,11 @@ def comparison(base: Recipe, groups: Sequence[int], seeds: Iterable[int] = (0,))
 
 COMPARISONS = {
     # Dimitriou & Arandjelovic 2020, figures 4 and 5. A group has 4 samples if the number of groups is the largest.
-    ("4", "paper"): comparison(replace(RECIPES["mnist"], epochs=5, gradients=True), (16, 128), range(3)),
+    ("4", "paper"): comparison(replace(RECIPES["mnist"], epochs=5, gradients=True), (16, 128), range(5)),
     ("4", "small"): comparison(RECIPES["digits"], (16, 32), range(3)),
     ("5", "paper"): comparison(RECIPES["cifar10"], (16, 128)),
-    ("5", "small"): comparison(RECIPES["cifar10-small"], (16, 128)),
+    # A batch of 128 in groups of 32 and of 4 samples, as in the paper.
+    ("5", "small"): comparison(RECIPES["cifar10-small"], (4, 32), range(3)),
 }
 """Runs by number and scale of the figure."""
 

@@ -16,6 +16,7 @@ class TablePreset:
         groups: Values to try for the groups G_M of the batch.
         channel_groups: Values to try for the groups G_C of the channels.
         strategy: Name of the strategy that selects which are trained.
+        runs: Trainings per configuration.
 
     Examples:
         >>> table = TABLES["1", "paper"]
@@ -28,9 +29,10 @@ class TablePreset:
     groups: tuple[int, ...] = (2, 4, 8, 16, 32)
     channel_groups: tuple[int, ...] = (1, 2, 4, 8, 16)
     strategy: str = "sequential"
+    runs: int = 2
 
 
-_SMALL = {"groups": (2, 4, 8, 16), "channel_groups": (2, 4, 8)}
+_SMALL = {"groups": (2, 4, 8, 16), "channel_groups": (2, 4, 8), "runs": 3}
 TABLES = {
     ("1", "paper"): TablePreset(
         RECIPES["classify-cifar100"], "Table 1: classification of CIFAR-100, WideResNet-28-10.", strategy="grid"
@@ -39,11 +41,12 @@ TABLES = {
     ("1", "small"): TablePreset(
         RECIPES["classify-mnist"],
         "Table 1 at a scale for a CPU: SimpleNet on MNIST instead of WideResNet-28-10 on CIFAR-100.",
+        strategy="grid",
         **_SMALL,
     ),
     ("2", "small"): TablePreset(
         RECIPES["classify-cifar10-small"],
-        "Table 2 at a scale for a CPU: ResNet-20 on part of CIFAR-10 instead of WideResNet-28-10 on all of it.",
+        "Table 2 at a scale for a CPU: ResNet-20 on part of CIFAR-10, 16 x 16 pixels, instead of WideResNet-28-10.",
         **_SMALL,
     ),
 }
