@@ -118,9 +118,10 @@ def figure_claims(frame: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[Claim]:
     of_runs = dict(zip(frame["run"].astype(str), bands.astype(str), strict=True))
     last = epochs[epochs["epoch"] == epochs.groupby("run", observed=True)["epoch"].transform("max")]
     of_last = [of_runs[str(run)] for run in last["run"]]
-    rates = frame["base_lr" if "base_lr" in frame else "lr"].groupby(bands.astype(str)).max().to_dict()
+    rates = frame["base_lr" if "base_lr" in frame else "lr"]
     for band in labels:
-        yield _trains(band, rates[band], pd.DataFrame(last[[label == band for label in of_last]]))
+        rate = float(np.max(rates[(bands == band).to_numpy()]))
+        yield _trains(band, rate, pd.DataFrame(last[[label == band for label in of_last]]))
 
 
 def _rougher(comparison: Comparison, band: str, measure: str, phases: Sequence[str], when: str) -> Claim:
@@ -153,18 +154,18 @@ def _closer(comparison: Comparison, few: str, many: str, measure: str) -> Claim:
     """
     seeds = comparison.seeds
     seeds = pd.DataFrame(seeds[(seeds["measure"] == measure) & seeds["phase"].isin(THIRDS)])
-    logs = np.log(seeds.set_index(["band", "seed", "phase"])["value"].where(lambda value: value > 0))
-    distances = [(logs[band] - logs[BASELINE]).abs().groupby("seed").mean().dropna() for band in (few, many)]
-    both = distances[0].index.intersection(distances[1].index)
+    means = seeds.pivot_table("value", ["seed", "phase"], "band")
+    logs = pd.DataFrame(np.log(means.where(means > 0)))
+    distances = pd.DataFrame({band: np.abs(logs[band] - logs[BASELINE]) for band in (few, many)})
+    distances = pd.DataFrame(np.exp(pd.DataFrame(distances.groupby("seed").mean()).dropna()))
     sentence = f"{many} is closer to {BASELINE} than {few}"
-    if not len(both):
+    if distances.empty:
         return Claim(sentence, measure, "no ratio", UNTOLD)
-    ours, theirs = (np.exp(distance[both].to_numpy(float)) for distance in distances)
+    ours, theirs = (np.asarray(distances[band], float) for band in (few, many))
     result = ratio(ours, theirs, paired=True)
-    means = " and ".join(f"{np.exp(np.log(values).mean()):.3g}" for values in (theirs, ours))
-    return Claim(
-        sentence, measure, f"factors {means}; quotient {_interval(result)}", _verdict(result.low > 1, result.high < 1)
-    )
+    factors = " and ".join(f"{np.exp(np.log(values).mean()):.3g}" for values in (theirs, ours))
+    verdict = _verdict(result.low > 1, result.high < 1)
+    return Claim(sentence, measure, f"factors {factors}; quotient {_interval(result)}", verdict)
 
 
 def _trains(band: str, rate: float, last: pd.DataFrame) -> Claim:
@@ -255,8 +256,8 @@ def grid_claim(sequential: pd.DataFrame, grid: pd.DataFrame) -> Claim:
         grid: Trials of the search that tries all combinations, with the same seeds.
     """
     tested = [
-        np.asarray(each[(each["norm"] == "seq") & (each["part"] == "test")].sort_values("seed")["test_accuracy"], float)
-        for each in (grid, sequential)
+        np.asarray(pd.DataFrame(each[(each["norm"] == "seq") & (each["part"] == "test")])["test_accuracy"], float)
+        for each in (grid.sort_values("seed"), sequential.sort_values("seed"))
     ]
     text, low, high = _difference(*tested)
     tolerance = 0.5

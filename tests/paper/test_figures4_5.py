@@ -29,7 +29,7 @@ def test_comparisons():
     ]
     assert {(run.dataset, run.model, run.batch_size) for run in figure5} == {("cifar10", "resnet56", 512)}
     assert {(run.dataset, run.model) for run in figure4} == {("mnist", "simplenet")}
-    assert len({run.run_name for run in figure4}) == 12
+    assert len({run.run_name for run in figure4}) == 20
     for runs in COMPARISONS.values():
         least = min(run.batch_size // (run.norm_options.get("groups") or 1) for run in runs)
         assert least == 4  # samples in a group
