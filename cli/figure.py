@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from landscape.errors import LandscapeError
+from landscape.files import whole_file
 from landscape.training.presets import RECIPES
 from landscape.training.recipe import Recipe
 from landscape.training.target import TraceTarget
@@ -93,7 +94,8 @@ def _ranking_recipes(request: FigureRequest) -> list[Recipe]:
     recipes = [RECIPES[name] for name in dict.fromkeys(request.recipes or ["mnist"])]
     if request.scale == "small":
         return [replace(recipe, epochs=1) for recipe in recipes]
-    cifar = replace(RECIPES["cifar10-small"], model="resnet20", schedule="constant", lr=0.1, augment=(), epochs=4)
+    plain = {"schedule": "constant", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "augment": ()}
+    cifar = replace(RECIPES["cifar10"], model="resnet20", train_samples=12_800, epochs=4, **plain)
     return recipes if request.recipes else [*recipes, cifar]
 
 
@@ -132,7 +134,7 @@ FIGURES = {
 }
 """Figures by name."""
 
-_HELP = """Draw a figure of the paper. Writes NAME.png and NAME.svg.
+_HELP = """Draw a figure of the paper. Writes NAME.png, NAME.svg and NAME.csv.
 
 \b
 """ + "\n".join(f"{name:<9}{spec.help}" for name, spec in FIGURES.items())
@@ -190,3 +192,6 @@ def command(
         path = out / f"{stem}.{suffix}"
         save_figure(figure, path)
         report(f"Figure: {path}")
+    if table is not None:
+        with whole_file(out / f"{stem}.csv") as file:
+            file.write(table.to_csv(float_format="%.6g", lineterminator="\n").encode())

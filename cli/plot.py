@@ -24,10 +24,8 @@ figure_option = options_under("Figure")
     "measures",
     type=click.Choice([*MEASURES]),
     multiple=True,
-    default=("loss",),
-    show_default=True,
     metavar="NAME",
-    help=f"Measure to draw: {', '.join(MEASURES)}. Repeatable; each is a panel.",
+    help=f"Measure to draw: {', '.join(MEASURES)}. Repeatable; each is a panel.  [default: loss, and lost_share below]",
 )
 @figure_option("--x", type=click.Choice(["step", "epoch"]), default="step", show_default=True, help="Horizontal axis.")
 @figure_option(
@@ -86,8 +84,8 @@ def command(
     from landscape.traces.reader import read_traces
 
     frame = read_traces(paths)
-    save_figure(plot_landscape(frame, measure=measures, x=x, scale=scale, layout=layout), out)
-    for measure in dict.fromkeys(measures):
+    save_figure(plot_landscape(frame, measure=measures or None, x=x, scale=scale, layout=layout), out)
+    for measure in dict.fromkeys(measures or ("loss",)):
         for table in _tables(frame, measure, per_epoch=x == "epoch"):
             echo(table.to_string(float_format="{:.4g}".format) + "\n")
     report(f"Figure: {out}")

@@ -57,7 +57,7 @@ def envelope(
     names, finite = [measure, f"{measure}_min", f"{measure}_max"], is_finite(frame, measure)
     rows = keys.assign(
         x=frame[x],
-        bin=_bins(frame[x].to_numpy(), bins),
+        bin=bins_of(frame[x].to_numpy(), bins),
         line=frame[measure].where(np.isfinite) if MEASURES[measure].line else np.nan,
         low=frame[names[1]].where(finite),
         high=frame[names[2]].where(finite),
@@ -79,7 +79,8 @@ def envelope(
     return joined.droplevel("bin").reset_index().rename(columns=columns)
 
 
-def _bins(x: np.ndarray, bins: int) -> np.ndarray:
+def bins_of(x: np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin of each row."""
     values, position = np.unique(x, return_inverse=True)
     return position * min(bins, len(values)) // max(len(values), 1)
 

@@ -83,7 +83,7 @@ def _finding(measure: str, part: pd.DataFrame, phases: str, seeds: int) -> str:
 
 
 def told_apart(measure: str, rows: pd.DataFrame, seeds: int) -> tuple[int, int]:
-    """Return in how many phases a norm is rougher, and smoother.
+    """Return the numbers of phases told apart: rougher, smoother.
 
     Args:
         measure: Name of the measure.

@@ -64,7 +64,7 @@ class Section:
 
 
 def recorded_claims(folder: Path) -> list[Section]:
-    """Return the claims on the runs and trials in a folder.
+    """Return the claims on a folder's runs and trials.
 
     Args:
         folder: Folder of `landscape figure` and `landscape table`, with ``traces/*`` and ``*/trials.parquet``.
@@ -147,7 +147,7 @@ def _interval(result: Ratio) -> str:
 
 
 def _closer(comparison: Comparison, few: str, many: str, measure: str) -> Claim:
-    """Return the claim that more groups come closer to the baseline.
+    """Return the claim that more groups approach the baseline.
 
     The distance of a norm is ``exp(mean_t |log(v_t / b_t)|)``, with its mean ``v_t`` and that of the baseline ``b_t``
     in the thirds t of training, seed by seed.
@@ -246,7 +246,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[str, float, float
 
 
 def grid_claim(sequential: pd.DataFrame, grid: pd.DataFrame) -> Claim:
-    """Return the claim that G_M first, then G_C, tunes as a grid.
+    """Return the claim that sequential tuning equals a grid.
 
     It agrees if the interval of the grid's advantage in test accuracy is below half a point, the tolerance within which
     the paper calls configurations equal.

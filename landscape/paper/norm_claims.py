@@ -20,7 +20,7 @@ EQUAL = 1e-9
 
 
 def norm_claims() -> Section:
-    """Return the claims of figure 1 and of sections 2.2 and 2.3."""
+    """Return the claims that need no recorded runs."""
     runs = f"Computed with the norms of the package and SimpleNet on {BATCH} handwritten digits, in float64."
     return Section("The norms", runs, (*_slices(), _order(1), _order(GROUPS), _accumulation()))
 
@@ -56,7 +56,7 @@ def _simplenet(norm: str, **options: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def _order(groups: int) -> Claim:
-    """Return a claim of section 2.2: BatchNorm alone keeps the order of activations."""
+    """Return a claim on the order of activations."""
     model, inputs, _ = _simplenet("batch")
     layers = [name for name, module in model.named_modules() if "BatchNorm" in type(module).__name__]
     shares = [

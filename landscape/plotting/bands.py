@@ -1,5 +1,6 @@
 """Data of a panel: points and gaps of its bands, the axis, and the order of drawing."""
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -8,12 +9,18 @@ import pandas as pd
 from matplotlib.scale import SymmetricalLogTransform
 
 from landscape.analysis.measures import measured
-from landscape.analysis.summary import envelope, has_measure, is_finite
+from landscape.analysis.summary import bins_of, envelope, has_measure, is_finite
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES, MeasureInfo
 
 POINTS = 1000
 """Maximum number of points of a band: about the width of a page in pixels."""
+
+
+QUARTILE_BINS = 60
+"""Maximum number of bins of :func:`quartiles_over_training`."""
+SHARE_LIMIT = 3.0
+"""Largest magnitude that its axis shows."""
 
 
 class Band(NamedTuple):
@@ -101,6 +108,33 @@ def panel_data(frame: pd.DataFrame, x: str, measure: str, scale: str) -> PanelDa
         bands = {label: Band(band.x, *(part.clip(-limit, limit) for part in band[1:])) for label, band in bands.items()}
     interrupted = sum(len(band.x) for band in bands.values()) > len(points)
     return PanelData(name, bands, fitting, limit, _marks(points, rows, x), interrupted)
+
+
+def quartiles_over_training(frame: pd.DataFrame, x: str, measure: str) -> PanelData:
+    """Return median and quartiles of a measure, in few bins.
+
+    A bin has equally many of the updates, and all seeds. The median is the line and the quartiles are the band.
+
+    Args:
+        frame: Rows with a column ``band``.
+        x: ``"step"`` or ``"epoch"``.
+        measure: A measure of :func:`landscape.measured` with a line and no band.
+    """
+    frame = measured(frame, measure)
+    finite = has_measure(frame, measure) & is_finite(frame, measure)
+    rows = pd.DataFrame(frame[["band", x, measure]]).assign(bin=bins_of(frame[x].to_numpy(), QUARTILE_BINS))[finite]
+    bands = {}
+    for label, band in rows.groupby("band", observed=True):
+        bins = band.groupby("bin")
+        columns = [bins[x].mean(), *(bins[measure].quantile(share) for share in (0.5, 0.25, 0.75))]
+        bands[str(label)] = Band(*(column.to_numpy(float) for column in columns))
+    title = measure.replace("_", " ")
+    info = replace(MEASURES[measure], title=title, band="first to third quartile", line="median")
+    values = _values(bands)
+    limit = SHARE_LIMIT if len(values) and np.abs(values).max() > SHARE_LIMIT else None
+    if limit:
+        bands = {label: Band(band.x, *(part.clip(-limit, limit) for part in band[1:])) for label, band in bands.items()}
+    return PanelData(info, bands, Scale("linear"), limit, {}, False)
 
 
 def gap_ends(rows: pd.DataFrame, x: str) -> dict[str, np.ndarray]:

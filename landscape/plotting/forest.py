@@ -9,8 +9,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from landscape.analysis.compare import Comparison
 from landscape.names import MEASURES
+from landscape.plotting.colours import Colour, colours_of
 from landscape.plotting.figure import LandscapeFigure, figure_style, footnote
-from landscape.plotting.landscape import Colour, colours_of
 
 ROW = 0.19
 """Height of a row, in inches."""

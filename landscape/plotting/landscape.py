@@ -1,5 +1,6 @@
 """The figure of the loss landscape along training runs."""
 
+import itertools
 import textwrap
 import warnings
 from collections.abc import Collection, Sequence
@@ -18,11 +19,22 @@ from matplotlib.transforms import ScaledTranslation
 
 from landscape.analysis.columns import normalized
 from landscape.analysis.labels import band_labels
-from landscape.analysis.measures import measured
+from landscape.analysis.measures import has_inputs, measured
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES, check_choice, check_measure
-from landscape.plotting.bands import POINTS, Band, NonFiniteMarks, PanelData, bands_overlap, draw_order, panel_data
+from landscape.plotting.bands import (
+    POINTS,
+    QUARTILE_BINS,
+    Band,
+    NonFiniteMarks,
+    PanelData,
+    bands_overlap,
+    draw_order,
+    panel_data,
+    quartiles_over_training,
+)
 from landscape.plotting.caption import caption
+from landscape.plotting.colours import LINES, Colour, colours_of
 from landscape.plotting.figure import LandscapeFigure, figure_style, footnote
 
 X_LABELS = {"step": "update", "epoch": "epoch"}
@@ -39,13 +51,16 @@ PANEL_WIDTH = {1: 100, 2: 48, 3: 30}
 LEGEND_ROW = 0.16
 """Height of a row of the legend, in inches."""
 
-Colour = tuple[float, ...]
+SHADE = 0.5
+"""Opacity of a band."""
+LOWER = "lost_share"
+"""Measure in the slim panel below the losses."""
 
 
 def plot_landscape(
     frame: pd.DataFrame,
     *,
-    measure: str | Sequence[str] = "loss",
+    measure: str | Sequence[str] | None = None,
     x: str = "step",
     scale: str = "auto",
     layout: str = "auto",
@@ -66,15 +81,17 @@ def plot_landscape(
         frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``, or any frame with their columns, such as one read
             from CSV or converted from polars.
         measure: Name of a measure of :func:`landscape.measured`, or several of them for one panel each. Runs that did
-            not record what a measure requires are left out of its panel and named in the caption. A dashed line at 1
-            in a panel of ``lost_share`` is the edge of stability of gradient descent.
+            not record what a measure requires are left out of its panel and named in the caption. None is the loss and,
+            in a slim panel below it, the lost share of the decrease: its median and quartiles in bins of training. The
+            dashed line at 1 is the edge of stability of gradient descent, at which a step does not decrease the loss.
         x: ``"step"`` or ``"epoch"``.
         scale: Scale of the measures' axes: ``"log"``, ``"linear"``, ``"symlog"`` (logarithmic for large values of both
             signs, linear between) or ``"auto"``. Automatic is logarithmic if all values are positive and span more than
             a decade, symlog if some are not positive and span 2 decades or more, and linear otherwise; losses are never
             symlog, because their 0 has no meaning.
         layout: ``"overlay"`` (one panel), ``"multiples"`` (one panel per band, with the other bands in grey) or
-            ``"auto"``, which is ``"overlay"`` unless one band would hide another. Several measures are always overlaid.
+            ``"auto"``, which is ``"overlay"`` for several measures, or unless one band would hide another. Multiples of
+            several measures are a panel per band and measure.
 
     Returns:
         A :class:`LandscapeFigure`, 8 inches wide. Notebooks display it; :func:`save_figure` writes it.
@@ -94,7 +111,7 @@ def plot_landscape(
         The 3 measures of Santurkar et al. 2018 are drawn side by side with
         ``plot_landscape(frame, measure=("loss", "predictiveness", "beta"))``.
     """
-    measures = [measure] if isinstance(measure, str) else list(dict.fromkeys(measure))
+    measures = [measure or "loss"] if measure is None or isinstance(measure, str) else list(dict.fromkeys(measure))
     _check(measures, x, scale, layout)
     unread = list(getattr(frame, "attrs", {}).get("left_out", ()))  # pandas drops attributes easily.
     frame = normalized(frame, dict.fromkeys(("step", x, "step_sizes", *(["loss"] if "loss" in measures else []))))
@@ -104,6 +121,7 @@ def plot_landscape(
     for name in measures:
         frame = measured(frame, name)
     views = [panel_data(frame, x, name, scale) for name in measures]
+    below = [quartiles_over_training(frame, x, LOWER)] if measure is None and has_inputs(frame, LOWER).any() else []
     shown = {label for view in views for label in view.bands}
     labels = [label for label in map(str, frame["band"].cat.categories) if label in shown]
     coloured = labels[:COLOURED]
@@ -120,12 +138,13 @@ def plot_landscape(
     with figure_style():
         figure = LandscapeFigure(figsize=(8, 4.5), layout="constrained")
         if multiples:
-            _draw_multiples(figure, views[0], coloured, X_LABELS[x])
+            _draw_multiples(figure, views, below, coloured, X_LABELS[x])
         else:
-            _draw_overlays(figure, views, coloured, X_LABELS[x])
-        title = views[0].measure.title if len(views) == 1 else ""
+            _draw_overlays(figure, views, below, coloured, X_LABELS[x])
+        title = _axis_title(views[0]) if len(views) == 1 and not below else ""
         reach = (float(np.min(frame[x])), float(np.max(frame[x])))
-        _finish(figure, reach, title, f"{text} {_about_axes(views)}")
+        lower = _about_lower(below) if measure is None else ""
+        _finish(figure, reach, title, " ".join(filter(None, [text, lower, _about_axes([*views, *below])])))
     return figure
 
 
@@ -137,6 +156,16 @@ def _about_grey(labels: Sequence[str], multiples: bool) -> str:
     return "those of the other panels" if multiples and len(labels) > 1 else ""
 
 
+def _about_lower(below: Sequence[PanelData]) -> str:
+    """Return the description of the slim panel."""
+    if not below:
+        return f"Without the {MEASURES[LOWER].title}: no run recorded {' and '.join(MEASURES[LOWER].needs)}."
+    return (
+        f"Below: {MEASURES[LOWER].line.partition(';')[0]}: median (line) and quartiles (band) of up to "
+        f"{QUARTILE_BINS} parts of training; at 1 (dashed) a step does not decrease the loss."
+    )
+
+
 def _check(measures: Sequence[str], x: str, scale: str, layout: str) -> None:
     for kind, name, known in (("x", x, X_LABELS), ("scale", scale, SCALES), ("layout", layout, LAYOUTS)):
         check_choice(kind, name, known)
@@ -144,55 +173,93 @@ def _check(measures: Sequence[str], x: str, scale: str, layout: str) -> None:
         check_measure(name)
     if not measures:
         raise LandscapeError(f"measure={measures}: must have at least one name. Use some of {', '.join(MEASURES)}.")
-    if len(measures) > 1 and layout == "multiples":
-        raise LandscapeError("layout='multiples': draws one measure only. Use one measure, or layout='overlay'.")
 
 
 def _only(view: PanelData, labels: Collection[str]) -> PanelData:
     return view._replace(bands={label: band for label, band in view.bands.items() if label in labels})
 
 
-def colours_of(labels: Collection[str]) -> dict[str, Colour]:
-    """Return colours from light to dark, also distinct in grey."""
-    return dict(zip(labels, sns.color_palette("plasma_r", len(labels)), strict=True))
+def _draw_overlays(
+    figure: Figure, views: Sequence[PanelData], below: Sequence[PanelData], labels: Sequence[str], x_label: str
+) -> None:
+    """Draw a panel for each measure, with all bands.
 
-
-def _draw_overlays(figure: Figure, views: Sequence[PanelData], labels: Sequence[str], x_label: str) -> None:
-    """Draw a panel for each measure, with all bands."""
+    The panels below are drawn under the first one.
+    """
     colours, handles = colours_of(labels), {label: {} for label in labels}
-    panels = _panels(figure, len(views), x_label)
-    for axes, view in zip(panels, views, strict=True):
+    styles = dict(zip(labels, itertools.cycle(LINES), strict=False))
+    stacks = _panels(figure, len(views), (3, 1) if below else (1,), x_label)
+    places = [*zip([stack[0] for stack in stacks], views, strict=True), *zip(stacks[0][1:], below, strict=True)]
+    rows = max(len(colours.keys() & view.marks.keys()) for view in views)
+    for axes, view in places:
         for label, band in view.bands.items():
             if label not in colours:
                 _draw_behind(axes, view, band)
         for label, band in draw_order(_only(view, labels)).items():
-            handles[label] |= {type(artist): artist for artist in _draw_band(axes, view, band, colours[label])}
+            artists = _draw_band(axes, view, band, colours[label], styles[label])
+            if view in views:
+                handles[label] |= {type(artist): artist for artist in artists}
         _set_axis(axes, view)
         _draw_marks(axes, [(view.marks[label], colours[label]) for label in labels if label in view.marks])
-        rows = max(len(colours.keys() & view.marks.keys()) for view in views)
-        _set_title(axes, view.measure.title if len(views) > 1 else "", rows)
+        _set_title(
+            axes,
+            _axis_title(view, PANEL_WIDTH[_columns(len(views))]) if len(views) > 1 else "",
+            rows if view in views else 0,
+        )
+        if below:
+            axes.set_ylabel(_axis_title(view))
+        if view in below:
+            _show_edge(axes)
     if any(labels):
         entries: list[Any] = [tuple(sorted(of.values(), key=Artist.get_zorder)) for of in handles.values()]
         columns = max(1, min(4, 100 // (6 + max(map(len, labels)))))
         width, height = figure.get_size_inches()
         figure.set_size_inches(width, height + LEGEND_ROW * max(0, -(-len(labels) // columns) - 2))
         names = [_end(label, PANEL_WIDTH[1]) for label in labels]
-        legend = figure.legend(entries, names, loc="outside upper left", ncols=columns, frameon=False)
+        legend = figure.legend(entries, names, loc="outside upper left", ncols=columns, frameon=False, handlelength=3)
         for text in legend.get_texts():
             text.set_parse_math(False)  # A name may contain dollar signs.
 
 
-def _draw_multiples(figure: Figure, view: PanelData, labels: Sequence[str], x_label: str) -> None:
-    """Draw a panel per band, with the others in grey."""
-    panels = _panels(figure, len(labels), x_label, sharey=True)
-    for axes, (label, colour) in zip(panels, colours_of(labels).items(), strict=True):
-        for other, band in view.bands.items():
-            if other != label:
-                _draw_behind(axes, view, band)
-        _draw_band(axes, view, view.bands[label], colour)
-        _set_axis(axes, view)
-        _draw_marks(axes, [(view.marks[label], colour)] if label in view.marks else [])
-        _set_title(axes, _in_lines(label, PANEL_WIDTH[_columns(len(labels))]), min(1, len(view.marks)))
+def _draw_multiples(
+    figure: Figure, views: Sequence[PanelData], below: Sequence[PanelData], labels: Sequence[str], x_label: str
+) -> None:
+    """Draw panels per band, one for each measure.
+
+    The others are in grey.
+    """
+    heights = (3, 1) if below else (1,) * len(views)
+    stacks = _panels(figure, len(labels), heights, x_label, sharey=True)
+    views = [*views, *below]
+    columns = _columns(len(labels))
+    for index, (stack, (label, colour)) in enumerate(zip(stacks, colours_of(labels).items(), strict=True)):
+        for axes, view in zip(stack, views, strict=True):
+            for other, band in view.bands.items():
+                if other != label:
+                    _draw_behind(axes, view, band)
+            if label in view.bands:
+                _draw_band(axes, view, view.bands[label], colour)
+            _set_axis(axes, view)
+            _draw_marks(axes, [(view.marks[label], colour)] if label in view.marks else [])
+            if len(views) > 1 and index % columns == 0:
+                axes.set_ylabel(_axis_title(view, 24))
+            if view in below:
+                _show_edge(axes)
+        _set_title(stack[0], _in_lines(label, PANEL_WIDTH[columns]), min(1, len(views[0].marks)))
+
+
+def _show_edge(axes: Axes) -> None:
+    """Show 0 and the edge of stability, with its name."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0), max(high, 1.4))
+    name = axes.text(1, 1.03, "edge of stability", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
+    name.set(color="0.4", fontsize="small")
+
+
+def _axis_title(view: PanelData, width: int = 60) -> str:
+    """Return title of the measure, with the axis' meaning."""
+    ratios = " (log scale: heights are ratios)" if view.scale.name == "log" and view.measure.band else ""
+    return "\n".join(textwrap.wrap(f"{view.measure.title}{ratios}", width))
 
 
 def _in_lines(label: str, width: int) -> str:
@@ -212,30 +279,47 @@ def _columns(panels: int) -> int:
     return {1: 1, 2: 2, 4: 2}.get(panels, 3)
 
 
-def _panels(figure: Figure, count: int, x_label: str, sharey: bool = False) -> list[Axes]:
+def _panels(figure: Figure, count: int, heights: Sequence[int], x_label: str, sharey: bool = False) -> list[list[Axes]]:
+    """Return stacks of panels, from left to right.
+
+    Args:
+        figure: Empty figure, which is resized.
+        count: Number of stacks.
+        heights: Relative heights of the panels of a stack.
+        x_label: Label of the horizontal axes.
+        sharey: True if panels at the same place of all stacks share their vertical axis.
+    """
     columns = _columns(count)
-    rows = -(-count // columns)
-    if count > 1:
-        figure.set_size_inches(8, 1.3 + 2.4 * rows)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=sharey, squeeze=False).ravel()
-    for axes in panels[count:]:
+    rows, deep = -(-count // columns), len(heights)
+    if count > 1 or deep > 1:
+        figure.set_size_inches(8, 1.3 + (2.4 if count > 1 else 3.2) * rows * (sum(heights) / max(heights)))
+    ratios = list(heights) * rows
+    grid = figure.subplots(len(ratios), columns, sharex=True, squeeze=False, height_ratios=ratios)
+    stacks = [list(grid[row * deep : (row + 1) * deep, column]) for row in range(rows) for column in range(columns)]
+    for axes in itertools.chain(*stacks[count:]):
         axes.remove()
-    for axes in panels[:count]:
-        axes.xaxis.set_major_locator(MaxNLocator("auto" if count == 1 else 5, steps=[1, 2, 5, 10], integer=True))
-    for axes in panels[:count][-columns:]:  # panels without another one below
-        axes.tick_params(labelbottom=True)
-        axes.set_xlabel(x_label)
-    return list(panels[:count])
+    stacks = stacks[:count]
+    for index, stack in enumerate(stacks):
+        for axes, first in zip(stack, stacks[0], strict=True):
+            axes.xaxis.set_major_locator(MaxNLocator("auto" if count == 1 else 5, steps=[1, 2, 5, 10], integer=True))
+            if sharey and index:
+                axes.sharey(first)
+            if sharey and index % columns:
+                axes.tick_params(labelleft=False)
+        if index + columns >= count:  # no other stack below
+            stack[-1].tick_params(labelbottom=True)
+            stack[-1].set_xlabel(x_label)
+    return stacks
 
 
-def _draw_band(axes: Axes, view: PanelData, band: Band, colour: Colour) -> list[Artist]:
+def _draw_band(axes: Axes, view: PanelData, band: Band, colour: Colour, style: Any = "-") -> list[Artist]:
     """Draw band and line, and return both for the legend."""
     artists: list[Artist] = []
-    if view.measure.band:
-        tint = tuple(0.4 + 0.6 * part for part in colour[:3])  # Opaque, because mixed shades match no legend entry.
-        artists.append(_shade(axes, band, color=tint))
+    if view.measure.band:  # Bands behind it show through.
+        artists.append(_shade(axes, band, facecolor=(*colour, SHADE), edgecolor=(*colour, SHADE)))
     if view.measure.line:
-        artists.append(_line(axes, band.x, band.line, color=colour))
+        dark = tuple(0.7 * part for part in colour)
+        artists.append(_line(axes, band.x, band.line, color=dark, linestyle=style))
     else:  # Edges show a band that is covered by another one.
         for edge in (band.low, band.high):
             _line(axes, band.x, edge, color=colour, linewidth=0.5)
@@ -289,6 +373,7 @@ def _finish(figure: Figure, reach: tuple[float, float], title: str, text: str) -
         sns.despine(ax=axes)
         axes.xaxis.set_major_formatter("{x:,.10g}")
     figure.supylabel(title, fontsize="medium")
+    figure.align_ylabels()
     footnote(figure, text)
 
 
@@ -311,8 +396,6 @@ def _set_axis(axes: Axes, view: PanelData) -> None:
 def _about_axes(views: Sequence[PanelData]) -> str:
     several = len(views) > 1
     sentences = []
-    if any(view.measure.band and view.scale.name == "log" for view in views):
-        sentences.append("On a logarithmic axis, the height of a band is a ratio.")
     for view in views:
         if view.limit:
             of, sign = f" of the {view.measure.title}" * several, "±" * (view.scale.name != "log")

@@ -1,6 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from landscape_cli.figure import FIGURES, FigureRequest, _ranking_recipes
@@ -38,6 +39,8 @@ def test_ranking_with_recipe(tmp_path):
     assert result.stderr == "Training simplenet on digits ...\n"
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["%", "at", "G", "=", "1", "2", "4", "8", "16", "32"]
+    shares = pd.read_csv(tmp_path / "figures" / "ranking-small-digits.csv")
+    assert list(shares)[4:] == ["1", "2", "4", "8", "16", "32"]
     assert [line.split()[-6] for line in lines[2:6]] == ["0"] * 4  # BatchNorm
     assert [line for line in lines[2:6] if " 11 " in line]  # updates of one epoch
     assert lines[-2:] == [f"Figure: figures/ranking-small-digits.{suffix}" for suffix in ("png", "svg")]

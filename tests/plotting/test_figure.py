@@ -211,7 +211,7 @@ def test_many_runs_in_linear_time(monkeypatch):
     for runs in (16, 24, 32):
         calls.update(compared=0, drawn=0)
         with pytest.warns(UserWarning, match=f"{runs} bands"):
-            figure = plot_landscape(sweep(runs))
+            figure = plot_landscape(sweep(runs), measure="loss")
         sizes[runs] = (artists(figure), calls["compared"], calls["drawn"])
         assert len(figure.axes) == COLOURED
     for few, more, many in zip(*sizes.values(), strict=True):
@@ -226,7 +226,7 @@ def test_many_runs_in_linear_time(monkeypatch):
 def test_legend_covers_nothing(name, runs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        figure = plot_landscape(sweep(runs, name=name), layout="overlay")
+        figure = plot_landscape(sweep(runs, name=name), measure="loss", layout="overlay")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     (axes,), (legend,) = figure.axes, figure.legends
@@ -250,7 +250,7 @@ def test_titles_of_panels_cover_nothing(runs):
 
 
 def test_many_runs_are_one_band_with_a_norm():
-    (axes,) = plot_landscape(sweep(30).assign(norm="my sweep")).axes
+    (axes,) = plot_landscape(sweep(30).assign(norm="my sweep"), measure="loss").axes
     assert len(axes.collections) == 1
 
 

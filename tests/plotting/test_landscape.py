@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -21,8 +21,11 @@ from recordings import frame, frames, without
 from landscape.analysis.measures import measured
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES
+from landscape.plotting.colours import colours_of
 from landscape.plotting.figure import save_figure
-from landscape.plotting.landscape import plot_landscape
+from landscape.plotting.landscape import plot_landscape as plot_default
+
+plot_landscape = partial(plot_default, measure="loss")
 
 
 def bands(axes):
@@ -94,7 +97,8 @@ def test_marks_rows():
     marks = [line for line in axes.lines if not line.get_clip_on()]
     heights = [line.get_window_extent().y0 for line in marks[::2]]
     assert axes.get_window_extent().y1 < heights[0] < heights[1]
-    ghost, _, none = sorted({line.get_color() for line in axes.lines if line.get_clip_on()}, key=luminance)
+    colours = colours_of(["GhostNorm", "No normalization"])
+    ghost, none = colours["GhostNorm"], colours["No normalization"]
     assert [line.get_color() for line in marks] == [ghost, ghost, none, none]
 
 
@@ -177,7 +181,7 @@ def test_scale_log(power, scale, expected):
     run[["loss", "loss_min", "loss_max"]] **= power
     figure = plot_landscape(run, scale=scale)
     assert figure.axes[0].get_yscale() == expected
-    assert ("the height of a band is a ratio" in figure.get_supxlabel().replace("\n", " ")) == (expected == "log")
+    assert ("heights are ratios" in figure.get_supylabel()) == (expected == "log")
 
 
 def test_scale_negative_loss():
@@ -232,19 +236,69 @@ def test_layout_x_labels(norms):
     assert [bool(panel.get_xlabel()) for panel in axes] == [False] * (len(norms) - columns) + [True] * columns
 
 
-def test_colours():
-    figure = plot_landscape(frames("none", "batch", "ghost", "seq"), layout="multiples")
-    shades = [luminance(axes.lines[0].get_color()) for axes in figure.axes]
-    assert all(lighter - darker > 0.1 for lighter, darker in pairwise(shades))
+def test_default_has_a_panel_of_the_lost_share():
+    runs = frames("none", "batch", steps=300)
+    main, below = plot_default(runs, layout="overlay").axes
+    shares = measured(runs, "lost_share").query("norm == 'batch' and step < 5")["lost_share"]
+    starts = [line.get_xydata()[0] for line in below.lines if len(line.get_xydata()) == 60]  # not the dashed line
+    assert any(start == pytest.approx([2, shares.median().clip(-3, 3)]) for start in starts)
+    assert len(bands(below)) == 2
+    low, high = below.get_ylim()
+    assert low <= 0
+    assert high >= 1.2
+    assert below.get_xlabel() == "update"
+    assert not main.get_xlabel()
+    multiples = plot_default(runs, layout="multiples")
+    assert [axes.get_title(loc="left") for axes in multiples.axes] == ["No normalization", "", "BatchNorm", ""] or [
+        axes.get_title(loc="left") for axes in multiples.axes
+    ] == ["No normalization", "BatchNorm", "", ""]
+    assert "Below: share" in multiples.get_supxlabel().replace("\n", " ")
+
+
+def test_default_without_slope():
+    figure = plot_default(without(frame(steps=5), "slope"))
+    assert len(figure.axes) == 1
+    assert "no run recorded slope" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_default_clips_the_lost_share():
+    run = frame(steps=20)
+    run.loc[5, "slope"] = 1e-9
+    figure = plot_default(run)
+    assert figure.axes[1].get_ylim()[1] <= 3.5
+    assert "of the lost share beyond ±3 are cut off" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_layout_multiples_of_several_measures():
+    figure = plot_landscape(frames("none", "batch", steps=20), measure=["loss", "beta"], layout="multiples")
+    assert len(figure.axes) == 4
+    assert sorted(axes.get_title(loc="left") for axes in figure.axes) == ["", "", "BatchNorm", "No normalization"]
+    assert sum("β" in axes.get_ylabel() for axes in figure.axes) == 1
+
+
+@pytest.mark.parametrize("others", [[], ["seq"], ["none", "seq", "layer"]])
+def test_colour_of_a_norm_is_the_same_in_every_figure(others):
+    figure = plot_landscape(frames("batch", *others), layout="multiples")
+    (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left") == "BatchNorm" or not others]
+    alone = plot_landscape(frames("batch", "ghost"), layout="multiples").axes[0]
+    own, expected = (
+        [line.get_color() for line in each.lines if line.get_color() != "0.88"][-1] for each in (axes, alone)
+    )
+    assert own == expected
+
+
+def test_line_styles_differ_in_one_panel():
+    figure = plot_landscape(frames("none", "batch", "ghost", "seq", seeds=(0,)), layout="overlay")
+    assert len({str(line.get_linestyle()) + str(line._dash_pattern) for line in figure.axes[0].lines}) == 4
 
 
 def test_draw_order():
     runs = pd.concat([frame("none", width=0.3), frame("batch", width=9.0)])
     wide, narrow = bands(plot_landscape(runs, layout="overlay").axes[0])
     assert wide.get_datalim(wide.axes.transData).height > narrow.get_datalim(narrow.axes.transData).height
-    assert luminance(wide.get_facecolor()[0][:3]) < luminance(
-        narrow.get_facecolor()[0][:3]
-    )  # Colours follow the norms, not the order of drawing.
+    colours = colours_of(["BatchNorm", "No normalization"])  # They follow the norms, not the order of drawing.
+    assert tuple(wide.get_facecolor()[0][:3]) == colours["BatchNorm"]
+    assert tuple(narrow.get_facecolor()[0][:3]) == colours["No normalization"]
 
 
 @pytest.mark.parametrize("measure", ["predictiveness", "gap", "curvature"])
@@ -256,7 +310,7 @@ def test_measure_without_line(measure):
     np.testing.assert_array_equal(low, run[["step", f"{measure}_min"]])
     np.testing.assert_array_equal(high, run[["step", f"{measure}_max"]])
     assert len(bands(axes)) == 1
-    assert figure.get_supylabel() == MEASURES[measure].title
+    assert figure.get_supylabel().startswith(MEASURES[measure].title)
 
 
 def test_measure_without_band():
@@ -270,11 +324,9 @@ def test_measure_without_band():
 def test_several_measures():
     runs = frames("none", "batch", steps=20)
     figure = plot_landscape(runs, measure=("loss", "predictiveness", "beta", "loss"))
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "loss",
-        "gradient predictiveness",
-        "effective β-smoothness",
-    ]
+    titles = ["loss (log", "gradient predictiveness (log", "effective β-smoothness"]
+    for axes, title in zip(figure.axes, titles, strict=True):
+        assert axes.get_title(loc="left").replace("\n", " ").startswith(title)
     assert [(len(bands(axes)), len(axes.lines)) for axes in figure.axes] == [(2, 2), (2, 4), (0, 2)]
     assert len({axes.get_ylim() for axes in figure.axes}) == 3
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
@@ -371,7 +423,6 @@ def test_x_epoch():
         ({"measure": "width"}, "measure='width': .*loss, predictiveness, beta, gap, curvature, .*cosine"),
         ({"measure": ["loss", "width"]}, "measure='width'"),
         ({"measure": []}, r"measure=\[\].*loss, predictiveness"),
-        ({"measure": ["loss", "gap"], "layout": "multiples"}, "layout='multiples'.*one measure"),
     ],
 )
 def test_invalid_option(options, message):
