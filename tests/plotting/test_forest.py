@@ -8,6 +8,7 @@ from recordings import frame, frames
 
 from landscape import compare
 from landscape.plotting import plot_forest
+from landscape.plotting.colours import colours_of
 
 
 def drawn(axes):
