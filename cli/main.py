@@ -55,6 +55,19 @@ def _show_warning(message: Warning | str, *details: Any, **options: Any) -> None
     echo(f"Warning: {one_line(str(message))}", err=True)
 
 
+def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Write the versions that a report of a fault needs."""
+    if not value or ctx.resilient_parsing:
+        return
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator.type if accelerator else "cpu"
+    python = ".".join(map(str, sys.version_info[:3]))
+    echo(f"landscape {__version__}, Python {python}, torch {torch.__version__}, device {device}")
+    ctx.exit()
+
+
 @click.group(
     cls=Commands,
     context_settings={
@@ -62,7 +75,14 @@ def _show_warning(message: Warning | str, *details: Any, **options: Any) -> None
         "token_normalize_func": lambda name: RENAMED.get(name, name),
     },
 )
-@click.version_option(__version__, package_name="landscape-probe")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the versions of landscape, Python and torch, and the device, and exit.",
+)
 def main() -> None:
     """Measure the smoothness of a PyTorch training run's loss landscape.
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 from torch import Tensor
 
@@ -192,6 +191,8 @@ def _data_folder(name: str, data_dir: str | Path | None) -> Path:
         if not folder.is_dir():  # It may be mistyped, so it is not created.
             raise LandscapeError(f"data_dir={str(data_dir)!r}: is no folder. Correct it, or create it for downloads.")
         return folder
+    import pooch  # on first use, as it warns in notebooks without ipywidgets
+
     try:
         return Path(pooch.os_cache("landscape"))
     except RuntimeError as error:

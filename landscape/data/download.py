@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pooch
 
 from landscape.errors import LandscapeError
 from landscape.text import short
@@ -115,6 +114,8 @@ def _download(path: Path, source: Source) -> Path:
 
     A failed download leaves no file behind: pooch verifies a temporary file before it moves it to the path.
     """
+    import pooch  # on first use, as it warns in notebooks without ipywidgets
+
     expected, failures = source.sha256[path.name], []
     # The annotation is Any, because the type hints of pooch 1.9 reject its own class.
     downloader: Any = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)

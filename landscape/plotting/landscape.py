@@ -117,6 +117,8 @@ def plot_landscape(
     frame = normalized(frame, dict.fromkeys(("step", x, "step_sizes", *(["loss"] if "loss" in measures else []))))
     if frame.empty:
         raise LandscapeError("The frame has no rows. Use a frame of read_traces or LandscapeProbe.frame.")
+    if "run" not in frame and "seed" in frame:  # rows of several probes in memory
+        frame = frame.assign(run=frame["seed"].map("seed {}".format))
     frame = frame.assign(band=band_labels(frame))
     for name in measures:
         frame = measured(frame, name)

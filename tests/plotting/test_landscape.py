@@ -524,3 +524,9 @@ save_figure(plot_landscape(runs, layout="multiples"), sys.argv[2])
         command = [sys.executable, "-c", code, here, str(tmp_path / f"{seed}.svg")]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
     assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
+
+
+def test_seeds_in_memory():
+    """Frames of several probes have no runs, but seeds."""
+    text = plot_landscape(frames("none", "batch", seeds=(0, 1, 2)).drop(columns="run")).get_supxlabel()
+    assert "3 seeds per band" in text.replace("\n", " ")
