@@ -3,7 +3,7 @@
 import json
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +158,11 @@ def _json(comparison: "Comparison") -> str:
 
 
 def _records(comparison: "Comparison") -> list[dict[str, Any]]:
-    return [{name: finite_or_none(value) for name, value in row.items()} for row in comparison.table.to_dict("records")]
+    return _finite(comparison.table.to_dict("records"))
+
+
+def _finite(rows: Sequence[Mapping[Any, Any]]) -> list[dict[str, Any]]:
+    return [{name: finite_or_none(value) for name, value in row.items()} for row in rows]
 
 
 STYLES: "dict[str, Callable[[Comparison], str]]" = {

@@ -8,7 +8,7 @@ from .output import aligned, echo
 from .params import Command
 
 SLICES = {
-    "none": "none: no normalization",
+    "none": "-",
     "batch": "each channel over the batch",
     "ghost": "each channel over each of G groups of the batch",
     "seq": "GroupNorm, then GhostNorm",

@@ -58,7 +58,7 @@ output_option = options_under("Output")
     type=click.Choice([*NORMS, UNCHANGED]),
     multiple=True,
     metavar="NAME",
-    help=f"Normalization: {', '.join(NORMS)}; unchanged for a model of your own as it is. Repeatable; each is a run.  "
+    help=f"Normalization: {', '.join(NORMS)}, unchanged (your model as it is). Repeatable; each is a run.  "
     f"[default: {', '.join(COMPARISON)}; unchanged for your own]",
 )
 @training_option(
@@ -89,9 +89,7 @@ output_option = options_under("Output")
 @training_option("--epochs", type=int, help="Passes over the training set.")
 @training_option("--batch-size", type=int, help="Samples per update.")
 @training_option("--lr", type=float, help="Learning rate; the highest one if the recipe changes it.")
-@training_option(
-    "--loss", type=click.Choice(LOSSES), help="Loss; mse, l1, huber for numbers.  [default: cross-entropy]"
-)
+@training_option("--loss", type=click.Choice(LOSSES), help="Loss of outputs and targets.  [default: cross-entropy]")
 @training_option(
     "--optimizer",
     type=click.Choice(OPTIMIZERS, case_sensitive=False),

@@ -19,7 +19,6 @@ from landscape.data.dataset import Dataset, Samples, load_dataset
 from landscape.data.own import digest, load_own_dataset
 from landscape.distributed.group import SINGLE_PROCESS, RankGroup
 from landscape.errors import LandscapeError
-from landscape.names import check_choice
 from landscape.norms.registry import batch_norms, convert_norms, make_norm
 from landscape.rng import load_rng_state_dict, rng_state_dict
 from landscape.training.augmentation import augmentation
@@ -247,7 +246,11 @@ def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
     if recipe.has_own_model:
         model = own_model(recipe, inputs)
     else:
-        check_choice("model", recipe.model, MODELS)
+        if recipe.model not in MODELS:
+            raise LandscapeError(
+                f"model={recipe.model!r:.100}: unknown model. Use {', '.join(MODELS)}, or a function of yours, such as "
+                "my_model:build."
+            )
         name, options = _layer(recipe)
         norm = make_norm(name, **options)
         with torch.device("meta" if inputs.is_meta else "cpu"):
@@ -297,11 +300,11 @@ def own_model(recipe: Recipe, inputs: Tensor) -> nn.Module:
     built = call_own(given, import_callable(recipe.model, "model"))
     if not isinstance(built, nn.Module):
         raise LandscapeError(f"{given}: must return a torch.nn.Module, got {type(built).__name__}.")
-    model = deepcopy(built).cpu().train()  # A function may return the same model again, which this run would train.
-    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+    if any(isinstance(parameter, UninitializedParameter) for parameter in built.parameters()):
         with torch.no_grad():
-            call_own(given, model.eval(), inputs.cpu())
-        model.train()
+            call_own(given, built.cpu().eval(), inputs.cpu())
+    # A function may return the same model again, which this run would train.
+    model = call_own(given, deepcopy, built).cpu().train()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise LandscapeError(f"{given}: has no parameters to train. Return a model with trainable parameters.")
     if recipe.norm == UNCHANGED:
