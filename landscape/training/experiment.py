@@ -75,6 +75,13 @@ class Experiment:
             data = load_dataset(recipe.dataset, data_dir, self.device)
         self.data = with_targets(recipe, data).split(recipe.validation, recipe.train_samples)
         self.updates = len(self.data.train) // recipe.batch_size
+        inputs = self.data.train.inputs
+        is_image = inputs.is_floating_point() and inputs.ndim == 4 and inputs.shape[2] == inputs.shape[3]
+        if recipe.augment and not is_image:
+            raise LandscapeError(
+                f"augment={recipe.augment}: requires images (N, C, size, size) of floats, got {tuple(inputs.shape)} "
+                f"{inputs.dtype}. Use augment=(), or another recipe."
+            )
         model = initial_model(recipe, self.data)
         self.converted: int | None = getattr(model, _CONVERTED, None)
         self.model = data_parallel(model) if ranks.size > 1 else model
@@ -85,13 +92,6 @@ class Experiment:
             self.model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **options
         )
         self.schedule = learning_rate(recipe, self.optimizer, recipe.epochs * self.updates)
-        inputs = self.data.train.inputs
-        is_image = inputs.is_floating_point() and inputs.ndim == 4 and inputs.shape[2] == inputs.shape[3]
-        if recipe.augment and not is_image:
-            raise LandscapeError(
-                f"augment={recipe.augment}: requires images (N, C, size, size) of floats, got {tuple(inputs.shape)} "
-                f"{inputs.dtype}. Use augment=(), or another recipe."
-            )
         self._augment = augmentation(recipe.augment)
         self._order = torch.Generator("cpu").manual_seed(recipe.seed)
         self._order_before = self._order.get_state()
@@ -223,7 +223,7 @@ def in_layout(recipe: Recipe, images: Tensor) -> Tensor:
     """Return inputs in the precision and the layout of a recipe."""
     # Integers are indices of embeddings, which stay as they are.
     images = images.double() if recipe.precision == "float64" and images.is_floating_point() else images
-    return images.contiguous(memory_format=torch.channels_last) if recipe.channels_last else images
+    return images.contiguous(memory_format=torch.channels_last) if recipe.channels_last and images.ndim == 4 else images
 
 
 def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
