@@ -40,7 +40,7 @@ def load():
 @click.command("init", cls=Command)
 @click.argument("file", type=LocalPath(), default=Path("my_model.py"))
 def command(file: Path) -> None:
-    """Write a commented file with a model and data, to start from.
+    """Write a commented file with a model and data.
 
     FILE is my_model.py by default; a file that exists is kept. The command that trains it is printed.
     """

@@ -25,7 +25,7 @@ def is_callable_name(name: str) -> bool:
 
 
 def import_callable(name: str, option: str) -> Callable[..., Any]:
-    """Import a function by its name; the current folder is importable.
+    """Import a function by name, also from the current folder.
 
     Args:
         name: Name such as ``"package.module:attribute"``.
@@ -107,7 +107,7 @@ def call_own(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _place(error: BaseException) -> str:
-    """Return file and line of the innermost frame of the user."""
+    """Return file and line of the user's innermost frame."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({Path(error.filename).name}, line {error.lineno})"
     own = [

@@ -68,7 +68,7 @@ def load_own_dataset(source: str, device: str | torch.device = "cpu") -> Dataset
 
 
 def digest(data: Dataset) -> str:
-    """Return a hash of all samples, by which a resumed run is checked."""
+    """Return a hash of all samples, to check resumed runs."""
     content = hashlib.sha256()
     for part in (data.train, data.validation, data.test):
         for tensor in (part.inputs, part.targets):

@@ -220,7 +220,7 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
 
 
 def in_layout(recipe: Recipe, images: Tensor) -> Tensor:
-    """Return inputs in the precision and the layout of a recipe."""
+    """Return inputs in a recipe's precision and layout."""
     # Integers are indices of embeddings, which stay as they are.
     images = images.double() if recipe.precision == "float64" and images.is_floating_point() else images
     return images.contiguous(memory_format=torch.channels_last) if recipe.channels_last and images.ndim == 4 else images
@@ -285,7 +285,7 @@ def _layer(recipe: Recipe) -> tuple[str, dict[str, int]]:
 
 
 def own_model(recipe: Recipe, inputs: Tensor) -> nn.Module:
-    """Return the model that a user's function builds, on the CPU.
+    """Return the model that a user's function builds.
 
     Its BatchNorms are converted to the recipe's norm.
 

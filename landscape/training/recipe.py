@@ -200,7 +200,7 @@ class Recipe:
 
 
 def norm_settings(norm: str) -> tuple[str, ...]:
-    """Return the options of a norm; a model as it is has none."""
+    """Return the options of a norm, none for `UNCHANGED`."""
     return () if norm == UNCHANGED else options_of(norm)
 
 
