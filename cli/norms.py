@@ -26,7 +26,7 @@ SLICES = {
 
 @click.command("norms", cls=Command)
 def command() -> None:
-    """List the norms of --norm: title, options, and what is normalized together."""
+    """List the norms of --norm, with options and slices."""
     lines = []
     for name, norm in NORMS.items():
         options = " ".join(f"--{option.replace('_', '-')}" for option in norm.options) or "-"

@@ -11,7 +11,7 @@ from .params import Command
 
 @click.command("recipes", cls=Command)
 def command() -> None:
-    """List the recipes of --recipe: model, data and training of each."""
+    """List the recipes of --recipe."""
     lines = []
     for name, recipe in RECIPES.items():
         samples = "" if recipe.train_samples is None else f" ({recipe.train_samples:,} images)"

@@ -48,7 +48,7 @@ def command(paths: tuple[str | Path, ...], by: tuple[str, ...], measures: tuple[
 def records(
     paths: Sequence[str | Path], by: Sequence[str] = ("run",), measures: Sequence[str] = ("loss",)
 ) -> list[dict[str, Any]]:
-    """Return a record for each group, without columns that are empty."""
+    """Return a record for each group, without empty columns."""
     from landscape.analysis.summary import size_name, summarize
     from landscape.traces.reader import read_traces
 
