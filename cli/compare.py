@@ -1,11 +1,9 @@
 """``landscape compare``: ratios between norms over seeds, and what may be concluded."""
 
-import csv
-import io
 import json
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ import click
 
 from landscape.names import MEASURES
 
-from .output import echo, report
+from .output import aligned, csv_text, echo, finite_or_none, markdown_table, report
 from .params import Command, LocalPath, LocationType, options_under
 
 if TYPE_CHECKING:  # pandas is slow to import, and --help does not need it.
@@ -116,12 +114,7 @@ def _text(comparison: "Comparison") -> str:
         head, *lines = sentence.splitlines()
         parts.append("\n".join([textwrap.fill(head, WIDTH), *(_hanging(line) for line in lines)]))
     for title, lines in _blocks(comparison):
-        widths = [max(map(len, column)) for column in zip(HEADINGS, *lines, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [list(HEADINGS), *lines]
-        ]
-        parts.append("\n".join([title, *table]))
+        parts.append(f"{title}\n{aligned(HEADINGS, lines)}")
     parts += [_hanging(f"Note: {note}") for note in comparison.notes]
     return "\n\n".join(parts)
 
@@ -133,18 +126,12 @@ def _hanging(text: str) -> str:
 def _markdown(comparison: "Comparison") -> str:
     parts = [sentence.replace(":\n", ":\n\n", 1) for sentence in comparison.sentences]
     for title, lines in _blocks(comparison):
-        table = [HEADINGS, ["---"] * len(HEADINGS), *lines]
-        parts.append("\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in table)]))
+        parts.append(f"**{title}**\n\n{markdown_table(HEADINGS, lines)}")
     return "\n\n".join([*parts, *(f"Note: {note}" for note in comparison.notes)])
 
 
 def _csv(comparison: "Comparison") -> str:
-    rows = _records(comparison)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"seed_ratios": json.dumps(row["seed_ratios"])} for row in rows)
-    return file.getvalue().rstrip("\n")
+    return csv_text([row | {"seed_ratios": json.dumps(row["seed_ratios"])} for row in _records(comparison)])
 
 
 def _latex(comparison: "Comparison") -> str:
@@ -163,17 +150,19 @@ def _escaped(text: str) -> str:
 
 
 def _json(comparison: "Comparison") -> str:
-    seeds = [{name: _plain(value) for name, value in row.items()} for row in comparison.seeds.to_dict("records")]
+    seeds = [
+        {name: finite_or_none(value) for name, value in row.items()} for row in comparison.seeds.to_dict("records")
+    ]
     result = {"sentences": comparison.sentences, "notes": comparison.notes, "table": _records(comparison)}
     return json.dumps(result | {"seeds": seeds}, indent=1)
 
 
 def _records(comparison: "Comparison") -> list[dict[str, Any]]:
-    return [{name: _plain(value) for name, value in row.items()} for row in comparison.table.to_dict("records")]
+    return _finite(comparison.table.to_dict("records"))
 
 
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite(rows: Sequence[Mapping[Any, Any]]) -> list[dict[str, Any]]:
+    return [{name: finite_or_none(value) for name, value in row.items()} for row in rows]
 
 
 STYLES: "dict[str, Callable[[Comparison], str]]" = {

@@ -16,7 +16,20 @@ from .errors import usage_error
 from .output import TRACEBACK, echo, raise_unwritten
 from .params import RENAMED
 
-_NAMES = ("probe", "list", "plot", "compare", "figure", "tune", "table", "claims")
+_NAMES = (
+    "init",
+    "probe",
+    "list",
+    "summarize",
+    "plot",
+    "compare",
+    "figure",
+    "tune",
+    "table",
+    "claims",
+    "recipes",
+    "norms",
+)
 COMMANDS = {name: f"landscape_cli.{name}" for name in _NAMES}
 """Modules of the commands, in the order of the help."""
 
@@ -88,6 +101,7 @@ def main() -> None:
 
     \b
     landscape probe           train on digits with 3 norms, probe every update
+    landscape init            write a file for a model of your own
     landscape list traces/    list the recorded runs
     landscape plot traces/    draw their loss landscapes
     landscape compare traces/ is one norm smoother than another?

@@ -1,8 +1,14 @@
 """Lines on the two streams: tables, reports and warnings."""
 
+import csv
+import io
+import json
+import math
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import click
 
@@ -50,3 +56,64 @@ def _discard(stream: object) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())  # pyright: ignore[reportAttributeAccessIssue]
         os.close(null)
+
+
+FORMATS = ("table", "csv", "md", "json")
+"""Formats of a table of records."""
+
+
+def formatted(records: Sequence[dict[str, Any]], style: str) -> str:
+    """Return records as a table in one of `FORMATS`.
+
+    Numbers have 4 digits in ``table`` and ``md``, and all digits in ``csv`` and ``json``.
+
+    Examples:
+        >>> print(formatted([{"run": "a", "range": 0.123456}], "md"))
+        | run | range |
+        | --- | --- |
+        | a | 0.1235 |
+    """
+    records = [{name: finite_or_none(value) for name, value in record.items()} for record in records]
+    if style == "json":
+        return json.dumps(records, indent=1)
+    if style == "csv":
+        return csv_text(records)
+    headings = list(records[0]) if records else []
+    lines = [[_cell(value) for value in record.values()] for record in records]
+    return markdown_table(headings, lines) if style == "md" else aligned(headings, lines)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return None for NaN, infinity and missing values."""
+    if hasattr(value, "item"):  # numpy's numbers
+        value = value.item()
+    if type(value).__name__ == "NAType":
+        return None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def csv_text(records: Sequence[dict[str, Any]]) -> str:
+    """Return records as CSV, with a line of headings."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(records[0]) if records else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return file.getvalue().rstrip("\n")
+
+
+def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *lines])
+
+
+def aligned(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [headings, *lines]
+    )

@@ -25,33 +25,37 @@ def rank() -> int | None:
     return int(os.environ["RANK"]) if "RANK" in os.environ else None
 
 
-def prepare(runs: Sequence[Recipe], target: TraceTarget) -> list[Recipe]:
+def prepare(runs: Sequence[Recipe], target: TraceTarget, err: bool = False) -> list[Recipe]:
     """Check that all runs can be trained; return unfinished ones.
 
-    With ``target.resume``, a summary of each finished run is printed, and the run is left out.
+    With ``target.resume``, a summary of each finished run is printed, and the run is left out. Lines are printed to
+    the standard error with ``err``. How many BatchNorms of a model of the user are converted is printed, too.
 
     Raises:
         LandscapeError: A run cannot be trained, or exists and is to be kept.
     """
     from landscape.training.train import check_processes, dry_run
 
-    unfinished = _unfinished(runs, target)
+    unfinished = _unfinished(runs, target, err)
     if rank() is not None:
         for run in unfinished:
             check_processes(run)
     for run in {replace(run, seed=0): run for run in unfinished}.values():
-        dry_run(run, target.data_dir, target.device)
+        experiment = dry_run(run, target.data_dir, target.device)
+        if experiment.converted is not None and not rank():
+            of = f"{experiment.converted} BatchNorm{'s' * (experiment.converted > 1)} of {run.model}"
+            report(f"{run.run_name}: {of} converted to {run.norm}", err=err)
     if not target.resume and not target.overwrite:
         _raise_if_recorded(runs, target)  # last, since it would hide other mistakes
     return unfinished
 
 
-def _unfinished(runs: Sequence[Recipe], target: TraceTarget) -> list[Recipe]:
+def _unfinished(runs: Sequence[Recipe], target: TraceTarget, err: bool) -> list[Recipe]:
     from landscape.training.completed import is_recorded
 
     recorded = [run for run in runs if is_recorded(run, target.location(run))] if target.resume else []
     for run in [] if rank() else recorded:
-        report(f"{_summary(target.location(run))} (already recorded)")
+        report(f"{_summary(target.location(run))} (already recorded)", err=err)
     return [run for run in runs if run not in recorded]
 
 
@@ -66,13 +70,14 @@ def _raise_if_recorded(runs: Sequence[Recipe], target: TraceTarget) -> None:
         )
 
 
-def train_run(run: Recipe, target: TraceTarget, options: Mapping[str, Any]) -> None:
+def train_run(run: Recipe, target: TraceTarget, options: Mapping[str, Any], err: bool = False) -> None:
     """Train one run; print its folder and its smoothness.
 
     Args:
         run: Recipe of the run, resolved.
         target: Destination of the trace.
         options: Other options of ``landscape probe`` by name, for the processes of ``ghost_by="ranks"``.
+        err: Print to the standard error.
     """
     from .torchrun import torchrun
 
@@ -91,7 +96,7 @@ def train_run(run: Recipe, target: TraceTarget, options: Mapping[str, Any]) -> N
             number = signal.SIGINT
         else:
             if not rank():
-                report(_summary(target.location(run)))
+                report(_summary(target.location(run)), err=err)
                 _warn_of_few_probes(target.location(run))
             number = guard.signal  # It came after the last update.
     if number:
@@ -137,7 +142,7 @@ def _arguments(run: Recipe, target: TraceTarget, options: Mapping[str, Any]) -> 
     values |= {option.rpartition(".")[2]: is_set(option) or None for option in (QUIET, VERBOSE, TRACEBACK)}
     words = ["probe"]
     for name, value in values.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = "--data" if name == "dataset" else f"--{name.replace('_', '-')}"
         if value is True:
             words += [flag]
         elif name == "overhead" and value is not None:
@@ -153,9 +158,10 @@ def _summary(location: str | Path) -> str:
     from landscape.traces.reader import read_traces
 
     summary = summarize(read_traces(location)).iloc[0]
-    accuracy = read_traces(location, table="epochs")["test_accuracy"].iloc[-1]
+    loss, accuracy = read_traces(location, table="epochs")[["test_loss", "test_accuracy"]].iloc[-1]
     not_finite = f", {summary.not_finite} of them not finite" if summary.not_finite else ""
-    tested = "no test set" if accuracy != accuracy else f"test accuracy {accuracy:.2%}"
+    tested = "no test set" if loss != loss else f"test loss {loss:.4g}"  # A regression has no accuracy.
+    tested = tested if accuracy != accuracy else f"test accuracy {accuracy:.2%}"
     return (
         f"{location}: mean range {summary.mean_range:.4g} (median {summary.median_range:.4g}) "
         f"over {summary.updates} updates{not_finite}; {tested}"

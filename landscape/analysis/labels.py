@@ -12,7 +12,7 @@ from landscape.text import short
 
 SETTINGS = (
     *("recipe", "dataset", "model", "batch_size", "epochs", "train_samples", "base_lr", "precision", "direction"),
-    "every",
+    *("every", "optimizer", "criterion"),
 )
 """Metadata that is added to the labels if runs differ in it."""
 STEP_SIZES = "step sizes"

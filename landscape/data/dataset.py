@@ -27,8 +27,8 @@ class Samples:
     ``samples[index]`` selects samples by a slice, a boolean mask (N,) or an index tensor.
 
     Attributes:
-        inputs: Normalized images, float32 (N, C, H, W).
-        targets: Classes 0, 1, ..., int64 (N,).
+        inputs: Normalized images, float32 (N, C, H, W). Your own may have any shape, or be int64.
+        targets: Classes 0, 1, ..., int64 (N,). Your own may be numbers, float32 (N, ...).
 
     Examples:
         >>> samples = load_dataset("digits").test
@@ -50,11 +50,11 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set for classification, entirely on one device.
+    """A data set, entirely on one device.
 
     Attributes:
         name: Name of the data set, as passed to :func:`load_dataset`.
-        classes: Number of classes; targets are 0 to ``classes - 1``.
+        classes: Number of classes; targets are 0 to ``classes - 1``. Numbers per sample if these are the targets.
         mean: Mean of each channel over the training set, in raw pixel values.
         std: Biased standard deviation of each channel over the training set, in raw pixel values; inputs are
             ``(pixels - mean) / std``.
@@ -82,8 +82,8 @@ class Dataset:
     def split(self, validation: int, train: int | None = None) -> "Dataset":
         """Split the training set into training and validation samples.
 
-        The split is stratified (both parts keep the share of each class) and deterministic: equal numbers give equal
-        samples, so runs that are compared share their split.
+        The split is stratified by class, if targets are classes (both parts keep the share of each), and deterministic:
+        equal numbers give equal samples, so runs that are compared share their split.
 
         Args:
             validation: Number of samples to hold out.
@@ -105,7 +105,9 @@ class Dataset:
                 f"validation={validation}, train={train}: must fit into the {len(self.train)} training samples of "
                 f"{self.name!r} and leave some to train on. Use smaller numbers."
             )
-        order = stratified(self.train.targets)
+        is_class = not self.train.targets.is_floating_point() and self.train.targets.ndim == 1
+        # Numbers are one class, whose order is random.
+        order = stratified(self.train.targets if is_class else self.train.targets.new_zeros(len(self.train)))
         # Samples keep the order of the files, so that a split into all and nothing is the data set itself.
         held_out, kept = order[:validation].sort().values, order[validation:last].sort().values
         return replace(self, train=self.train[kept], validation=self.train[held_out])

@@ -175,7 +175,7 @@ def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
           (2): ReLU()
         )
     """
-    new_norms = {old: _converted(path, old, make) for path, old in model.named_modules() if _is_batch_norm(old)}
+    new_norms = {old: _converted(path, old, make) for path, old in batch_norms(model).items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in new_norms:
@@ -183,8 +183,18 @@ def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
     return standardize_weights(new_norms.get(model, model))
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and not isinstance(module, GhostNorm)
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the BatchNorms that `convert_norms` replaces, by path.
+
+    Examples:
+        >>> list(batch_norms(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.LayerNorm(8))))
+        ['1']
+    """
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, GhostNorm)
+    }
 
 
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)

@@ -81,3 +81,20 @@ def check_same(recipe: Recipe, recorded: Mapping[str, Any], location: Location, 
                 f"{name}={value}: must be {recorded[name]}, the value recorded in {location}. Use the recorded value, "
                 "or another folder."
             )
+
+
+def check_same_data(facts: Mapping[str, Any], location: Location) -> None:
+    """Raise a LandscapeError if a recorded run has other data.
+
+    Args:
+        facts: Metadata of the run that is to be resumed; only data of a user have a hash.
+        location: Folder or URL of the run.
+    """
+    folder = TraceFolder(location)
+    if "data_sha256" not in facts or not folder.has_rows:
+        return
+    if folder.metadata().get("data_sha256", facts["data_sha256"]) != facts["data_sha256"]:
+        raise LandscapeError(
+            f"{facts['dataset']}: has other samples than those recorded in {location}. Restore them, or use another "
+            "folder (--out)."
+        )

@@ -11,17 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
+from landscape.callables import call_own, import_callable
 from landscape.data.dataset import Dataset, Samples, load_dataset
+from landscape.data.own import digest, load_own_dataset
 from landscape.distributed.group import SINGLE_PROCESS, RankGroup
 from landscape.errors import LandscapeError
-from landscape.names import check_choice
-from landscape.norms.registry import make_norm
+from landscape.norms.registry import batch_norms, convert_norms, make_norm
 from landscape.rng import load_rng_state_dict, rng_state_dict
 from landscape.training.augmentation import augmentation
+from landscape.training.criterion import CRITERIA, check_outputs, correct, in_shape, with_targets
 from landscape.training.models import MODELS
-from landscape.training.recipe import Recipe
+from landscape.training.recipe import UNCHANGED, Recipe
+
+_CONVERTED = "landscape_converted_norms"
+"""Attribute of a user's model: the number of its BatchNorms that were converted."""
 
 
 class Experiment:
@@ -39,6 +45,7 @@ class Experiment:
         model: Model with its initial weights.
         updates: Updates per epoch.
         ranks: Processes that train together.
+        converted: Number of BatchNorms of a model of your own that were converted, or None.
 
     Raises:
         LandscapeError: The recipe, the device or the data set cannot be used.
@@ -62,19 +69,27 @@ class Experiment:
     ) -> None:
         self.recipe = recipe = recipe.resolve()
         self.device = resolve_device(device)
-        data = load_dataset(recipe.dataset, data_dir, self.device)
-        self.data = data.split(recipe.validation, recipe.train_samples)
+        if recipe.has_own_data:
+            data = load_own_dataset(recipe.dataset, self.device)
+        else:
+            data = load_dataset(recipe.dataset, data_dir, self.device)
+        self.data = with_targets(recipe, data).split(recipe.validation, recipe.train_samples)
         self.updates = len(self.data.train) // recipe.batch_size
+        inputs = self.data.train.inputs
+        is_image = inputs.is_floating_point() and inputs.ndim == 4 and inputs.shape[2] == inputs.shape[3]
+        if recipe.augment and not is_image:
+            raise LandscapeError(
+                f"augment={recipe.augment}: requires images (N, C, size, size) of floats, got {tuple(inputs.shape)} "
+                f"{inputs.dtype}. Use augment=(), or another recipe."
+            )
         model = initial_model(recipe, self.data)
+        self.converted: int | None = getattr(model, _CONVERTED, None)
         self.model = data_parallel(model) if ranks.size > 1 else model
         self.ranks = ranks
-        self.criterion = nn.CrossEntropyLoss()
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
+        self.criterion = CRITERIA[recipe.loss]()
+        options = {"momentum": recipe.momentum, "nesterov": recipe.nesterov} if recipe.optimizer == "SGD" else {}
+        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, recipe.optimizer)(
+            self.model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, **options
         )
         self.schedule = learning_rate(recipe, self.optimizer, recipe.epochs * self.updates)
         self._augment = augmentation(recipe.augment)
@@ -119,7 +134,8 @@ class Experiment:
         losses = []
         for own_inputs, targets in self._parts(inputs, batch.targets):
             with self._precision():
-                loss = self.criterion(self.model(own_inputs), targets)
+                outputs = self._outputs(own_inputs)
+                loss = self.criterion(outputs, in_shape(self.recipe.loss, targets, outputs))
             share = len(targets) / len(inputs)
             # Gradients of parts are added. Those of ranks are averaged, which the factor of their number undoes.
             (loss * share * self.ranks.size).backward()
@@ -148,7 +164,9 @@ class Experiment:
 
     def metadata(self) -> dict[str, int | str]:
         """Return the metadata of the run besides the recipe."""
-        sizes = {"samples": len(self.data.train), "test_samples": len(self.data.test)}
+        sizes: dict[str, int | str] = {"samples": len(self.data.train), "test_samples": len(self.data.test)}
+        if self.recipe.has_own_data:
+            sizes |= {"data_sha256": digest(self.data)}
         return sizes | {"device": str(self.device)}
 
     @torch.no_grad()
@@ -156,22 +174,30 @@ class Experiment:
         """Return mean loss and accuracy in evaluation mode.
 
         Args:
-            samples: Samples on the device; without any, both values are NaN.
+            samples: Samples on the device; without any, both values are NaN. So is the accuracy of a regression.
         """
         self.model.eval()
-        losses, correct = samples.inputs.new_zeros(()), samples.inputs.new_zeros(())
+        criterion = CRITERIA[self.recipe.loss](reduction="sum")
+        losses, hits = (torch.zeros((), device=self.device, dtype=torch.float32) for _ in range(2))
         for start in range(0, len(samples), 1000):
             part = samples[start : start + 1000]
             with self._precision():
-                logits = self.model(self._in_layout(part.inputs)).float()
-            losses += nn.functional.cross_entropy(logits, part.targets, reduction="sum")
-            correct += (logits.argmax(1) == part.targets).sum()
+                outputs = self._outputs(self._in_layout(part.inputs)).float()
+            targets = in_shape(self.recipe.loss, part.targets, outputs)
+            losses += criterion(outputs, targets)
+            hits += correct(self.recipe.loss, outputs, targets)
         self.model.train()
-        return (losses / len(samples)).item(), (correct / len(samples)).item()
+        # With a target per pixel or token, these are counted.
+        count = samples.targets.numel()
+        return (losses / count).item(), (hits / count).item()
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        if not self.recipe.has_own_model:
+            return self.model(inputs)
+        return call_own(f"model={self.recipe.model!r}", self.model, inputs)
 
     def _in_layout(self, images: Tensor) -> Tensor:
-        images = images.double() if self.recipe.precision == "float64" else images
-        return images.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else images
+        return in_layout(self.recipe, images)
 
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
@@ -193,6 +219,13 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
+def in_layout(recipe: Recipe, images: Tensor) -> Tensor:
+    """Return inputs in a recipe's precision and layout."""
+    # Integers are indices of embeddings, which stay as they are.
+    images = images.double() if recipe.precision == "float64" and images.is_floating_point() else images
+    return images.contiguous(memory_format=torch.channels_last) if recipe.channels_last and images.ndim == 4 else images
+
+
 def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
     """Return the recipe's model with its initial weights.
 
@@ -203,26 +236,38 @@ def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
         data: Data set of the recipe, split.
 
     Raises:
-        LandscapeError: There is no such model, or its norm does not fit the batches.
+        LandscapeError: There is no such model, its norm does not fit the batches, or its outputs do not fit the loss.
     """
     if recipe.batch_size > len(data.train):
         raise LandscapeError(f"batch_size={recipe.batch_size}: must be at most the {len(data.train)} training samples.")
-    check_choice("model", recipe.model, MODELS)
     inputs = data.train.inputs[: recipe.batch_size]
     torch.manual_seed(recipe.seed)
     by_layer = recipe.ghost_by == "layer"
-    name, options = recipe.layer if by_layer else ("batch", {})
-    norm = make_norm(name, **options)
-    with torch.device("meta" if inputs.is_meta else "cpu"):
-        model = MODELS[recipe.model](inputs[0].shape, data.classes, norm)
+    if recipe.has_own_model:
+        model = own_model(recipe, inputs)
+    else:
+        if recipe.model not in MODELS:
+            raise LandscapeError(
+                f"model={recipe.model!r:.100}: unknown model. Use {', '.join(MODELS)}, or a function of yours, such as "
+                "my_model:build."
+            )
+        name, options = _layer(recipe)
+        norm = make_norm(name, **options)
+        with torch.device("meta" if inputs.is_meta else "cpu"):
+            model = MODELS[recipe.model](inputs[0].shape, data.classes, norm)
     model = model.to(inputs.device)
     model = model.double() if recipe.precision == "float64" else model
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's types lack it)
-    try:  # One forward pass shows that the norm fits the batches, before a trace is created.
+    # One forward pass shows that norm and outputs fit the batches, before a trace is created.
+    count = recipe.batch_size if by_layer else recipe.batch_size // (recipe.groups or 1)
+    samples, targets = in_layout(recipe, inputs[:count]), data.train.targets[:count]
+    try:
         with torch.no_grad():
-            samples = inputs if by_layer else inputs[: recipe.batch_size // (recipe.groups or 1)]
-            deepcopy(model)(samples.to(next(model.parameters(), samples)))
+            if recipe.has_own_model:
+                outputs = call_own(f"model={recipe.model!r}", deepcopy(model), samples)
+            else:
+                outputs = deepcopy(model)(samples)
     except LandscapeError:
         raise
     except ValueError as error:
@@ -230,6 +275,49 @@ def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
             f"norm={recipe.norm!r}: cannot normalize batches of {recipe.batch_size} ({error}). Use larger batches or "
             "fewer groups."
         ) from error
+    check_outputs(recipe, outputs, targets, data.classes if targets.ndim == 1 else 0)
+    return model
+
+
+def _layer(recipe: Recipe) -> tuple[str, dict[str, int]]:
+    """Return name and options of the layers in this process."""
+    return recipe.layer if recipe.ghost_by == "layer" else ("batch", {})
+
+
+def own_model(recipe: Recipe, inputs: Tensor) -> nn.Module:
+    """Return the model that a user's function builds.
+
+    Its BatchNorms are converted to the recipe's norm.
+
+    Args:
+        recipe: Recipe, resolved, whose model is a function's name.
+        inputs: Inputs of a batch, which give lazy layers their shapes.
+
+    Raises:
+        LandscapeError: The function fails or returns no model to train, or the model has no BatchNorm to convert.
+    """
+    given = f"model={recipe.model!r}"
+    built = call_own(given, import_callable(recipe.model, "model"))
+    if not isinstance(built, nn.Module):
+        raise LandscapeError(f"{given}: must return a torch.nn.Module, got {type(built).__name__}.")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in built.parameters()):
+        with torch.no_grad():
+            call_own(given, built.cpu().eval(), inputs.cpu())
+    # A function may return the same model again, which this run would train.
+    model = call_own(given, deepcopy, built).cpu().train()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise LandscapeError(f"{given}: has no parameters to train. Return a model with trainable parameters.")
+    if recipe.norm == UNCHANGED:
+        return model
+    count = len(batch_norms(model))
+    if not count:
+        raise LandscapeError(
+            f"norm={recipe.norm!r}: {recipe.model} has no BatchNorm to replace. Put nn.BatchNorm1d, 2d or 3d where the "
+            "norm is to be, or omit --norm to train the model as it is."
+        )
+    name, options = _layer(recipe)
+    model = convert_norms(model, make_norm(name, **options))
+    setattr(model, _CONVERTED, count)
     return model
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
+from landscape.callables import is_callable_name
 from landscape.errors import LandscapeError
 from landscape.names import check_choice, options_of
+from landscape.probe.options import DIRECTIONS
 
 SCHEDULES = ("constant", "triangle", "cosine")
 """Learning rate schedules.
@@ -20,11 +22,17 @@ PRECISIONS = ("float32", "bfloat16", "float64")
 """Precisions of forward and backward passes; bfloat16 by autocast, with parameters in float32."""
 GHOST_BY = ("layer", "accumulation", "ranks")
 """Implementations of GhostNorm: a layer; BatchNorm on micro-batches; BatchNorm in each of several processes."""
+LOSSES = ("cross-entropy", "mse", "l1", "huber", "bce")
+"""Losses of outputs and targets; ``bce`` is that of logits, and all are means."""
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad")
+"""Optimizers, classes of ``torch.optim``."""
+UNCHANGED = "unchanged"
+"""Norm of a model of your own that is trained as it is."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of one training run with SGD.
+    """Settings of one training run.
 
     Equal recipes give equal traces on the same machine. The last, incomplete batch of an epoch is left out, so every
     update has ``batch_size`` samples. The probe measures the loss at the parameters ``theta - eta * g`` for each step
@@ -46,21 +54,27 @@ class Recipe:
     name: str
     """Name of the recipe, with which the names of its runs begin."""
     dataset: str
-    """Data set, one of those of `landscape.data.load_dataset`."""
+    """Data set, one of those of `landscape.data.load_dataset`; or your own, ``"module:load"`` or ``"file.npz"``."""
     model: str
-    """Model: ``"simplenet"``, ``"resnet20"``, ``"resnet56"`` or ``"wrn-28-10"``."""
+    """Model: ``"simplenet"``, ``"resnet20"``, ``"resnet56"`` or ``"wrn-28-10"``; or your own, ``"module:build"``."""
     batch_size: int
     """Samples per update."""
     epochs: int
     """Passes over the training set."""
     lr: float
-    """Learning rate of SGD; the highest one if ``schedule`` changes it."""
+    """Learning rate of the optimizer; the highest one if ``schedule`` changes it."""
     step_sizes: tuple[float, ...]
     """Step sizes eta of the probe, in units of the gradient."""
     relative: bool = False
     """True if ``step_sizes`` are multiples of the current learning rate."""
     norm: str = "batch"
-    """Name of the norm, as for `landscape.make_norm`."""
+    """Name of the norm, as for `landscape.make_norm`; `UNCHANGED` for a model of your own as it is."""
+    loss: str = "cross-entropy"
+    """Loss, one of `LOSSES`."""
+    optimizer: str = "SGD"
+    """Optimizer, one of `OPTIMIZERS`."""
+    direction: str = "gradient"
+    """Direction of the ray: the ``"gradient"``, or the ``"update"`` that the optimizer makes."""
     groups: int | None = 16
     """Groups G_M of the batch, for norms with that option."""
     channel_groups: int | None = 4
@@ -88,7 +102,7 @@ class Recipe:
     nesterov: bool = False
     """True for Nesterov momentum."""
     weight_decay: float = 0.0
-    """Weight decay of SGD, an L2 penalty."""
+    """Weight decay of the optimizer; an L2 penalty, but for AdamW."""
     clip_norm: float | None = None
     """Largest norm of the gradient; a longer one is scaled to it. None does not clip."""
     augment: tuple[str, ...] = ()
@@ -123,9 +137,19 @@ class Recipe:
         return f"{self.name}-{self.norm}{variant}{by}-seed{self.seed}"
 
     @property
+    def has_own_model(self) -> bool:
+        """True if the model is a function of yours, ``"module:build"``."""
+        return is_callable_name(self.model)
+
+    @property
+    def has_own_data(self) -> bool:
+        """True if the data are yours, ``"module:load"`` or ``"file.npz"``."""
+        return is_callable_name(self.dataset) or self.dataset.endswith(".npz")
+
+    @property
     def norm_options(self) -> dict[str, int]:
         """Options of the norm, by name."""
-        return {name: getattr(self, name) for name in options_of(self.norm)}
+        return {name: getattr(self, name) for name in norm_settings(self.norm)}
 
     @property
     def layer(self) -> tuple[str, dict[str, int]]:
@@ -158,7 +182,7 @@ class Recipe:
         """
         _check_types(self)
         _check_name(self.name)
-        options = options_of(self.norm)
+        options = norm_settings(self.norm)
         _check_counts(self, options)
         _check_choices(self)
         _check_numbers(self)
@@ -173,6 +197,11 @@ class Recipe:
         unused = {name: None for name in ("groups", "channel_groups") if name not in options}
         lr = self.lr_without_norm if self.norm == "none" and self.lr_without_norm is not None else self.lr
         return replace(self, **unused, lr=lr, lr_without_norm=None)
+
+
+def norm_settings(norm: str) -> tuple[str, ...]:
+    """Return the options of a norm, none for `UNCHANGED`."""
+    return () if norm == UNCHANGED else options_of(norm)
 
 
 def _check_types(recipe: Recipe) -> None:
@@ -214,9 +243,23 @@ def _check_counts(recipe: Recipe, options: Sequence[str]) -> None:
             raise LandscapeError(f"{name}={value}: must be an integer from {least} to 2**63 - 1.")
 
 
+_CHOICES = {
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+    "ghost_by": GHOST_BY,
+    "loss": LOSSES,
+    "optimizer": OPTIMIZERS,
+    "direction": DIRECTIONS,
+}
+
+
 def _check_choices(recipe: Recipe) -> None:
-    for name, known in {"schedule": SCHEDULES, "precision": PRECISIONS, "ghost_by": GHOST_BY}.items():
+    for name, known in _CHOICES.items():
         check_choice(name, getattr(recipe, name), known)
+    if recipe.norm == UNCHANGED and not recipe.has_own_model:
+        raise LandscapeError(
+            f"norm={UNCHANGED!r}: requires a model of your own, got model={recipe.model!r:.100}. Use another norm."
+        )
     for name in recipe.augment:
         check_choice("augment", name, AUGMENTATIONS)
 
@@ -230,6 +273,10 @@ def _check_numbers(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if not 0 <= value <= 1e38:
             raise LandscapeError(f"{name}={value}: must be from 0 to 1e38, the range of float32.")
+    if recipe.momentum and recipe.optimizer != "SGD":
+        raise LandscapeError(
+            f"momentum={recipe.momentum}: requires optimizer='SGD', got {recipe.optimizer!r}. Set momentum=0.0."
+        )
     if recipe.nesterov and not recipe.momentum:
         raise LandscapeError("nesterov=True: requires momentum above 0. Set momentum, or nesterov=False.")
     most = 0.5 if recipe.schedule == "triangle" else 1  # A triangle falls for as many updates as it rises.

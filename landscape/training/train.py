@@ -14,7 +14,7 @@ from landscape.errors import LandscapeError
 from landscape.probe.landscape_probe import LandscapeProbe
 from landscape.storage.filesystem import Location
 from landscape.training.checkpoint import Checkpoints
-from landscape.training.completed import is_recorded
+from landscape.training.completed import check_same_data, is_recorded
 from landscape.training.experiment import Experiment, resolve_device
 from landscape.training.recipe import Recipe
 from landscape.training.target import TraceTarget
@@ -119,6 +119,9 @@ class _Training:
     def __init__(self, experiment: Experiment, target: TraceTarget) -> None:
         recipe = experiment.recipe
         self.experiment, self.resume, self.location = experiment, target.resume, target.location(recipe)
+        facts = recipe.metadata() | experiment.metadata()
+        if target.resume:
+            check_same_data(facts, self.location)
         self.epoch = 1
         self.losses: list[Tensor] = []
         """Losses of the updates of this epoch so far."""
@@ -130,10 +133,11 @@ class _Training:
             relative=recipe.relative,
             every=recipe.every,
             overhead=recipe.overhead,
+            direction=recipe.direction,
             gradients=recipe.gradients,
             engine=recipe.engine,
             trace=self.location,
-            facts=recipe.metadata() | experiment.metadata(),
+            facts=facts,
             overwrite=target.overwrite,
             resume=target.resume,
             steps_per_epoch=experiment.updates,
@@ -216,10 +220,10 @@ def classify(
     return row
 
 
-def dry_run(recipe: Recipe, data_dir: str | Path | None = None, device: str | None = None) -> None:
+def dry_run(recipe: Recipe, data_dir: str | Path | None = None, device: str | None = None) -> Experiment:
     """Raise the LandscapeError of `train` before any training.
 
-    Data and model are loaded, and one batch is evaluated.
+    Data and model are loaded, and one batch is evaluated; the experiment is returned.
 
     Args:
         recipe: Recipe to train: one of `RECIPES`, or a `dataclasses.replace` of it.
@@ -236,7 +240,7 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None = None, device: str | No
         Traceback (most recent call last):
         landscape.errors.LandscapeError: batch_size=5000: must be at most the 1500 training samples.
     """
-    Experiment(recipe, data_dir, device)
+    return Experiment(recipe, data_dir, device)
 
 
 def _epoch_row(epoch: int, losses: list[Tensor], experiment: Experiment, test: bool = True) -> dict[str, float]:
