@@ -16,7 +16,7 @@ from .errors import usage_error
 from .output import TRACEBACK, echo, raise_unwritten
 from .params import RENAMED
 
-_NAMES = ("probe", "list", "plot", "compare", "figure", "tune", "table", "claims")
+_NAMES = ("probe", "list", "watch", "plot", "compare", "figure", "tune", "table", "claims")
 COMMANDS = {name: f"landscape_cli.{name}" for name in _NAMES}
 """Modules of the commands, in the order of the help."""
 

@@ -75,7 +75,7 @@ class _Chunk:
 
     @cached_property
     def scalars(self) -> list[dict[str, Any]]:
-        """Scalars of the rows, computed in the thread of a sink."""
+        """Scalars of the rows, computed by a sink's thread."""
         return scalars_of(self.rows)
 
 
@@ -106,7 +106,7 @@ class _Feed:
             self._thread.start()
 
     def close(self, seconds: float) -> None:
-        """Wait for the thread; drop what it has not handed over."""
+        """Wait for the thread; drop the remaining rows."""
         with self._changed:
             self._has_ended = True
             self._changed.notify()
@@ -136,7 +136,7 @@ class _Feed:
 
 
 class SinkQueue:
-    """Hands rows to sinks, each in a daemon thread of its own.
+    """Hands rows to sinks, each in its own thread.
 
     A sink that raises gets no more rows, and one that is slow loses the oldest ones; a warning says so. In a forked
     process nothing is handed over.
