@@ -131,14 +131,12 @@ def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str
         _seconds=frame["seconds"],
     )
     return rows.groupby(list(keys.columns), observed=True, dropna=False, as_index=False).agg(
-        # pandas leaves out columns in the middle of a table that is too wide.
-        **{f"mean_{size_name(measure)}": ("_size", "mean")},
         updates=("_known", "sum"),
         not_finite=("_not_finite", "sum"),
         first_not_finite=("_first", "min"),
-        seconds=("_seconds", "sum"),
-        **{f"median_{size_name(measure)}": ("_size", "median")},
+        **{f"{average}_{size_name(measure)}": ("_size", average) for average in ("mean", "median")},
         mean_loss=("_loss", "mean"),
+        seconds=("_seconds", "sum"),
     )
 
 
