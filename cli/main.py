@@ -20,6 +20,7 @@ _NAMES = (
     "init",
     "probe",
     "list",
+    "watch",
     "summarize",
     "plot",
     "compare",

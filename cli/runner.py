@@ -186,7 +186,7 @@ class _Progress:
     """
 
     def __init__(self, run: Recipe) -> None:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         self.epochs, self.name = run.epochs, run.run_name
         self.bar = tqdm(desc=run.run_name, unit=" updates", disable=True if rank() or is_set(QUIET) else None)

@@ -6,6 +6,7 @@ from typing import Any
 from landscape.errors import LandscapeError
 from landscape.integrations.support import check_options, check_whole, import_host
 from landscape.probe import LandscapeProbe
+from landscape.probe.sinks import Sink
 
 lightning = import_host("lightning.pytorch", "lightning")
 
@@ -118,7 +119,21 @@ class LandscapeCallback(lightning.Callback):
             if (trace := options.get("trace")) is not None:
                 name = f"optimizer{place}"
                 options["trace"] = trace / name if isinstance(trace, Path) else f"{str(trace).rstrip('/')}/{name}"
+            options["sinks"] = [_Renamed(sink, f"optimizer{place}/") for sink in options.get("sinks", ())]
         return options
+
+
+class _Renamed:
+    """A sink for one of several probes."""
+
+    def __init__(self, sink: Sink, prefix: str) -> None:
+        self.__name__ = getattr(sink, "__name__", type(sink).__name__)
+        self.flush = getattr(sink, "flush", lambda: None)
+        self._sink, self._prefix = sink, prefix
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Hand a row over by names of its own."""
+        self._sink({name if name == "step" else f"{self._prefix}{name}": value for name, value in row.items()})
 
 
 def _check_strategy(strategy: Any) -> None:

@@ -190,9 +190,13 @@ class GhostNorm(BatchNorm):
             running.add_((groups.mean(0) - running) / count)
 
     def extra_repr(self) -> str:
-        """Return BatchNorm's options and the groups."""
+        """Return the groups, and options other than the defaults."""
         groups = f"groups={self.groups}" if self.groups else f"group_size={self.group_size}"
-        return f"{super().extra_repr()}, {groups}, layout={self.layout}"
+        changed = [f"{name}={value}" for name, usual in _DEFAULTS.items() if (value := getattr(self, name)) != usual]
+        return ", ".join([str(self.num_features), groups, *changed])
+
+
+_DEFAULTS = {"eps": 1e-5, "momentum": 0.1, "affine": True, "track_running_stats": True, "layout": "contiguous"}
 
 
 class _WithChannelGroups(GhostNorm):

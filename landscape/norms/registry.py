@@ -95,7 +95,7 @@ def make_norm(name: str, **options: Any) -> Callable[[int], nn.Module]:
 
     Examples:
         >>> make_norm("ghost", groups=16)(64)
-        GhostNorm(64, eps=1e-05, ..., groups=16, layout=contiguous)
+        GhostNorm(64, groups=16)
         >>> make_norm("layer", groups=16)
         Traceback (most recent call last):
         landscape.errors.LandscapeError: groups=16: the norm 'layer' takes eps, affine. Omit the others.
@@ -144,7 +144,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """Constraint of each option, in words and as a function."""
 
 
-def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
+def convert_norms(model: nn.Module, make: str | Callable[[int], nn.Module], **options: Any) -> nn.Module:
     """Replace every BatchNorm of a model, in place.
 
     Each ``torch.nn.BatchNorm*``, ``torch.nn.SyncBatchNorm`` and ``landscape.norms.BatchNorm`` becomes
@@ -156,7 +156,8 @@ def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
 
     Args:
         model: Any module. A BatchNorm that is used in several places stays shared.
-        make: Function (num_features) -> module, as from `make_norm`.
+        make: Name of a norm, or a function (num_features) -> module, as from `make_norm`.
+        **options: Options of the named norm, as for `make_norm`.
 
     Returns:
         ``model``, or the new module if the model itself is a BatchNorm.
@@ -168,13 +169,20 @@ def convert_norms(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=0.2), nn.ReLU())
-        >>> convert_norms(model, make_norm("ghost", groups=4))
+        >>> convert_norms(model, "ghost", groups=4)
         Sequential(
           (0): Linear(in_features=6, out_features=8, bias=True)
-          (1): GhostNorm(8, eps=1e-05, momentum=0.2, ..., groups=4, layout=contiguous)
+          (1): GhostNorm(8, groups=4, momentum=0.2)
           (2): ReLU()
         )
     """
+    if isinstance(make, str):
+        make = make_norm(make, **options)
+    elif options or not callable(make):
+        raise LandscapeError(
+            f"make={make!r:.100}: must be the name of a norm and its options, or a function of num_features alone. "
+            'Use "ghost", groups=16, or make_norm("ghost", groups=16).'
+        )
     new_norms = {old: _converted(path, old, make) for path, old in batch_norms(model).items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

@@ -30,6 +30,7 @@ from landscape.probe.options import ProbeOptions
 from landscape.probe.passes import CapturedUpdate, gradient_versions
 from landscape.probe.rows import RowQueue
 from landscape.probe.schedule import ProbeSchedule
+from landscape.probe.sinks import SinkQueue
 from landscape.probe.step_hooks import Closure, StepHooks, call_after_first, find_grad_scaler, gradient_scale
 from landscape.probe.update import Update
 from landscape.ray.engines.calls import NoTapeError
@@ -92,6 +93,10 @@ class LandscapeProbe:
             known.
         overhead: Share of the training time that probes may cost, such as 0.1, which decides the updates to probe;
             under data parallelism by the clock of the first process.
+        sinks: Functions of the scalars of a row (``step``, ``loss``, ``loss_min``, ``loss_max``, ``range``,
+            ``lost_share``, ``lr``, ...), such as those of `landscape.integrations.sinks`. Rows reach them in other
+            threads, when they are written; one that is slow misses rows, and one that fails gets no more. Under data
+            parallelism the first process calls them.
 
     Raises:
         LandscapeError: An argument is out of range. At the first probed step: the update's calls cannot be repeated,
@@ -144,10 +149,11 @@ class LandscapeProbe:
         self._rows = RowQueue(lambda: self._evaluator.check_graphs())
         metadata = probe_metadata(self._inner, self.optimizers, criterion, self.options)
         metadata |= {"ranks": self._ranks.size, **(facts or {})}
+        self._sinks = SinkQueue(self.options.sinks if self._ranks.is_writer else ())
         writes = self._ranks.is_writer or trace is None  # rows in memory are kept by every process
         self.trace = self._ranks.run_on_all(
             lambda: (
-                TraceWriter(trace, metadata, overwrite=overwrite, resume=resume, resolve=self._rows.resolve)
+                TraceWriter(trace, metadata, overwrite=overwrite, resume=resume, resolve=self._resolve)
                 if writes
                 else NullWriter()
             ),
@@ -179,6 +185,7 @@ class LandscapeProbe:
         if not self._hooks.attached:
             self._capture.attach()
             self._hooks.attach()
+            self._sinks.open()
             self._schedule.start()
             self._capture.begin_update(self._evaluator.records)
         return self
@@ -187,7 +194,10 @@ class LandscapeProbe:
         """Remove the hooks and write pending rows."""
         self._capture.passes.warn_if_no_step()
         self._remove_hooks()
-        self.trace.close()
+        try:
+            self.trace.close()
+        finally:
+            self._sinks.close()
 
     def _remove_hooks(self) -> None:
         self._hooks.end_unfinished()
@@ -214,7 +224,10 @@ class LandscapeProbe:
         if error is None:
             self._capture.passes.warn_if_no_step()
         self._remove_hooks()
-        self.trace.__exit__(kind, error, traceback)
+        try:
+            self.trace.__exit__(kind, error, traceback)
+        finally:
+            self._sinks.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, after writing pending rows.
@@ -246,6 +259,8 @@ class LandscapeProbe:
             raise LandscapeError(
                 f"step={self.step}: must be 0 when a state is loaded. Call load_state_dict before the first update."
             )
+        if self.options.sinks and self._ranks.is_writer:  # which have the rows that are dropped now
+            self._sinks.last_step = self.trace.last_step()
         self._truncate(state["written"])
         self.step = state["step"]
         self._rows.restore(state["last"])
@@ -290,6 +305,12 @@ class LandscapeProbe:
         data parallelism, only the process that writes it has rows.
         """
         return self.trace.frame()
+
+    def _resolve(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Resolve rows, and hand them to the sinks."""
+        resolved = self._rows.resolve(rows)
+        self._sinks.put(resolved)
+        return resolved
 
     def _truncate(self, written: Mapping[str, int]) -> None:
         if not written and (rows := self.trace.written["updates"]):
@@ -371,6 +392,8 @@ class LandscapeProbe:
         if self._measured:  # not before, as a step may fail
             self.trace.append(self._rows.append(self._measured, self._hooks.skipped()))
             self._measured = {}
+            if self._sinks.is_due:
+                self.trace.resolve_pending()
         self._capture.finish_update()
         self._schedule.advance(self._capture.pop_overhead_seconds())
         self.step += 1

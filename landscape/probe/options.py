@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, SupportsFloat
 
 from landscape.errors import LandscapeError
+from landscape.probe.sinks import Sink, check_sinks
 from landscape.ray.step_sizes import checked_step_sizes
 
 StepSizes = Sequence[float] | Callable[[int], Sequence[float]]
@@ -35,6 +36,7 @@ class ProbeOptions:
     max_memory: int | None = None
     gradients: bool = False
     overhead: float | None = None
+    sinks: Sequence[Sink] = ()
 
     def __post_init__(self) -> None:
         if self.step_sizes is None:
@@ -42,6 +44,7 @@ class ProbeOptions:
         if not callable(self.step_sizes):
             etas = checked_step_sizes(MULTIPLES if self.step_sizes is None else self.step_sizes)
             object.__setattr__(self, "step_sizes", etas)
+        object.__setattr__(self, "sinks", check_sinks(self.sinks))
         if not isinstance(self.direction, str) or self.direction not in DIRECTIONS:
             raise LandscapeError(f"direction={self.direction!r}: must be one of {', '.join(DIRECTIONS)}.")
         self._check_count("every", "a whole number from 1 on", "2 probes every second update.")
@@ -79,8 +82,9 @@ class ProbeOptions:
 
     def metadata(self) -> dict[str, Any]:
         """Return the options as facts of the run, for ``run.json``."""
-        # The engine is recorded once it is chosen.
-        facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "engine"}
+        # The engine is recorded once it is chosen; sinks do not change a row.
+        names = [field.name for field in fields(self) if field.name not in ("engine", "sinks")]
+        facts = {name: getattr(self, name) for name in names}
         return facts | {"step_sizes": "a function of the step" if callable(self.step_sizes) else self.step_sizes}
 
     def resume_signature(self) -> dict[str, Any]:

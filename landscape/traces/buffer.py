@@ -44,6 +44,11 @@ class RowBuffer:
         """Return the number of rows of a table so far."""
         return self.encoded[table] + len(self._pending[table])
 
+    def resolve_pending(self) -> None:
+        """Convert pending rows now; they stay pending."""
+        if self._resolve:
+            self._pending = {table: self._resolve(rows) if rows else rows for table, rows in self._pending.items()}
+
     def encode(self, run: str | None) -> Iterator[tuple[str, int, bytes]]:
         """Encode pending rows; yield name, row count and content.
 

@@ -13,11 +13,15 @@ from landscape.traces.parquet import column_names, to_pandas
 INTERNAL_FACTS = {"version", "id"}
 """Metadata for the reader, which is no column."""
 
+FIRST = ("step", "loss", "loss_min", "loss_max")
+"""Columns of updates that stand first."""
+
 
 def to_frame(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> pd.DataFrame:
     """Return the rows of all runs with scalar facts.
 
-    Facts are the first columns; a column of the table replaces a fact of the same name.
+    The run is the first column, then those of the table, of updates the losses first; facts, which are constant in a
+    run, are the last ones. A column of the table replaces a fact of the same name.
 
     Args:
         rows: Rows of each run.
@@ -27,7 +31,11 @@ def to_frame(rows: list[pa.Table], facts: list[dict[str, Any]], table: str) -> p
     taken = set(column_names(table))
     columns = fact_columns([{n: fact for n, fact in scalars(run).items() if n not in taken} for run in facts])
     repeated = columns.loc[np.repeat(columns.index, [run.num_rows for run in rows])].reset_index(drop=True)
-    return pd.concat([repeated, to_pandas(pa.concat_tables(rows))], axis=1)
+    own = to_pandas(pa.concat_tables(rows))
+    first = [name for name in FIRST if name in own]
+    own = own[first + [name for name in own if name not in first]]
+    run = [name for name in repeated if name == "run"]
+    return pd.concat([repeated[run], own, repeated.drop(columns=run)], axis=1)
 
 
 def scalars(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,16 @@ class TraceWriter:
         self._queue.put(TraceFolder.METADATA, to_json(self._metadata))
         self._queue.flush()
 
+    def resolve_pending(self) -> None:
+        """Convert pending rows by ``resolve``, without writing them."""
+        self._buffer.resolve_pending()
+
+    def last_step(self) -> int:
+        """Return the largest step of the written updates, or -1."""
+        folder = TraceFolder(self._store, self._store.names())
+        rows = [read_part(self._store, name, "updates") for name in folder.parts("updates")[-1:]]
+        return max((step for part in rows for step in part.column("step").to_pylist()), default=-1)
+
     def flush(self) -> bool:
         """Write the pending rows, one part per table.
 

@@ -1,7 +1,7 @@
 """Recipe of a training run: a frozen dataclass that checks itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
@@ -128,6 +128,14 @@ class Recipe:
     """Engine that evaluates the rays, as for `landscape.ray_losses`."""
     seed: int = 0
     """Seed of initial weights, data order and augmentation."""
+
+    def __repr__(self) -> str:
+        """Return the settings that have no default, or another value."""
+        values = [(field, getattr(self, field.name)) for field in fields(self)]
+        shown = [
+            f"{field.name}={value!r}" for field, value in values if field.default is MISSING or value != field.default
+        ]
+        return f"Recipe({', '.join(shown)})"
 
     @property
     def run_name(self) -> str:

@@ -11,11 +11,13 @@ from torch import Tensor
 from landscape.distributed.group import RankFailedError
 from landscape.distributed.setup import local_device, process_group, world_size
 from landscape.errors import LandscapeError
+from landscape.names import check_choice
 from landscape.probe.landscape_probe import LandscapeProbe
 from landscape.storage.filesystem import Location
 from landscape.training.checkpoint import Checkpoints
 from landscape.training.completed import check_same_data, is_recorded
 from landscape.training.experiment import Experiment, resolve_device
+from landscape.training.presets import RECIPES
 from landscape.training.recipe import Recipe
 from landscape.training.target import TraceTarget
 
@@ -24,7 +26,7 @@ OnUpdate = Callable[[LandscapeProbe], None]
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str,
     out: Location = "traces",
     *,
     data_dir: str | Path | None = None,
@@ -40,7 +42,7 @@ def train(
     and resumed has the same trace as an uninterrupted one, bit for bit, except for the column ``seconds``.
 
     Args:
-        recipe: Recipe to train: one of `RECIPES`, or a `dataclasses.replace` of it.
+        recipe: Recipe to train: one of `RECIPES`, its name, or a `dataclasses.replace` of it.
         out: Folder of traces, or a URL such as ``s3://bucket/traces``; the run is its subfolder ``recipe.run_name``.
         data_dir: Folder of data files, to which missing ones are downloaded; the default is the user's cache.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; the default is the GPU if there is one.
@@ -67,6 +69,9 @@ def train(
         >>> list(frame.step), bool(frame.loss_max[0] > frame.loss_min[0])
         ([0, 1], True)
     """
+    if isinstance(recipe, str):
+        check_choice("recipe", recipe, RECIPES)
+        recipe = RECIPES[recipe]
     return record(recipe, TraceTarget(out, data_dir, device, overwrite, resume, checkpoint_seconds), on_update)
 
 

@@ -280,7 +280,7 @@ def test_band_labels_without_metadata():
 
 @pytest.mark.parametrize("measure", [envelope, summarize])
 def test_missing_column(measure):
-    with pytest.raises(LandscapeError, match=r"columns=groups: .*step, epoch"):
+    with pytest.raises(LandscapeError, match=r"columns=groups: .*step, loss"):
         measure(frame(steps=1), by=("norm", "groups"))
 
 

@@ -246,8 +246,12 @@ def test_each_optimizer_of_manual_optimization_has_a_probe(toggled, tmp_path):
         module.references = [Reference(ETAS), Reference(ETAS)]
 
     bare, expected, _ = fit(tmp_path / "bare", [], lambda: Gan(toggled), prepare)
-    callback = LandscapeCallback(step_sizes=ETAS, trace=tmp_path / "traces")
+    seen = []
+    callback = LandscapeCallback(step_sizes=ETAS, trace=tmp_path / "traces", sinks=[seen.append])
     probed, state, _ = fit(tmp_path / "probed", [callback], lambda: Gan(toggled))
+    for place, probe in enumerate(callback.probes):
+        losses = [row[f"optimizer{place}/loss"] for row in seen if f"optimizer{place}/loss" in row]
+        assert losses == probe.frame()["loss"].tolist()
     assert_same_bits(state, expected)
     assert probed.calls == bare.calls
     for probe, reference in zip(callback.probes, bare.references, strict=True):

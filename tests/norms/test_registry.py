@@ -161,10 +161,9 @@ def test_norm_mistakes(make, message):
 
 
 def test_norm_repr():
-    assert "groups=16, layout=contiguous" in repr(GhostNorm(4, 16))
-    assert "group_size=8, layout=interleaved, channel_groups=2" in repr(
-        SeqNorm(4, None, 2, group_size=8, layout="interleaved")
-    )
+    assert repr(GhostNorm(64, 16)) == "GhostNorm(64, groups=16)"
+    norm = SeqNorm(4, None, 2, group_size=8, momentum=None, layout="interleaved")
+    assert repr(norm) == "SeqNorm(4, group_size=8, momentum=None, layout=interleaved, channel_groups=2)"
     assert repr(make_norm("batch")(4)).startswith("BatchNorm(4, ")
 
 
@@ -222,3 +221,11 @@ def test_ghost_norm_compile():
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(*(torch.autograd.grad(out.pow(3).sum(), x) for out in (y, expected)))
     assert norm.num_batches_tracked == 1
+
+
+def test_conversion_by_name():
+    model = convert_norms(nn.Sequential(nn.BatchNorm1d(8)), "ghost", groups=4)
+    assert repr(model[0]) == "GhostNorm(8, groups=4)"
+    for mistake in (lambda: convert_norms(model, 3), lambda: convert_norms(model, BatchNorm, groups=4)):
+        with pytest.raises(LandscapeError, match="name of a norm"):
+            mistake()

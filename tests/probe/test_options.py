@@ -54,7 +54,7 @@ def test_every_option_is_a_keyword_and_a_fact():
     signature = inspect.signature(LandscapeProbe)
     for field in fields(ProbeOptions):
         assert signature.parameters[field.name].default == field.default
-        assert field.name in ProbeOptions().metadata() or field.name == "engine"
+        assert field.name in ProbeOptions().metadata() or field.name in ("engine", "sinks")
 
 
 def test_an_unknown_option_is_refused():

@@ -84,3 +84,11 @@ def test_metadata_keeps_name_of_fact():
 def test_resolve_errors(change, message):
     with pytest.raises(LandscapeError, match=message):
         replace(RECIPES["digits"], **change).resolve()
+
+
+def test_repr_has_no_defaults():
+    recipe = replace(RECIPES["mnist"], norm="ghost", groups=8)
+    shown = repr(recipe)
+    assert eval(shown, {"Recipe": Recipe}) == recipe
+    assert "norm='ghost', groups=8" in shown
+    assert "momentum" not in shown
