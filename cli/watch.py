@@ -4,15 +4,13 @@ import shutil
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from landscape.errors import LandscapeError
+
 from .output import echo
 from .params import Command, LocationType
-
-if TYPE_CHECKING:  # pandas is slow to import, and --help does not need it.
-    import pandas as pd
 
 SECONDS = 2.0
 """Time between two refreshes."""
@@ -32,22 +30,21 @@ def command(paths: tuple[str | Path, ...], once: bool) -> None:
     lines = 0
     try:
         while True:
-            runs, text = _text(paths)
+            complete, text = _text(paths)
             if lines and click.get_text_stream("stdout").isatty():
                 echo(f"\033[{lines}F\033[J" + text)
             else:
                 echo(text)
             lines = text.count("\n") + 1
-            if once or runs["ended"].notna().all():
+            if once or complete:
                 return
             time.sleep(SECONDS)
     except KeyboardInterrupt:
         return
 
 
-def _text(paths: tuple[str | Path, ...]) -> tuple["pd.DataFrame", str]:
-    """Return the runs, and their lines."""
-    from landscape.errors import LandscapeError
+def _text(paths: tuple[str | Path, ...]) -> tuple[bool, str]:
+    """Return True if all runs are complete, and their lines."""
     from landscape.plotting.text import text_lines
     from landscape.traces.reader import list_runs, read_traces
 
@@ -58,4 +55,4 @@ def _text(paths: tuple[str | Path, ...]) -> tuple["pd.DataFrame", str]:
             lines = text_lines(read_traces(paths), shutil.get_terminal_size().columns)
         except LandscapeError:  # No run has written a row yet.
             lines = [f"{len(runs)} runs, no rows yet"]
-    return runs, "\n".join(lines)
+    return all(ended is not None and ended == ended for ended in runs["ended"].tolist()), "\n".join(lines)

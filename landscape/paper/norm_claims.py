@@ -26,7 +26,7 @@ def norm_claims() -> Section:
 
 
 def _slices() -> Iterator[Claim]:
-    """Yield the claims of figure 1: the slices of each norm."""
+    """Yield the claims of figure 1."""
     sample, channel, place = np.indices(BLOCK)
     of = {
         "batch": channel == 0,

@@ -32,7 +32,7 @@ def sparkline(values: np.ndarray, width: int) -> str:
 
 
 def text_lines(frame: pd.DataFrame, width: int = 80) -> list[str]:
-    """Return a line per run: step, loss, range and lost share.
+    """Return a line of text per run.
 
     Args:
         frame: Rows of ``read_traces``.

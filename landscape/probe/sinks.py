@@ -11,9 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import pandas as pd
-
-from landscape.analysis.measures import has_inputs, measured
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES
 
@@ -50,6 +47,11 @@ def scalars_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         >>> list(scalars), round(scalars["range"], 6)
         (['step', 'lr', 'loss', 'loss_min', 'loss_max', 'slope', 'range', 'lost_share', 'sharpness'], 0.1)
     """
+    # Command lines read the options of a probe, and should not wait for pandas.
+    import pandas as pd
+
+    from landscape.analysis.measures import has_inputs, measured
+
     frame = measured(pd.DataFrame([dict(row) for row in rows]), "loss")
     names = [name for name in _COPIED if name in frame]
     for measure in MEASURED:
