@@ -79,6 +79,8 @@ def command(
     misfit              distance of the loss from a parabola, relative to the range
     """  # noqa: D301 (click reads the character \b)
     # pandas and matplotlib are slow to import, and --help does not need them.
+    from landscape.analysis.labels import band_labels
+    from landscape.plotting.caption import reservations
     from landscape.plotting.figure import save_figure
     from landscape.plotting.landscape import plot_landscape
     from landscape.traces.reader import read_traces
@@ -88,6 +90,9 @@ def command(
     for measure in dict.fromkeys(measures or ("loss",)):
         for table in _tables(frame, measure, per_epoch=x == "epoch"):
             echo(table.to_string(float_format="{:.4g}".format) + "\n")
+    if "loss" in (measures or ("loss",)):
+        for sentence in reservations(frame.assign(band=band_labels(frame))):
+            echo(f"Warning: {sentence}", err=True)
     report(f"Figure: {out}")
 
 

@@ -1,6 +1,7 @@
 """``landscape watch``: running and finished runs as text."""
 
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -31,7 +32,7 @@ def command(paths: tuple[str | Path, ...], once: bool) -> None:
     try:
         while True:
             complete, text = _text(paths)
-            if lines and click.get_text_stream("stdout").isatty():
+            if lines and sys.stdout.isatty():
                 echo(f"\033[{lines}F\033[J" + text)
             else:
                 echo(text)

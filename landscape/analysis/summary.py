@@ -99,11 +99,11 @@ def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str
         measure: A measure of :func:`measured`.
 
     Returns:
-        One row per group, with the columns ``by`` and: ``updates`` (number of probed updates), ``not_finite`` (number
-        of updates with a NaN or infinite value), ``first_not_finite`` (step of the first of them, or missing),
-        ``mean_range`` and ``median_range`` (for another measure ``mean_<measure>`` and ``median_<measure>``),
-        ``mean_loss`` (mean of the finite training losses) and ``seconds`` (time of all probes). A mean of no values is
-        NaN. Updates of runs that did not record what the measure requires are not counted in ``updates``.
+        One row per group, with the columns ``by`` and: ``updates`` (number of probed updates), ``seconds`` (time of all
+        probes), ``mean_loss`` (mean of the finite training losses), ``first_not_finite`` (step of the first update with
+        a NaN or infinite value, or missing), ``not_finite`` (number of these updates), and ``median_range`` and
+        ``mean_range`` (for another measure ``median_<measure>`` and ``mean_<measure>``). A mean of no values is NaN.
+        Updates of runs that did not record what the measure requires are not counted in ``updates``.
 
     Raises:
         LandscapeError: A column is missing, the measure does not exist, or no run recorded what it requires.
@@ -132,12 +132,13 @@ def summarize(frame: pd.DataFrame, by: str | Sequence[str] = "run", measure: str
         _seconds=frame["seconds"],
     )
     return rows.groupby(list(keys.columns), observed=True, dropna=False, as_index=False).agg(
+        # In a narrow terminal pandas elides columns in the middle, so the sizes come last.
         updates=("_known", "sum"),
-        not_finite=("_not_finite", "sum"),
-        first_not_finite=("_first", "min"),
-        **{f"{average}_{size_name(measure)}": ("_size", average) for average in ("mean", "median")},
-        mean_loss=("_loss", "mean"),
         seconds=("_seconds", "sum"),
+        mean_loss=("_loss", "mean"),
+        first_not_finite=("_first", "min"),
+        not_finite=("_not_finite", "sum"),
+        **{f"{average}_{size_name(measure)}": ("_size", average) for average in ("median", "mean")},
     )
 
 

@@ -168,6 +168,18 @@ def _same_seeds(frame: pd.DataFrame) -> str:
     return f"Seeds that were run more than once: {_abridged(parts)}." if parts else ""
 
 
+def reservations(frame: pd.DataFrame) -> list[str]:
+    """Return what may mislead about the range of losses.
+
+    Args:
+        frame: Rows with a column ``band``.
+
+    Returns:
+        Sentences on learning rates beyond the step sizes, and on bands that are ruled by a few updates.
+    """
+    return [sentence for sentence in (_reach(frame), _ruled(frame)) if sentence]
+
+
 def _reach(frame: pd.DataFrame) -> str:
     """Return the share of updates that step beyond the ray."""
     share = share_beyond_step_sizes(frame) if "step_sizes" in frame else 0

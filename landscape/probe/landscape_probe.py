@@ -25,6 +25,7 @@ from landscape.probe.arguments import (
 )
 from landscape.probe.capture import Capture
 from landscape.probe.checks import CaptureChecks
+from landscape.probe.live import LiveFigure
 from landscape.probe.messages import CHANGED_GRADIENT, NO_COMMON_STEP
 from landscape.probe.options import ProbeOptions
 from landscape.probe.passes import CapturedUpdate, gradient_versions
@@ -179,6 +180,23 @@ class LandscapeProbe:
         """Row of the update that the optimizers are making."""
         self._versions: dict[int, list[Any]] = {}
         """Versions of the measured gradients by the id of the optimizer, if there are several."""
+
+    def live(self) -> Self:
+        """Draw the losses in a notebook while the training runs.
+
+        One small figure follows the rows, redrawn at most once a second by another thread; rows that wait on the
+        device are fetched for it. Under data parallelism the first process draws.
+
+        Returns:
+            The probe, for ``with LandscapeProbe(model, optimizer).live() as probe:``.
+
+        Raises:
+            LandscapeError: This is no notebook.
+        """
+        if self._ranks.is_writer:
+            self._sinks.add(LiveFigure())
+            self._sinks.open()
+        return self
 
     def attach(self) -> Self:
         """Register the hooks, as entering the context does."""
