@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -124,13 +123,18 @@ def _resume_hint(run: Recipe, target: TraceTarget) -> str:
 
 
 def _train(run: Recipe, target: TraceTarget, guard: SignalGuard) -> None:
+    from landscape.training.progress import Progress
     from landscape.training.train import record
 
     def on_update(probe: "LandscapeProbe") -> None:
         progress.update(probe)
+        epoch, rest = divmod(probe.step, probe.options.steps_per_epoch or probe.step)
+        if prints_epochs and not rest:
+            echo(f"{run.run_name}: epoch {epoch} of {run.epochs}", err=True)
         guard.between_updates(probe.step)
 
-    with _Progress(run) as progress:
+    with Progress(run, False if rank() or is_set(QUIET) else None) as progress:
+        prints_epochs = not progress.is_shown and is_set(VERBOSE) and not rank()
         record(run, target, on_update)
 
 
@@ -177,38 +181,3 @@ def _warn_of_few_probes(location: str | Path) -> None:
         paid = f"--overhead {100 * budget['share']:.4g}% paid for {budget['probes']} of {budget['updates']} updates"
         enough = f"--overhead {100 * budget['enough_share']:.4g}% pays for {budget['enough_probes']}"
         echo(f"Warning: {location}: {paid}, too few to compare runs. On this machine {enough}.", err=True)
-
-
-class _Progress:
-    """Progress bar with the loss and the range, on terminals.
-
-    With ``--verbose`` it is a line per epoch elsewhere.
-    """
-
-    def __init__(self, run: Recipe) -> None:
-        from tqdm.auto import tqdm
-
-        self.epochs, self.name = run.epochs, run.run_name
-        self.bar = tqdm(desc=run.run_name, unit=" updates", disable=True if rank() or is_set(QUIET) else None)
-        self.prints_epochs = self.bar.disable and is_set(VERBOSE) and not rank()
-        self.shown = 0.0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def update(self, probe: "LandscapeProbe") -> None:
-        epoch, rest = divmod(probe.step, probe.options.steps_per_epoch or probe.step)
-        if self.prints_epochs and not rest:
-            echo(f"{self.name}: epoch {epoch} of {self.epochs}", err=True)
-        if not self.bar.n:  # A resumed run starts behind the updates of earlier processes.
-            self.bar.n = self.bar.initial = probe.step - 1
-        self.bar.total = self.epochs * (probe.options.steps_per_epoch or 0)
-        # Reading a loss synchronizes with the device, so it is done 5 times per second, not at every update.
-        if not self.bar.disable and time.monotonic() - self.shown > 0.2 and (row := probe.last()):
-            self.shown = time.monotonic()
-            low, high = min(row["losses"]), max(row["losses"])
-            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, range {low:.4f} to {high:.4f}", refresh=False)
-        self.bar.update()

@@ -18,6 +18,7 @@ from landscape.training.checkpoint import Checkpoints
 from landscape.training.completed import check_same_data, is_recorded
 from landscape.training.experiment import Experiment, resolve_device
 from landscape.training.presets import RECIPES
+from landscape.training.progress import Progress
 from landscape.training.recipe import Recipe
 from landscape.training.target import TraceTarget
 
@@ -35,6 +36,7 @@ def train(
     resume: bool = False,
     checkpoint_seconds: float = 60.0,
     on_update: OnUpdate = lambda probe: None,
+    progress: bool | None = None,
 ) -> Location:
     """Train a recipe, probe its updates, and record the trace.
 
@@ -52,6 +54,7 @@ def train(
         checkpoint_seconds: Minimum time between two checkpoints, in seconds; it is longer if checkpoints would take
             more than 3 % of the time. A checkpoint is also written if ``on_update`` raises.
         on_update: Function (probe) -> None, called after each update.
+        progress: True or False to show a progress bar or not; the default shows it on a terminal and in a notebook.
 
     Returns:
         Folder or URL of the run, for `read_traces`. Its table ``epochs`` holds loss and accuracy on the test set and on
@@ -72,7 +75,14 @@ def train(
     if isinstance(recipe, str):
         check_choice("recipe", recipe, RECIPES)
         recipe = RECIPES[recipe]
-    return record(recipe, TraceTarget(out, data_dir, device, overwrite, resume, checkpoint_seconds), on_update)
+    target = TraceTarget(out, data_dir, device, overwrite, resume, checkpoint_seconds)
+    with Progress(recipe, progress) as bar:
+
+        def after_update(probe: LandscapeProbe) -> None:
+            bar.update(probe)
+            on_update(probe)
+
+        return record(recipe, target, after_update)
 
 
 def record(recipe: Recipe, target: TraceTarget, on_update: OnUpdate = lambda probe: None) -> Location:

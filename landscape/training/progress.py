@@ -1,0 +1,55 @@
+"""The progress bar of a training, on terminals and in notebooks."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Self
+
+from landscape.training.recipe import Recipe
+
+if TYPE_CHECKING:  # The command line prints its help without torch.
+    from landscape.probe.landscape_probe import LandscapeProbe
+
+SECONDS = 0.2
+"""Least time between two readings of the loss, which synchronize with the device."""
+
+
+class Progress:
+    """Bar with the loss and the range of the probed losses.
+
+    Args:
+        recipe: Recipe that is trained.
+        shown: True or False; None shows it on a terminal and in a notebook.
+    """
+
+    def __init__(self, recipe: Recipe, shown: bool | None = None) -> None:
+        from tqdm.auto import tqdm
+
+        shown = (sys.stderr.isatty() or _in_notebook()) if shown is None else shown
+        self.epochs, self.is_shown = recipe.epochs, shown
+        self.bar = tqdm(desc=recipe.run_name, unit=" updates", disable=not shown)
+        self._read_at = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, probe: "LandscapeProbe") -> None:
+        """Show the update that the probe has measured."""
+        if not self.is_shown:
+            return
+        if not self.bar.n:  # A resumed run starts behind the updates of earlier processes.
+            self.bar.n = self.bar.initial = probe.step - 1
+        self.bar.total = self.epochs * (probe.options.steps_per_epoch or 0)
+        if time.monotonic() - self._read_at > SECONDS and (row := probe.last()):
+            self._read_at = time.monotonic()
+            low, high = min(row["losses"]), max(row["losses"])
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, range {low:.4f} to {high:.4f}", refresh=False)
+        self.bar.update()
+
+
+def _in_notebook() -> bool:
+    """Return True in a kernel of IPython."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
