@@ -34,7 +34,8 @@ class ProbeKeywords(TypedDict, total=False):
 class ProbeOptions:
     """Options of `LandscapeProbe`, by which they are documented.
 
-    A new option is a field here and in `ProbeKeywords`, and a flag of ``landscape probe`` where the command line is to have it.
+    A new option is a field here and in `ProbeKeywords`, and a flag of ``landscape probe`` where the command line is to
+    have it.
 
     Raises:
         LandscapeError: An option is out of range.
