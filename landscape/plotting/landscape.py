@@ -64,7 +64,7 @@ def plot_landscape(
     x: str = "step",
     scale: str = "auto",
     layout: str = "auto",
-) -> Figure:
+) -> LandscapeFigure:
     """Draw the loss landscape along training runs.
 
     At every update the band spans the losses along the ray, from ``min_k L(theta - eta_k d)`` to

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import pandas as pd
 import torch
@@ -27,7 +27,7 @@ from landscape.probe.capture import Capture
 from landscape.probe.checks import CaptureChecks
 from landscape.probe.live import LiveFigure
 from landscape.probe.messages import CHANGED_GRADIENT, NO_COMMON_STEP
-from landscape.probe.options import ProbeOptions
+from landscape.probe.options import ProbeKeywords, ProbeOptions
 from landscape.probe.passes import CapturedUpdate, gradient_versions
 from landscape.probe.rows import RowQueue
 from landscape.probe.schedule import ProbeSchedule
@@ -135,7 +135,7 @@ class LandscapeProbe:
         overwrite: bool = False,
         resume: bool = False,
         grad_scaler: "torch.amp.GradScaler | None" = None,
-        **options: Any,
+        **options: Unpack[ProbeKeywords],
     ) -> None:
         self.optimizers = unwrap_optimizers(optimizer)
         self.options = ProbeOptions(**options)

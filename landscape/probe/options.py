@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypedDict
 
 from landscape.errors import LandscapeError
 from landscape.probe.sinks import Sink, check_sinks
@@ -17,11 +17,26 @@ _MUST_MATCH = ("step_sizes", "relative", "every", "direction", "gradients")
 """Options that a resumed run has to share with its checkpoint."""
 
 
+class ProbeKeywords(TypedDict, total=False):
+    """Keywords of `ProbeOptions`, for type checkers and editors."""
+
+    step_sizes: StepSizes | None
+    relative: bool
+    every: int
+    direction: str
+    steps_per_epoch: int | None
+    engine: str
+    max_memory: int | None
+    gradients: bool
+    overhead: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
     """Options of `LandscapeProbe`, by which they are documented.
 
-    A new option is a field here, and a flag of ``landscape probe`` where the command line is to have it.
+    A new option is a field here and in `ProbeKeywords`, and a flag of ``landscape probe`` where the command line is to
+    have it.
 
     Raises:
         LandscapeError: An option is out of range.

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from landscape import LandscapeProbe
 from landscape.errors import LandscapeError
-from landscape.probe.options import MULTIPLES, ProbeOptions
+from landscape.probe.options import MULTIPLES, ProbeKeywords, ProbeOptions
 
 
 def train(model, optimizer, steps=2, **options):
@@ -55,6 +56,11 @@ def test_every_option_is_a_keyword_and_a_fact():
     for field in fields(ProbeOptions):
         assert signature.parameters[field.name].default == field.default
         assert field.name in ProbeOptions().metadata() or field.name in ("engine", "sinks")
+
+
+def test_keywords_for_type_checkers_are_the_options():
+    assert get_type_hints(ProbeKeywords) == get_type_hints(ProbeOptions)
+    assert not ProbeKeywords.__required_keys__
 
 
 def test_an_unknown_option_is_refused():
