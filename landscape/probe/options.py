@@ -29,6 +29,7 @@ class ProbeKeywords(TypedDict, total=False):
     max_memory: int | None
     gradients: bool
     overhead: float | None
+    sinks: Sequence[Sink]
 
 
 @dataclass(frozen=True, kw_only=True)
