@@ -113,7 +113,8 @@ def panel_data(frame: pd.DataFrame, x: str, measure: str, scale: str) -> PanelDa
 def quartiles_over_training(frame: pd.DataFrame, x: str, measure: str) -> PanelData:
     """Return median and quartiles of a measure, in few bins.
 
-    A bin has equally many of the updates, and all seeds. The median is the line and the quartiles are the band.
+    A bin has equally many of the updates, and all seeds. The median is the line and the quartiles are the band. There
+    is no band where no update has a finite value, as of lost shares if every step size is below the learning rate.
 
     Args:
         frame: Rows with a column ``band``.
@@ -195,7 +196,7 @@ def _spans(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def _values(bands: Bands) -> np.ndarray:
-    values = np.concatenate([part for band in bands.values() for part in band[1:]])
+    values = np.concatenate([np.empty(0), *(part for band in bands.values() for part in band[1:])])
     return values[np.isfinite(values)]
 
 

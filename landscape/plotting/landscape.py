@@ -124,6 +124,7 @@ def plot_landscape(
         frame = measured(frame, name)
     views = [panel_data(frame, x, name, scale) for name in measures]
     below = [quartiles_over_training(frame, x, LOWER)] if measure is None and has_inputs(frame, LOWER).any() else []
+    below = [view for view in below if view.bands]
     shown = {label for view in views for label in view.bands}
     labels = [label for label in map(str, frame["band"].cat.categories) if label in shown]
     coloured = labels[:COLOURED]
@@ -145,7 +146,7 @@ def plot_landscape(
             _draw_overlays(figure, views, below, coloured, X_LABELS[x])
         title = _axis_title(views[0]) if len(views) == 1 and not below else ""
         reach = (float(np.min(frame[x])), float(np.max(frame[x])))
-        lower = _about_lower(below) if measure is None else ""
+        lower = _about_lower(frame, below) if measure is None else ""
         _finish(figure, reach, title, " ".join(filter(None, [text, lower, _about_axes([*views, *below])])))
     return figure
 
@@ -158,10 +159,13 @@ def _about_grey(labels: Sequence[str], multiples: bool) -> str:
     return "those of the other panels" if multiples and len(labels) > 1 else ""
 
 
-def _about_lower(below: Sequence[PanelData]) -> str:
-    """Return the description of the slim panel."""
+def _about_lower(frame: pd.DataFrame, below: Sequence[PanelData]) -> str:
+    """Return the slim panel's description, or why it is missing."""
     if not below:
-        return f"Without the {MEASURES[LOWER].title}: no run recorded {' and '.join(MEASURES[LOWER].needs)}."
+        reason = f"no run recorded {' and '.join(MEASURES[LOWER].needs)}"
+        if has_inputs(frame, LOWER).any():
+            reason = "no update has one, for which the step sizes must reach the learning rate"
+        return f"Without the {MEASURES[LOWER].title}: {reason}."
     return (
         f"Below: {MEASURES[LOWER].line.partition(';')[0]}: median (line) and quartiles (band) of up to "
         f"{QUARTILE_BINS} parts of training; at 1 (dashed) a step does not decrease the loss."
@@ -260,7 +264,7 @@ def _show_edge(axes: Axes) -> None:
 
 def _axis_title(view: PanelData, width: int = 60) -> str:
     """Return title of the measure, with the axis' meaning."""
-    ratios = " (log scale: heights are ratios)" if view.scale.name == "log" and view.measure.band else ""
+    ratios = " (log scale: heights are ratios)" if view.scale.name == "log" else ""
     return "\n".join(textwrap.wrap(f"{view.measure.title}{ratios}", width))
 
 

@@ -261,6 +261,12 @@ def test_default_without_slope():
     assert "no run recorded slope" in figure.get_supxlabel().replace("\n", " ")
 
 
+def test_default_with_step_sizes_below_the_learning_rate():
+    figure = plot_default(frame(steps=5).assign(lr=100.0))
+    assert len(figure.axes) == 1
+    assert "must reach the learning rate" in figure.get_supxlabel().replace("\n", " ")
+
+
 def test_default_clips_the_lost_share():
     run = frame(steps=20)
     run.loc[5, "slope"] = 1e-9
