@@ -77,6 +77,7 @@ def command(
     critical_sharpness  2 over the critical step size
     lipschitz           largest change of the loss per distance moved
     misfit              distance of the loss from a parabola, relative to the range
+    sam_sharpness       rise of the loss at the most negative step size
     """  # noqa: D301 (click reads the character \b)
     # pandas and matplotlib are slow to import, and --help does not need them.
     from landscape.analysis.labels import band_labels

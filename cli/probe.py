@@ -106,7 +106,8 @@ output_option = options_under("Output")
 @probe_option(
     "--step-sizes",
     type=Numbers(),
-    help="Step sizes eta along the direction, such as 0.1,0.2,0.4; multiples of the learning rate for your own.",
+    help="Step sizes eta along the direction, such as 0.1,0.2,0.4; multiples of the learning rate for your own. "
+    "Negative ones look uphill.",
 )
 @probe_option(
     "--direction",

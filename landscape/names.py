@@ -84,7 +84,7 @@ class MeasureInfo:
         along: Column of lists that it is computed from, one value per step size.
         band: Description of its band; empty if it has none.
         line: Description of its line; empty if it has none.
-        needs: Columns that it requires and a trace may lack.
+        needs: Columns that it requires and a trace may lack, or `NEGATIVE`.
         at_zero: True if it is defined at step size 0.
         has_origin: True if its 0 is meaningful. That of a loss is not, because a constant can be added to a loss.
         smoother: ``"lower"`` or ``"higher"``: values of a smoother landscape.
@@ -101,6 +101,9 @@ class MeasureInfo:
     smoother: str = "lower"
     edge: float | None = None
 
+
+NEGATIVE = "negative step sizes"
+"""What a measure needs that reads the loss uphill; it is no column."""
 
 MEASURES = {
     "loss": MeasureInfo(
@@ -189,6 +192,12 @@ MEASURES = {
         "losses",
         line="root mean square distance to the best parabola with the same loss and slope, relative to the range",
         needs=("slope",),
+    ),
+    "sam_sharpness": MeasureInfo(
+        "one-step SAM sharpness",
+        "losses",
+        line="rise of the loss at the largest probed step against the direction",
+        needs=(NEGATIVE,),
     ),
     "cosine": MeasureInfo(
         "cosine of the gradients",

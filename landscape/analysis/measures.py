@@ -1,7 +1,7 @@
 """Measures of smoothness of the loss landscape, update by update."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -11,13 +11,15 @@ import pyarrow as pa
 from landscape.analysis.columns import normalized
 from landscape.analysis.curve import Curves
 from landscape.errors import LandscapeError
-from landscape.names import MEASURES, check_measure
+from landscape.names import MEASURES, NEGATIVE, check_measure
 
 REMEDIES = {
     "gradient_distances": "Record with `landscape probe --gradients` or LandscapeProbe(..., gradients=True)",
     "gradient_cosines": "Record with `landscape probe --gradients` or LandscapeProbe(..., gradients=True)",
     "slope": "Record the run again, because traces have it from format version 2 on",
     "direction_norm": "Record the run again, because traces have it from format version 2 on",
+    NEGATIVE: "Record with `landscape probe --step-sizes=-0.2,0.2,0.4` or "
+    "LandscapeProbe(..., step_sizes=[-0.2, 0.2, 0.4])",
 }
 """Remedy by the first missing column that a measure requires."""
 
@@ -52,16 +54,24 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     - ``critical_sharpness``: ``2 / critical_step``.
     - ``lipschitz``: ``max_{i != j} |L_i - L_j| / (|eta_i - eta_j| |d|)``, with ``L(theta)`` at 0 among the points.
     - ``misfit``: root mean square of ``L_k - (L(theta) - eta_k s + c eta_k^2)`` with the best ``c``, divided by ``R``.
+    - ``sam_sharpness``: ``L(theta + rho d / |d|) - L(theta)`` with ``rho = |d| max_k(-eta_k)``, at the most negative
+      step size. Along the gradient it is the sharpness that one step of sharpness-aware minimization sees, at the
+      radius ``rho`` (Foret et al. 2021, arXiv:2010.01412).
+
+    Points at negative step sizes lie uphill, and are not of the band: the measures with K values, ``range``,
+    ``relative_range``, ``lipschitz`` and ``misfit`` leave them out unless a row has no others. The curve passes through
+    them, too, so ``batch_sharpness`` with the nearest points at ``eta`` and ``-eta`` is the two-sided
+    ``(L(theta - eta d) - 2 L(theta) + L(theta + eta d)) / (eta |d|)^2``, of which the slope is no part.
 
     Units: ``loss`` and ``gap`` are in units of the loss, ``predictiveness`` is loss / parameter, ``beta``,
-    ``curvature``, ``sharpness`` and ``batch_sharpness`` are loss / parameter^2, ``range`` is in units of the loss,
-    ``lipschitz`` is loss / parameter, ``optimal_step`` and ``critical_step`` have the unit of the learning rate and
-    ``critical_sharpness`` its inverse; the others have none. The norms are l2 norms over all parameters.
+    ``curvature``, ``sharpness`` and ``batch_sharpness`` are loss / parameter^2, ``range`` and ``sam_sharpness`` are in
+    units of the loss, ``lipschitz`` is loss / parameter, ``optimal_step`` and ``critical_step`` have the unit of the
+    learning rate and ``critical_sharpness`` its inverse; the others have none. The norms are l2 norms over all
+    parameters.
 
-    The first 3 are defined in Santurkar et al. 2018 (arXiv:1805.11604), section 3.1. The last 2 require no gradients
-    along the ray. ``beta`` and ``curvature`` omit step size 0, where they are undefined. Losses in single precision
-    have relative errors of about 1e-7. On short steps this error is visible in ``gap``, and in ``curvature`` it is
-    divided by the squared distance.
+    The first 3 are defined in Santurkar et al. 2018 (arXiv:1805.11604), section 3.1. ``beta`` and ``curvature`` omit
+    step size 0, where they are undefined. Losses in single precision have relative errors of about 1e-7. On short steps
+    this error is visible in ``gap``, and in ``curvature`` it is divided by the squared distance.
 
     Args:
         frame: Rows of ``read_traces`` or ``LandscapeProbe.frame``.
@@ -104,6 +114,7 @@ def measured(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
         return frame
     normalized(frame, ("step_sizes", MEASURES[measure].along, *(("loss",) if "slope" in needs else ())))
     rays = _Rays.of(frame, MEASURES[measure].along, MEASURES[measure].at_zero)
+    rays = rays if measure in _TWO_SIDED else rays.forward()
     with np.errstate(all="ignore"):  # inf - inf and 0 / 0 are NaN on purpose.
         if measure in _UPDATES:
             return frame.assign(**_scalar(measure, *_UPDATES[measure](rays)))
@@ -151,8 +162,16 @@ def has_inputs(frame: pd.DataFrame, measure: str) -> np.ndarray:
     """
     held = np.ones(len(frame), bool)
     for name in MEASURES[measure].needs:
-        held &= frame[name].notna().to_numpy() if name in frame else False
+        if name == NEGATIVE:
+            held &= _has_negative(frame)
+        else:
+            held &= frame[name].notna().to_numpy() if name in frame else False
     return held
+
+
+def _has_negative(frame: pd.DataFrame) -> np.ndarray:
+    eta, counts = flatten_lists(frame, "step_sizes") if "step_sizes" in frame else ([], np.zeros(len(frame), int))
+    return np.bincount(np.repeat(np.arange(len(frame)), counts)[np.asarray(eta) < 0], minlength=len(frame)) > 0
 
 
 @dataclass(frozen=True)
@@ -184,6 +203,15 @@ class _Rays:
         row, eta = np.repeat(np.arange(len(frame)), counts), eta[np.repeat(counts > 0, expected)]
         kept = slice(None) if at_zero else eta != 0
         return cls(frame, row[kept], eta[kept], value[kept])
+
+    def forward(self) -> Self:
+        """Return the points that do not lie uphill.
+
+        A row without such a point keeps all.
+        """
+        ahead = self.eta >= 0
+        kept = ahead | (np.bincount(self.row[ahead], minlength=len(self.frame)) == 0)[self.row]
+        return replace(self, row=self.row[kept], eta=self.eta[kept], value=self.value[kept])
 
     def each(self, name: str) -> np.ndarray:
         """Return the value of a column for every point."""
@@ -301,6 +329,14 @@ def _misfit(rays: _Rays) -> tuple[np.ndarray]:
     return (np.where(several, residual / _range(rays)[0], np.nan),)
 
 
+def _sam_sharpness(rays: _Rays) -> tuple[np.ndarray]:
+    farthest = rays.extremes(rays.eta)[0]
+    at = (rays.eta < 0) & (rays.eta == farthest[rays.row])
+    rise = np.full(len(rays.frame), np.nan)
+    rise[rays.row[at]] = (rays.value - rays.each("loss"))[at]
+    return (np.where(np.isfinite(rise), rise, np.nan),)
+
+
 _UPDATES: dict[str, Callable[[_Rays], tuple[np.ndarray] | tuple[np.ndarray, np.ndarray]]] = {
     "range": _range,
     "relative_range": _relative_range,
@@ -312,5 +348,11 @@ _UPDATES: dict[str, Callable[[_Rays], tuple[np.ndarray] | tuple[np.ndarray, np.n
     "critical_sharpness": _critical_sharpness,
     "lipschitz": _lipschitz,
     "misfit": _misfit,
+    "sam_sharpness": _sam_sharpness,
 }
 """Formulas with one value for each update, and whether it is inside the step sizes."""
+_TWO_SIDED = {
+    *("lost_share", "sharpness", "batch_sharpness", "optimal_step", "critical_step", "critical_sharpness"),
+    "sam_sharpness",
+}
+"""Measures that read points at negative step sizes, too."""

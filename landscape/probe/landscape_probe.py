@@ -78,6 +78,7 @@ class LandscapeProbe:
             recorded losses are without its scale.
         step_sizes: The K step sizes eta, or a function of the step that returns them. The default is
             (0.5, 1, 1.5, 2) times the learning rate: from half of the step that plain SGD takes to twice as far.
+            Negative ones lie uphill; they give two-sided curvature and SAM sharpness, and do not widen the band.
         relative: True if step sizes are multiples of the current learning rate; with several parameter groups each
             parameter moves by its own rate.
         every: Probe every n-th update, the first included.
@@ -228,7 +229,9 @@ class LandscapeProbe:
 
         As in ``LandscapeProbe(step 412, engine tape, 412 probed, last range 0.021)``. The call waits for the device.
         """
-        losses = self.last().get("losses", [])
+        row = self.last()
+        points = zip(row.get("step_sizes", []), row.get("losses", []), strict=True)
+        losses = [loss for eta, loss in points if eta >= 0] or row.get("losses", [])
         last = [f"last range {max(losses) - min(losses):.3g}"] if losses else []
         engine = [f"engine {self._evaluator.engine}"] if losses else []
         return f"LandscapeProbe({', '.join([f'step {self.step}', *engine, f'{self._schedule.probes} probed', *last])})"

@@ -40,7 +40,7 @@ def ray_losses(
         closure: ``closure(model)`` returns the loss :math:`L`, a tensor with one element.
         direction: Tensors with the names and shapes of ``model.named_parameters()``. Parameters that are not named do
             not move.
-        step_sizes: The K step sizes, finite, in any order.
+        step_sizes: The K step sizes, finite, in any order; negative ones lie uphill.
         engine: ``"auto"`` evaluates the first point and records its calls of ATen functions; at the other points it
             repeats those that depend on the step size, so the closure is called once. If they cannot be repeated
             (the closure reads values and branches on them, or has parts that are compiled), it is called at each point,

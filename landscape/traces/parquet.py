@@ -49,7 +49,7 @@ def schema(table: str) -> pa.Schema:
 def to_arrow(rows: list[Row], table: str) -> pa.Table:
     """Return rows as an Arrow table.
 
-    ``loss_min`` and ``loss_max`` default to the extremes of ``losses``.
+    ``loss_min`` and ``loss_max`` default to the extremes of ``losses``, without those at negative step sizes.
 
     Examples:
         >>> to_arrow([{"step": 0, "losses": [2.0, 1.0]}], "updates")["loss_min"].to_pylist()
@@ -60,7 +60,12 @@ def to_arrow(rows: list[Row], table: str) -> pa.Table:
 
 def _with_range(row: Row) -> Row:
     losses = row.get("losses")
-    return row if losses is None else {"loss_min": np.min(losses), "loss_max": np.max(losses), **row}
+    if losses is None:
+        return row
+    if (etas := row.get("step_sizes")) is not None and len(etas) == len(losses):
+        # Without a step in the direction of descent, the band is over all steps.
+        losses = [loss for eta, loss in zip(etas, losses, strict=True) if eta >= 0] or losses
+    return {"loss_min": np.min(losses), "loss_max": np.max(losses), **row}
 
 
 def to_pandas(part: pa.Table) -> pd.DataFrame:

@@ -68,8 +68,8 @@ UPDATES = (
         "cosines between the K gradients there and the gradient at theta; missing without gradients=True",
         since=4,
     ),
-    Column("loss_min", "float64", "loss", "smallest of the K losses; NaN if one of them is NaN"),
-    Column("loss_max", "float64", "loss", "largest of the K losses; NaN if one of them is NaN"),
+    Column("loss_min", "float64", "loss", "smallest loss at step sizes from 0 on (else of all K); NaN if one is NaN"),
+    Column("loss_max", "float64", "loss", "largest loss at step sizes from 0 on (else of all K); NaN if one is NaN"),
     Column("seconds", "float64", "s", "time of the host for this probe"),
 )
 """One row per probed update (``updates-*.parquet``)."""

@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from recordings import frame, without
+from recordings import frame, uphill, without
 
-from landscape.analysis.measures import measured
+from landscape.analysis.measures import has_inputs, measured
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES
 
@@ -51,21 +51,27 @@ def close(found, expected):
 @pytest.mark.parametrize("step_sizes", [[0.1, 0.2, 0.4], [0.3], [-0.5, 0.25, 1.0], [-0.2, -0.1]])
 def test_measured_quadratic(step_sizes):
     rows, truths = quadratic_rows(step_sizes)
-    smallest, largest = np.min(np.abs(step_sizes)), np.max(np.abs(step_sizes))
+    ahead = [eta for eta in step_sizes if eta >= 0] or step_sizes
+    smallest, largest = np.min(np.abs(ahead)), np.max(np.abs(ahead))
     for measure in MEASURES:
-        rows = measured(rows, measure)
+        if measure != "sam_sharpness" or min(step_sizes) < 0:
+            rows = measured(rows, measure)
     for row, (hessian, d) in zip(rows.itertuples(), truths, strict=True):
         change, bend = np.linalg.norm(hessian @ d), d @ hessian @ d
         close([row.predictiveness_min, row.predictiveness_max], [smallest * change, largest * change])
         close([row.beta, row.beta_min, row.beta_max], change / np.linalg.norm(d))
         close([row.gap_min, row.gap_max], np.sort([smallest**2 * bend / 2, largest**2 * bend / 2]))
         close([row.curvature_min, row.curvature_max], bend / (d @ d))
-        assert (row.loss_min, row.loss_max) == (min(row.losses), max(row.losses))
-        assert row.range == max(row.losses) - min(row.losses)
+        losses = [loss for eta, loss in zip(step_sizes, row.losses, strict=True) if eta in ahead]
+        assert (row.loss_min, row.loss_max) == (min(losses), max(losses))
+        assert row.range == max(losses) - min(losses)
         close(row.batch_sharpness, bend / (d @ d))
-        if len(step_sizes) > 1:
+        if len(ahead) > 1:
             close(row.misfit, 0)
-            close(row.relative_range, row.range / np.ptp(step_sizes) / abs(row.slope))
+            close(row.relative_range, row.range / np.ptp(ahead) / abs(row.slope))
+        if min(step_sizes) < 0:
+            back = -min(step_sizes)
+            close(row.sam_sharpness, back * row.slope + back**2 * bend / 2)
         if max(step_sizes) > 0:
             check_steps(row, bend, max(step_sizes))
 
@@ -109,6 +115,41 @@ def test_measured_cubic(step_sizes, third):
     assert found.optimal_step_inside == (found.optimal_step < largest)
     close(found.critical_step, min([*back, largest]))
     assert found.critical_step_inside == bool(back)
+
+
+@pytest.mark.parametrize("slope", [2.0, -7.0, NAN])
+def test_two_sided_curvature(slope):
+    """Between opposite points the slope cancels, so that batch sharpness is the second difference."""
+
+    def loss(eta):
+        return 1 - 2 * eta + 1.5 * eta**2 + 0.7 * eta**3 + 0.2 * eta**4
+
+    row = {"loss": 1.0, "slope": slope, "direction_norm": 2.0, "step_sizes": [-0.5, -0.1, 0.1, 0.4]}
+    rows = pd.DataFrame([row | {"losses": [loss(eta) for eta in row["step_sizes"]]}])
+    expected = (loss(0.1) - 2 + loss(-0.1)) / (0.1 * 2) ** 2
+    if np.isfinite(slope):
+        close(measured(rows, "batch_sharpness")["batch_sharpness"], expected)
+    close(measured(rows, "sam_sharpness")["sam_sharpness"], loss(-0.5) - 1)
+
+
+def test_band_of_descent():
+    """Uphill points neither widen a band nor change a measure of it, also where they are not finite."""
+    ahead, _ = quadratic_rows([0.1, 0.4])
+    both = ahead.assign(step_sizes=[[-3.0, 0.1, 0.4]] * len(ahead), losses=[[INF, *row] for row in ahead["losses"]])
+    both["gradient_distances"] = [[99.0, *row] for row in both["gradient_distances"]]
+    both["gradient_cosines"] = [[-1.0, *row] for row in both["gradient_cosines"]]
+    for measure in ("loss", "predictiveness", "beta", "gap", "curvature", "range", "relative_range", "lipschitz"):
+        ends = [f"{measure}_min", f"{measure}_max"]
+        pd.testing.assert_frame_equal(measured(both, measure)[ends], measured(ahead, measure)[ends])
+    assert measured(both, "sam_sharpness")["sam_sharpness"].isna().all()
+
+
+def test_sam_sharpness_needs_negative_step_sizes():
+    rows = pd.concat([quadratic_rows([0.1, 0.4], updates=2)[0], quadratic_rows([-0.1, 0.4], updates=2)[0]])
+    assert list(has_inputs(rows, "sam_sharpness")) == [False, False, True, True]
+    assert list(measured(rows, "sam_sharpness")["sam_sharpness"].isna()) == [True, True, False, False]
+    with pytest.raises(LandscapeError, match=r"sam_sharpness.* requires negative step sizes.*--step-sizes=-"):
+        measured(rows[:2], "sam_sharpness")
 
 
 def test_critical_step_censored():
@@ -203,22 +244,25 @@ def row_by_row(rows, measure):
         eta, losses, distances, cosines = map(np.array, lists)
         with np.errstate(all="ignore"):
             gap = losses - (row["loss"] - eta * row["slope"])
+            if measure in TWO_SIDED:
+                extremes.append([TWO_SIDED[measure](row, measure, eta, gap)] * 2)
+                continue
+        ahead = eta >= 0 if (eta >= 0).any() else eta < 0
+        eta, losses, distances, cosines, gap = (of[ahead] for of in (eta, losses, distances, cosines, gap))
+        with np.errstate(all="ignore"):
             moved = np.abs(eta) * row["direction_norm"]
-            if measure in ALONG:
-                values = [along_curve(row, measure, eta, gap)]
-            else:
-                values = {
-                    "loss": losses,
-                    "predictiveness": distances,
-                    "beta": [np.max((distances / moved)[eta != 0])],
-                    "gap": gap,
-                    "curvature": (2 * gap / moved**2)[eta != 0],
-                    "range": [losses.max() - losses.min()],
-                    "relative_range": [(losses.max() - losses.min()) / np.ptp(eta) / abs(row["slope"])],
-                    "lipschitz": [steepest_chord(row, eta, losses)],
-                    "misfit": [misfit(eta, gap, losses)],
-                    "cosine": cosines,
-                }[measure]
+            values = {
+                "loss": losses,
+                "predictiveness": distances,
+                "beta": [np.max((distances / moved)[eta != 0])],
+                "gap": gap,
+                "curvature": (2 * gap / moved**2)[eta != 0],
+                "range": [losses.max() - losses.min()],
+                "relative_range": [(losses.max() - losses.min()) / np.ptp(eta) / abs(row["slope"])],
+                "lipschitz": [steepest_chord(row, eta, losses)],
+                "misfit": [misfit(eta, gap, losses)],
+                "cosine": cosines,
+            }[measure]
         extremes.append((np.min(values), np.max(values)))
     return np.array(extremes)
 
@@ -252,6 +296,14 @@ def along_curve(row, measure, eta, gap):
     back = fine[1:][change[1:] >= 0]
     step = 0.0 if row["slope"] <= 0 else back[0] if len(back) else knots[-1]
     return step if measure == "critical_step" else np.divide(2, step)
+
+
+def uphill_rise(row, measure, eta, gap):
+    rise = gap[np.argmin(eta)] - np.min(eta) * row["slope"]
+    return rise if np.min(eta) < 0 and np.isfinite(rise) else NAN
+
+
+TWO_SIDED = dict.fromkeys(ALONG, along_curve) | {"sam_sharpness": uphill_rise}
 
 
 def steepest_chord(row, eta, losses):
@@ -309,7 +361,7 @@ def test_measured_row_by_row(measure, kind):
 
 
 def test_measured_keeps_index():
-    rows = pd.concat([frame(steps=9), frame(steps=4, seed=1)])  # an index with duplicates
+    rows = uphill(pd.concat([frame(steps=9), frame(steps=4, seed=1)]))  # an index with duplicates
     part = rows[rows["step"] % 2 == 1]
     for measure in MEASURES:
         whole = measured(rows, measure)

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from recordings import frame, frames, without
+from recordings import frame, frames, uphill, without
 
 from landscape.analysis.labels import band_labels
 from landscape.analysis.measures import measured
@@ -145,7 +145,7 @@ OTHERS = [measure for measure in MEASURES if MEASURES[measure].needs]
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_envelope_measure(measure):
-    runs = frames("batch", seeds=(0, 1, 2), steps=20)
+    runs = uphill(frames("batch", seeds=(0, 1, 2), steps=20))
     band = envelope(runs, by="norm", bins=10, measure=measure)
     joined = measured(runs, measure).groupby(runs["step"] // 2)
     np.testing.assert_array_equal(band[f"{measure}_min"], joined[f"{measure}_min"].min())
@@ -190,7 +190,8 @@ def test_run_without_measure(measure):
     lacking = without(
         frames("none", seeds=(0, 1), steps=3), "slope", "direction_norm", "gradient_distances", "gradient_cosines"
     )
-    runs = pd.concat([frame("batch", steps=3), lacking, frame("none", seed=2, steps=3)], ignore_index=True)
+    known = [uphill(frame(norm, seed, steps=3)) for norm, seed in (("batch", 0), ("none", 2))]
+    runs = pd.concat([known[0], lacking, known[1]], ignore_index=True)
     assert list(has_measure(runs, measure)) == [True] * 3 + [False] * 6 + [True] * 3
     assert set(envelope(runs, measure=measure)["run"]) == {"batch-0", "none-2"}
     assert set(envelope(runs, by="band", measure=measure)["updates"]) == {1}

@@ -44,6 +44,11 @@ def without(run, *columns):
     return run.assign(**{name: pd.Series(None, run.index, dtype=run[name].dtype) for name in columns})
 
 
+def uphill(run):
+    """Return a frame whose first step size is negative."""
+    return run.assign(step_sizes=[[-0.1, 0.2, 0.4]] * len(run))
+
+
 def frames(*norms, seeds=(0, 1), **options):
     """Return several runs in one frame."""
     return pd.concat([frame(norm, seed, **options) for norm in norms for seed in seeds], ignore_index=True)

@@ -139,3 +139,11 @@ def test_flipped_bits_change_no_value(tmp_path):
         except LandscapeError:
             refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("step_sizes", "band"), [([-1.0, 1.0, 2.0], (1.0, 2.0)), ([-1.0, -2.0, -3.0], (1.0, 5.0)), (None, (1.0, 5.0))]
+)
+def test_band_of_descent(step_sizes, band):
+    part = to_arrow([{"step": 0, "step_sizes": step_sizes, "losses": [5.0, 1.0, 2.0]}], "updates")
+    assert (part["loss_min"][0].as_py(), part["loss_max"][0].as_py()) == band
