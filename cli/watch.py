@@ -11,7 +11,7 @@ import click
 from landscape.errors import LandscapeError
 
 from .output import echo
-from .params import Command, LocationType
+from .params import Command, LocationType, options_under
 
 SECONDS = 2.0
 """Time between two refreshes."""
@@ -19,7 +19,7 @@ SECONDS = 2.0
 
 @click.command("watch", cls=Command)
 @click.argument("paths", nargs=-1, required=True, type=LocationType())
-@click.option("--once", is_flag=True, help="Print it once.")
+@options_under("Output")("--once", is_flag=True, help="Print it once.")
 def command(paths: tuple[str | Path, ...], once: bool) -> None:
     """Draw runs as text while they are recorded.
 

@@ -13,7 +13,7 @@ POINTS = 400
 
 
 class LiveFigure:
-    """Sink that draws the losses of the rows in a notebook.
+    """Sink that draws losses in a notebook.
 
     Raises:
         LandscapeError: This is no notebook.
@@ -39,7 +39,7 @@ class LiveFigure:
             self._steps, self._losses = joined(self._steps, self._losses)
 
     def flush(self) -> None:
-        """Draw the rows so far in place of the last picture."""
+        """Redraw the picture."""
         self._handle.update(_picture(self._steps, self._losses))
 
 

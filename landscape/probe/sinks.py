@@ -176,7 +176,8 @@ class SinkQueue:
     def is_due(self) -> bool:
         """True if a sink wants rows before they are written."""
         seconds = min((getattr(feed.sink, "seconds", math.inf) for feed in self._feeds), default=math.inf)
-        return time.monotonic() - self._put_at >= seconds
+        # Without such a sink nothing is fetched: a difference of infinities would be NaN or true.
+        return seconds < math.inf and time.monotonic() - self._put_at >= seconds
 
     def put(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Queue rows that were not queued before."""

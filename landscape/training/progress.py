@@ -14,7 +14,7 @@ SECONDS = 0.2
 
 
 class Progress:
-    """Bar with the loss and the range of the probed losses.
+    """Bar with the loss and the range.
 
     Args:
         recipe: Recipe that is trained.

@@ -61,7 +61,7 @@ def test_plot_measures(folder):
     assert tables == ["mean_range", "mean_beta"]
     drawn = (folder / "a.svg").read_text()
     assert "<!-- loss (log scale: heights are ratios) -->" in drawn
-    assert "<!-- effective β-smoothness -->" in drawn
+    assert "<!-- effective β-smoothness" in drawn
 
 
 def test_plot_measure_by_epoch(folder):

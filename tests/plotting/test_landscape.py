@@ -120,7 +120,8 @@ def check_titles_above_marks(figure):
     texts = [text for title, axes in titles.items() for text in axes.findobj(Text) if text.get_text() == title]
     assert len(texts) == len(titles)
     assert {round(text.get_window_extent().y0 - max(marks)) for text in texts} <= {0, 1, 2, 3, 4, 5}
-    assert len({text.get_window_extent().y0 for text in texts}) == 1
+    bottoms = [text.get_window_extent().y0 for text in texts]
+    assert max(bottoms) - min(bottoms) < 3  # Descenders of some titles reach lower.
 
 
 def test_gap_missing_rows():
@@ -395,7 +396,7 @@ def test_caption_width():
     runs = pd.concat([without(frame("none", steps=5), "slope"), frame("batch", steps=5)], ignore_index=True)
     runs = runs.assign(batch_size=128, mode="training", direction="gradient")
     runs.loc[8, "direction_norm"] = 0.0
-    figure = plot_landscape(runs, measure=tuple(MEASURES))
+    figure = plot_landscape(runs, measure=[name for name in MEASURES if name != "sam_sharpness"])
     figure.draw_without_rendering()
     (text,) = (text for text in figure.texts if text.get_text() == figure.get_supxlabel())
     assert figure.get_supxlabel().count("\n") > 5

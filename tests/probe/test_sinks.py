@@ -173,3 +173,8 @@ def test_queue_without_sinks_starts_no_thread():
 def test_sinks_must_be_functions(given):
     with pytest.raises(LandscapeError, match="sinks="):
         make_probe(sinks=given)
+
+
+def test_rows_are_not_fetched_for_sinks_that_wait():
+    assert not SinkQueue().is_due
+    assert not SinkQueue([print]).is_due
