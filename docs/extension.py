@@ -103,13 +103,16 @@ def _row(cells: list[Any]) -> nodes.row:
 
 
 def insert_figures(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Put the text of ``figures/README.md`` in place of the link to it, with links that start from here."""
+    """Put figures/README.md and the claims in place of the link to it, with links that start from here."""
     if docname == "reproduction":
         path = ROOT / "figures/README.md"
         app.env.note_dependency(str(path), docname=docname)
         _, _, text = path.read_text().partition("\n")  # without its title
         text = re.sub(r"\]\((?!\w+:|#)([^)]+)\)", r"](../figures/\1)", text)
         text = re.sub(r"\]\((\S+\.md)\)", r"](path:\1)", text)  # a file to download, not a page
+        claims = ROOT / "figures/claims.md"
+        app.env.note_dependency(str(claims), docname=docname)
+        text += "\n" + re.sub("^#", "##", claims.read_text(), flags=re.MULTILINE)
         source[0] = re.sub(r"^\[.*\]\(../figures/README.md\).$", lambda _: text, source[0], flags=re.MULTILINE)
 
 
