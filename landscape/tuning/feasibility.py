@@ -108,7 +108,7 @@ def _extrapolated(seconds: Callable[[int], float], batch: int) -> float:
 
 def _seconds_of_update(recipe: Recipe, samples: int, data_dir: str | Path | None, device: str | None) -> float:
     if samples < recipe.batch_size:  # The groups of the recipe may not fit.
-        recipe = replace(recipe, norm="batch", batch_size=samples)
+        recipe = replace(recipe, norm="batch", devices=1, batch_size=samples)
     # The learning rate schedule must cover several updates.
     experiment = Experiment(replace(recipe, epochs=max(2, recipe.epochs)), data_dir, device)
     seconds, started = [], time.perf_counter()

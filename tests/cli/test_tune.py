@@ -102,5 +102,5 @@ def test_table_plan(tmp_path, monkeypatch):
     arguments = ["1", "--scale", "small", "--plan", "--data-dir", str(REAL_DATA)]
     result = run(*arguments, cwd=tmp_path, monkeypatch=monkeypatch, command="table")
     assert result.exit_code == 0, result.output
-    assert "18 trainings to select groups, then 8 on the whole training set" in result.output
+    assert "45 trainings to select groups, then 12 on the whole training set" in result.output
     assert not list(tmp_path.iterdir())
