@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from landscape.names import MEASURES
+from landscape.text import markdown_table
 
-from .output import aligned, csv_text, echo, finite_or_none, markdown_table, report
+from .output import aligned, csv_text, echo, finite_or_none, report
 from .params import Command, LocalPath, LocationType, options_under
 
 if TYPE_CHECKING:  # pandas is slow to import, and --help does not need it.

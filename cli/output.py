@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from landscape.text import markdown_table
+
 QUIET, VERBOSE, TRACEBACK = "landscape.quiet", "landscape.verbose", "landscape.traceback"
 """Options of every command, as keys of ``click.Context.meta``."""
 _UNWRITTEN = "landscape.unwritten"
@@ -103,11 +105,6 @@ def csv_text(records: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(records)
     return file.getvalue().rstrip("\n")
-
-
-def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *lines])
 
 
 def aligned(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,7 @@
-"""Make any text safe to print in a terminal, a figure or a file."""
+"""Make any text safe to print in a terminal, a figure or a file; tables of text."""
 
 import re
+from collections.abc import Sequence
 
 _PASSWORD = re.compile(r"(?<=:/)(/?[^/@?:]*):.*@", re.DOTALL)
 _SECRET = re.compile(
@@ -41,3 +42,15 @@ def without_secrets(url: str) -> str:
         'gs://bucket/traces?scheme=https&access_token=***'
     """
     return _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))
+
+
+def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown.
+
+    Examples:
+        >>> print(markdown_table(["norm", "range"], [["BatchNorm", "0.5"]]))
+        | norm | range |
+        | --- | --- |
+        | BatchNorm | 0.5 |
+    """
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *lines])

@@ -10,19 +10,8 @@ from landscape.analysis.measures import flatten_lists
 
 SETTINGS = (
     *("recipe", "dataset", "samples", "model", "criterion", "batch_size", "epochs", "base_lr", "schedule", "optimizer"),
-    *(
-        "momentum",
-        "nesterov",
-        "weight_decay",
-        "clip_norm",
-        "train_samples",
-        "precision",
-        "mode",
-        "direction",
-        "relative",
-        "every",
-    ),
-    "overhead",
+    *("momentum", "nesterov", "weight_decay", "clip_norm", "train_samples", "precision", "mode", "direction"),
+    *("relative", "every", "overhead"),
 )
 """Facts that runs must share to be compared; step sizes are compared, too."""
 HANDFUL = 0.05

@@ -49,10 +49,41 @@ def ratio(values: np.ndarray, reference: np.ndarray, paired: bool, confidence: f
         >>> [round(value, 3) for value in result[:4]], result.method
         ([2.147, 1.838, 2.508, 0.002], 'paired t')
     """
-    a, b = np.log(values), np.log(reference)
-    center = float(np.exp(a.mean() - b.mean()))
+    center, low, high, p, method, deviation = difference(np.log(values), np.log(reference), paired, confidence)
+    return Ratio(float(np.exp(center)), float(np.exp(low)), float(np.exp(high)), p, method, deviation)
+
+
+class Difference(NamedTuple):
+    """Difference of two groups, with the attributes of `Ratio`."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    method: str
+    deviation: float
+
+
+def difference(values: np.ndarray, reference: np.ndarray, paired: bool, confidence: float = 0.95) -> Difference:
+    """Return the difference of the means of two groups.
+
+    A t interval: over the differences of the pairs, or Welch's for two groups whose variances differ.
+
+    Args:
+        values: One value per seed, (n,).
+        reference: Likewise, (m,); in the order of ``values`` if they are paired.
+        paired: True if the values of one seed belong together, and n = m.
+        confidence: Probability that the interval covers the difference.
+
+    Examples:
+        >>> result = difference(np.array([2.0, 3.0, 4.5]), np.array([1.0, 2.0, 3.0]), paired=True)
+        >>> [round(value, 2) for value in result[:3]]
+        [1.17, 0.45, 1.88]
+    """
+    a, b = values, reference
+    center = float(a.mean() - b.mean())
     if min(len(a), len(b)) < 2:
-        return Ratio(center, np.nan, np.nan, np.nan, SINGLE, np.nan)
+        return Difference(center, np.nan, np.nan, np.nan, SINGLE, np.nan)
     if paired:
         variances, counts = [np.var(a - b, ddof=1)], [len(a)]
     else:
@@ -61,12 +92,10 @@ def ratio(values: np.ndarray, reference: np.ndarray, paired: bool, confidence: f
     error = math.sqrt(sum(parts))
     weights = sum(part**2 / (count - 1) for part, count in zip(parts, counts, strict=True))
     freedom = sum(parts) ** 2 / weights if weights else min(counts) - 1
-    distance = abs(math.log(center))
     half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
-    p = 2 * float(stats.t.sf(distance / error, freedom)) if error else float(distance == 0)
+    p = 2 * float(stats.t.sf(abs(center) / error, freedom)) if error else float(center == 0)
     deviation = math.sqrt(variances[0] if paired else sum(variances))
-    ends = np.exp([math.log(center) - half, math.log(center) + half])
-    return Ratio(center, float(ends[0]), float(ends[1]), p, PAIRED if paired else WELCH, deviation)
+    return Difference(center, center - half, center + half, p, PAIRED if paired else WELCH, deviation)
 
 
 def smallest_p(n: int, m: int, paired: bool) -> float:

@@ -140,7 +140,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, device: str | to
     ``digits``        1,500     297     (N, 1, 8, 8)      Alpaydin & Kaynak 1998; part of this package
     ``mnist``         50,000    10,000  (N, 1, 28, 28)    LeCun et al. 1998; the first 50,000 training images
     ``cifar10``       50,000    10,000  (N, 3, 32, 32)    Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar
-    ``cifar10-half``  50,000    10,000  (N, 3, 16, 16)    CIFAR-10, means of 2 x 2 pixels: 4 times faster
+    ``cifar10-half``  50,000    10,000  (N, 3, 16, 16)    CIFAR-10, means of 2 x 2 pixels: for a laptop
     ``cifar100``      50,000    10,000  (N, 3, 32, 32)    Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar
     ================  ========  ======  ================  =================================================
 

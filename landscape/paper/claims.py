@@ -11,11 +11,12 @@ import pandas as pd
 from landscape.analysis.compare import BINS, THIRDS, Comparison, compare
 from landscape.analysis.labels import band_labels
 from landscape.analysis.measures import has_inputs
-from landscape.analysis.statistics import Ratio, ratio
+from landscape.analysis.statistics import difference, ratio
 from landscape.analysis.verdict import told_apart
 from landscape.errors import LandscapeError
 from landscape.names import NORMS, TITLES
 from landscape.paper.figures4_5 import COMPARISONS, roughness
+from landscape.text import markdown_table
 from landscape.traces.reader import read_traces
 
 AGREES, DIFFERS, UNTOLD = "agrees", "does not", "cannot be told"
@@ -132,7 +133,7 @@ def _rougher(comparison: Comparison, band: str, measure: str, phases: Sequence[s
     if part.empty:
         return Claim(sentence, measure, "never at the same loss" if phases == BINS else "no ratio", UNTOLD)
     rougher, smoother = told_apart(measure, part, int(rows["seeds"].to_numpy().max()))
-    cells = [_interval(Ratio(row["ratio"], row["low"], row["high"], 0, "", 0)) for row in part.to_dict("records")]
+    cells = [_interval(row["ratio"], row["low"], row["high"]) for row in part.to_dict("records")]
     return Claim(sentence, measure, "; ".join(cells), _verdict(rougher, smoother))
 
 
@@ -142,8 +143,8 @@ def _verdict(agreeing: float, differing: float) -> str:
     return AGREES if agreeing else DIFFERS
 
 
-def _interval(result: Ratio) -> str:
-    return f"{result.ratio:.3g}" + (f" [{result.low:.3g}, {result.high:.3g}]" if np.isfinite(result.low) else "")
+def _interval(ratio: float, low: float, high: float) -> str:
+    return f"{ratio:.3g}" + (f" [{low:.3g}, {high:.3g}]" if np.isfinite(low) else "")
 
 
 def _closer(comparison: Comparison, few: str, many: str, measure: str) -> Claim:
@@ -165,7 +166,9 @@ def _closer(comparison: Comparison, few: str, many: str, measure: str) -> Claim:
     result = ratio(ours, theirs, paired=True)
     factors = " and ".join(f"{np.exp(np.log(values).mean()):.3g}" for values in (theirs, ours))
     verdict = _verdict(result.low > 1, result.high < 1)
-    return Claim(sentence, measure, f"factors {factors}; quotient {_interval(result)}", verdict)
+    return Claim(
+        sentence, measure, f"factors {factors}; quotient {_interval(result.ratio, result.low, result.high)}", verdict
+    )
 
 
 def _trains(band: str, rate: float, last: pd.DataFrame) -> Claim:
@@ -238,11 +241,10 @@ def order_claims(trials: pd.DataFrame, orders: Sequence[tuple[str, str]]) -> Ite
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[str, float, float]:
     """Return the difference in points, as text, and its interval."""
-    # The logarithm of this ratio is the mean difference in percentage points.
-    result = ratio(np.exp(100 * ours), np.exp(100 * theirs), paired=True)
-    low, middle, high = (float(np.log(end)) for end in (result.low, result.ratio, result.high))
+    result = difference(100 * ours, 100 * theirs, paired=True)
     means = f"{ours.mean():.2%} and {theirs.mean():.2%}"
-    return f"{means}: {middle:+.2f} [{low:+.2f}, {high:+.2f}] points", low, high
+    interval = f"{result.difference:+.2f} [{result.low:+.2f}, {result.high:+.2f}]"
+    return f"{means}: {interval} points", result.low, result.high
 
 
 def grid_claim(sequential: pd.DataFrame, grid: pd.DataFrame) -> Claim:
@@ -278,7 +280,7 @@ def markdown(sections: Sequence[Section], command: str) -> str:
     parts.append(_DETAILS)
     for section in sections:
         rows = [[claim.sentence, claim.measure, claim.result, claim.verdict] for claim in section.claims]
-        parts += [f"### {section.title}", section.runs, _table(["claim", "measure", "result", "verdict"], rows)]
+        parts += [f"### {section.title}", section.runs, markdown_table(["claim", "measure", "result", "verdict"], rows)]
         if section.table is not None:
             parts.append(_numbers(section.table))
     return "\n\n".join(parts) + "\n"
@@ -303,7 +305,7 @@ def _summary(claims: Sequence[Claim]) -> str:
         by_sentence.setdefault(claim.sentence, {}).setdefault(claim.verdict, []).append(claim.measure)
     verdicts = (AGREES, DIFFERS, UNTOLD)
     rows = [[text, *(", ".join(of.get(verdict, ["-"])) for verdict in verdicts)] for text, of in by_sentence.items()]
-    return _table(["claim", *(f"{verdict} by" for verdict in verdicts)], rows)
+    return markdown_table(["claim", *(f"{verdict} by" for verdict in verdicts)], rows)
 
 
 def _numbers(table: pd.DataFrame) -> str:
@@ -311,9 +313,4 @@ def _numbers(table: pd.DataFrame) -> str:
         [str(name), *(f"{value:.3g}" if np.isfinite(value) else "-" for value in values)]
         for name, values in zip(table.index, table.to_numpy(float), strict=True)
     ]
-    return _table([str(table.columns.name or ""), *map(str, table.columns)], rows)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([str(table.columns.name or ""), *map(str, table.columns)], rows)

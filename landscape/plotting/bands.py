@@ -105,7 +105,7 @@ def panel_data(frame: pd.DataFrame, x: str, measure: str, scale: str) -> PanelDa
         bands[str(label)] = _insert_gaps(Band(*band[columns].to_numpy(float).T), ends[str(label)])
     fitting = _scale(_values(bands), measure, scale)
     if limit := _limit(bands, fitting):
-        bands = {label: Band(band.x, *(part.clip(-limit, limit) for part in band[1:])) for label, band in bands.items()}
+        bands = _clipped(bands, limit)
     interrupted = sum(len(band.x) for band in bands.values()) > len(points)
     return PanelData(name, bands, fitting, limit, _marks(points, rows, x), interrupted)
 
@@ -134,7 +134,7 @@ def quartiles_over_training(frame: pd.DataFrame, x: str, measure: str) -> PanelD
     values = _values(bands)
     limit = SHARE_LIMIT if len(values) and np.abs(values).max() > SHARE_LIMIT else None
     if limit:
-        bands = {label: Band(band.x, *(part.clip(-limit, limit) for part in band[1:])) for label, band in bands.items()}
+        bands = _clipped(bands, limit)
     return PanelData(info, bands, Scale("linear"), limit, {}, False)
 
 
@@ -193,6 +193,10 @@ def _spans(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     middle = (x[1:] + x[:-1]) / 2  # A point extends halfway to its neighbours.
     change = np.flatnonzero(np.diff(np.pad(chosen, 1).astype(int)))
     return np.concatenate([x[:1], middle, x[-1:]])[change].reshape(-1, 2)
+
+
+def _clipped(bands: Bands, limit: float) -> Bands:
+    return {label: Band(band.x, *(part.clip(-limit, limit) for part in band[1:])) for label, band in bands.items()}
 
 
 def _values(bands: Bands) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The live figure: a small picture in a notebook that follows the training."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,15 @@ class LiveFigure:
     seconds = SECONDS
 
     def __init__(self) -> None:
-        display = _display()
-        if display is None:
+        if not in_notebook():
             raise LandscapeError(
                 "live: requires a notebook with a kernel of IPython. In a terminal, use `landscape watch` on the trace."
             )
+        from IPython.display import display
+
         self._steps: list[float] = []
         self._losses: list[tuple[float, float, float]] = []
-        self._handle = display(_picture([], []), display_id=True)
+        self._handle: Any = display(_picture([], []), display_id=True)
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Keep the losses of a row."""
@@ -58,14 +60,10 @@ def joined(
     ]
 
 
-def _display() -> Any:
-    """Return IPython's display in a notebook, or None."""
-    try:
-        from IPython.core.getipython import get_ipython
-        from IPython.display import display
-    except ImportError:
-        return None
-    return display if getattr(get_ipython(), "kernel", None) is not None else None
+def in_notebook() -> bool:
+    """Return True in a kernel of IPython."""
+    shell = sys.modules.get("IPython")  # A kernel has imported it.
+    return shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
 
 
 def _picture(steps: list[float], losses: list[tuple[float, float, float]]) -> Any:

@@ -62,7 +62,7 @@ RECIPES = {
     "cifar10": _CIFAR10,
     # 10 minutes for each run on one CPU core. The rate rises in 360 updates instead of 2,180. In so few, the network
     # without norm diverges with momentum, and at a rate of 0.5 unless gradients are clipped. Batches of 128 instead of
-    # 512 give 4 times the updates at the same cost, and images of half the side 4 times as many again.
+    # 512 give 4 times the updates at the same cost, and images of half the side have a quarter of the pixels.
     "cifar10-small": replace(
         _CIFAR10,
         name="cifar10-small",
@@ -77,8 +77,8 @@ RECIPES = {
     ),
     "classify-cifar10": _CLASSIFY,
     "classify-cifar100": replace(_CLASSIFY, name="classify-cifar100", dataset="cifar100"),
-    # A part of CIFAR-10 in half the resolution and in smaller batches: 20 seconds on one CPU core. Two devices have 64
-    # samples each, as the paper's 8 have.
+    # A part of CIFAR-10 in half the resolution and in smaller batches. Two devices have 64 samples each, as the paper's
+    # 8 have.
     "classify-cifar10-small": replace(
         _CLASSIFY,
         name="classify-cifar10-small",

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Self
 
+from landscape.probe.live import in_notebook
 from landscape.training.recipe import Recipe
 
 if TYPE_CHECKING:  # The command line prints its help without torch.
@@ -24,7 +25,7 @@ class Progress:
     def __init__(self, recipe: Recipe, shown: bool | None = None) -> None:
         from tqdm.auto import tqdm
 
-        shown = (sys.stderr.isatty() or _in_notebook()) if shown is None else shown
+        shown = (sys.stderr.isatty() or in_notebook()) if shown is None else shown
         self.epochs, self.is_shown = recipe.epochs, shown
         self.bar = tqdm(desc=recipe.run_name, unit=" updates", disable=not shown)
         self._read_at = 0.0
@@ -47,9 +48,3 @@ class Progress:
             low, high = min(row["losses"]), max(row["losses"])
             self.bar.set_postfix_str(f"loss {row['loss']:.4f}, range {low:.4f} to {high:.4f}", refresh=False)
         self.bar.update()
-
-
-def _in_notebook() -> bool:
-    """Return True in a kernel of IPython."""
-    shell = sys.modules.get("IPython")
-    return shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
