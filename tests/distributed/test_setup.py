@@ -48,7 +48,7 @@ except LandscapeError as mistake:
 def test_command_prints_once():
     answer = torchrun("--version")
     assert (answer.returncode, answer.stderr) == (0, "")
-    assert answer.stdout.count("version") == 1
+    assert answer.stdout.count("landscape ") == 1
 
 
 def test_command_prints_an_error_once():
