@@ -34,6 +34,11 @@ _CHANGED = (
     "{}: it was changed after the backward pass (clipped by value, masked, noised). Rays follow the gradient that the "
     "optimizer gets; the losses along them are the training loss."
 )
+_SCALED = (
+    "The optimizer's gradient is {:.3g} times that of the captured loss, and where it was changed is not known (in a "
+    "hook, or through .data). The slope, and measures that need it, are of the optimizer's gradient; gradients=True "
+    "takes them from the loss."
+)
 _CONSTANT = (
     "The value that was differentiated is {differentiated:.6g}, that of the captured losses {recorded:.6g}. The rest "
     "does not depend on the optimizer's parameters, and is not recorded."
@@ -114,6 +119,13 @@ class CaptureChecks:
         try:
             for kind, message in collect_warnings(at_zero, check, self._ranks.has_untracked_ranks()).items():
                 self._warn_once(kind, message)
+            if (
+                check is not None
+                and check.agrees
+                and abs(check.scale - 1) > check.tolerance
+                and not update.is_changed()
+            ):
+                self._warn_once("scaled", _SCALED.format(check.scale))
         except LandscapeError as error:
             if self._last_passed is None or self._last_passed == step - 1:
                 raise

@@ -141,6 +141,11 @@ class GradientCheck:
         return self.rest <= self.tolerance
 
     @property
+    def differs_by_factor(self) -> bool:
+        """True if the gradients differ by a factor only."""
+        return self.agrees and abs(self.scale - 1) > self.tolerance
+
+    @property
     def message(self) -> str:
         """The size of the rest."""
         return f"The optimizer's gradient is not that of the captured loss ({self.rest:.1%} of it is something else)"

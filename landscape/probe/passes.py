@@ -68,7 +68,9 @@ class CapturedUpdate(NamedTuple):
     differentiated: Tensor | None = None
     """Value of the differentiated tensors."""
     gradients: dict[int, Tensor] | None = None
-    """The gradient of the losses by the id of a parameter, if it is known; ``.grad`` itself if nothing changed it."""
+    """The gradient of the losses by the id of a parameter; empty if it is ``.grad`` still, None if it is unknown."""
+    is_changed: bool = False
+    """True if ``.grad`` was written to since the last pass."""
 
     def is_empty(self) -> bool:
         """Return True if no loss is known."""
@@ -196,19 +198,19 @@ class BackwardPasses:
         if self._grads_are_none():
             self._discard()
         captured, self._captured, self._unused = self._captured, CapturedUpdate([], []), None
-        return captured if captured.is_empty() else captured._replace(gradients=self._loss_gradients())
+        return captured if captured.is_empty() else self._with_gradients(captured)
 
-    def _loss_gradients(self) -> dict[int, Tensor] | None:
-        """Return the gradient as the last pass has left it."""
+    def _with_gradients(self, captured: CapturedUpdate) -> CapturedUpdate:
+        """Add the gradient as the last pass has left it."""
         parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
         copies, self._copies = self._copies, None
         # Hooks may have changed it within the pass.
         if self._grads_unreduced or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
-            return None
-        self._copies_gradients = self._gradient_versions() != self._versions_after_pass
-        if self._copies_gradients:
-            return copies
-        return {id(p): local(p.grad) for p in parameters if p.grad is not None}
+            return captured
+        is_sharded = any(hasattr(parameter.grad, "to_local") for parameter in parameters)
+        # Torch does not count writes to shards.
+        self._copies_gradients = is_sharded or self._gradient_versions() != self._versions_after_pass
+        return captured._replace(gradients=copies if self._copies_gradients else {}, is_changed=self._copies_gradients)
 
     def peek(self) -> CapturedUpdate:
         """Return a copy of the present losses."""

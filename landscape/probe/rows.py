@@ -159,10 +159,7 @@ def _findings(row: Mapping[str, Any], rounding: float) -> Iterator[tuple[str, st
         return
     if all(map(math.isnan, losses)):
         yield "not a number", _NOT_A_NUMBER.format(row["step"], loss, row["grad_norm"])
-    # A part of the optimizer's gradient may be none of the loss.
-    rest = row["gradient_rest"]
-    own = row["slope"] if math.isnan(rest) else row["slope"] * (1 - rest**2)
-    predicted = abs(own) * max(map(abs, row["step_sizes"]))
+    predicted = abs(row["slope"]) * max(map(abs, row["step_sizes"]))
     is_constant = all(there == losses[0] for there in losses) and abs(losses[0] - loss) <= rounding * abs(loss)
     if is_constant and math.isfinite(predicted) and predicted > max(NOTICEABLE, rounding) * abs(loss):
         yield "constant", _CONSTANT.format(row["step"], loss, predicted)

@@ -32,7 +32,7 @@ class Update:
         tape: The loss as recorded calls, or the reason why there is none.
         origin: The parameters before the step.
         gradient: The gradient that the optimizers get.
-        loss_gradient: The gradient of the loss, if it is known; the optimizers' may have been changed since.
+        loss_gradient: The gradient of the loss, None if unknown; it is ``gradient`` itself if nothing changed that.
         lr: Learning rate of the first parameter group in which it is not 0; a tensor if it was not read.
         rates: The rate of each parameter divided by ``lr``, negative where the optimizer ascends; 1 or -1 if ``lr`` was
             not read.
@@ -84,19 +84,23 @@ class Update:
             if parameter.grad is not None and id(parameter) in scales
         }
         origin = {name: loss_module.space.local(parameter) for name, parameter in parameters.items()}
-        known, own = captured.gradients, None
-        if known is not None and all(id(parameters[name]) in known for name in gradient):
+        known = captured.gradients
+        own = gradient if known == {} else None
+        if known and all(id(parameters[name]) in known for name in gradient):
             own = {name: dense(known[id(parameters[name])]) for name in gradient}
         rates = {name: by_id[id(parameters[name])] for name in gradient}
         return cls(loss_module, tape, origin, gradient, own, lr, rates, captured)
 
     def snapshot(self) -> Self:
         """Return the update with copies of tensors that steps overwrite."""
-        copies = clones(self.gradient)
-        own = self.loss_gradient
+        copies, own = clones(self.gradient), self.loss_gradient
         if own is not None:
-            own = {name: copies[name] if _same(own[name], self.gradient[name]) else own[name].clone() for name in own}
+            own = copies if own is self.gradient else clones(own)
         return replace(self, origin=clones(self.origin), gradient=copies, loss_gradient=own)
+
+    def is_changed(self) -> bool:
+        """Return True if a change of the gradient is known."""
+        return self.loss_gradient is not None and self.loss_gradient is not self.gradient
 
     def gradient_direction(self, relative: bool) -> Parameters:
         """Return the gradient, uphill if the optimizer ascends.
@@ -122,21 +126,29 @@ class Update:
 
     def row_values(self, direction: Parameters) -> dict[str, Tensor]:
         """Return the columns that need no evaluation of the loss."""
-        space = self.loss_module.space
-        size = space.norm(self.gradient)
-        known = {"gradient_rest": self._rest(size), "grad_norm": size, "direction_norm": size, "slope": size**2}
-        if direction is not self.gradient:
-            slope = space.inner(direction, self.gradient)
-            known |= {"direction_norm": space.norm(direction), "slope": slope}
-        return known
+        space, gradient, own = self.loss_module.space, self.gradient, self.loss_gradient
+        size = space.norm(gradient)
+        unknown = torch.full_like(size, math.nan)
+        if own is None:
+            rest = unknown
+        else:
+            rest = torch.zeros_like(size) if own is gradient else self._rest(own, size)
+        if own is None and self.captured.is_changed:
+            slope = unknown
+        elif direction is gradient and (own is None or own is gradient):
+            slope = size**2
+        else:
+            slope = space.inner(direction, gradient if own is None else own)
+        return {
+            "gradient_rest": rest,
+            "grad_norm": size,
+            "direction_norm": size if direction is gradient else space.norm(direction),
+            "slope": slope,
+        }
 
-    def _rest(self, size: Tensor) -> Tensor:
+    def _rest(self, own: Parameters, size: Tensor) -> Tensor:
         """Return the part of the gradient not along the loss's."""
-        space, own = self.loss_module.space, self.loss_gradient
-        if own is None or space.is_sharded:
-            return torch.full_like(size, math.nan)
-        if all(_same(self.gradient[name], own[name]) for name in own):
-            return torch.zeros_like(size)
+        space = self.loss_module.space
         scale = space.inner(own, self.gradient) / space.inner(own, own)
         rest = {name: self.gradient[name] - moved_to(scale, own[name].device) * own[name] for name in own}
         return space.norm(rest) / size
@@ -157,10 +169,6 @@ class Update:
         if self.captured.terms_problem is not None:
             return taped, LandscapeError(self.captured.terms_problem)
         return taped, ray(Objective(self.captured.terms))
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr()
 
 
 def learning_rate_of(optimizers: Sequence[torch.optim.Optimizer]) -> float | Tensor:

@@ -35,7 +35,7 @@ UPDATES = (
         "slope",
         "float64",
         "loss / learning rate",
-        "inner product of gradient and direction: to first order the loss falls by eta * slope",
+        "inner product of the loss's gradient and the direction: to first order the loss falls by eta * slope",
         since=2,
     ),
     Column(

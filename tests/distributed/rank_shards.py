@@ -64,7 +64,7 @@ def own(step, rank, size):
     return [tensor.chunk(size)[rank] for tensor in batch(step)]
 
 
-def run(model, rank=0, size=1, updates=4, before=lambda step: None, probed=True, accumulate=1, **options):
+def run(model, rank=0, size=1, updates=4, before=lambda step: None, probed=True, accumulate=1, clip=None, **options):
     """Train; return the probe, and the state after training on this rank."""
     options = {"step_sizes": STEP_SIZES} | options
     optimizer = options.pop("optimizer", torch.optim.Adam)(model.parameters(), lr=0.01)
@@ -81,6 +81,8 @@ def run(model, rank=0, size=1, updates=4, before=lambda step: None, probed=True,
             if accumulate > 1 and size > 1:
                 model.set_requires_gradient_sync(at == len(parts) - 1)
             (criterion(model(inputs.to(kind)), targets) / len(parts)).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     probe.detach()
     return probe, final_state(model, optimizer)
@@ -153,6 +155,7 @@ def cases(size):
         "update": ("layer", "layer", {"direction": "update"}),
         "gradients": ("layer", "layer", {"gradients": True}),
         "accumulation": ("layer", "layer", {"accumulate": 2, "gradients": True}),
+        "clipped": ("layer", "layer", {"clip": 0.01}),
         "groups": ("batch", "ghost" if size == 2 else "ghost4", {"gradients": True}),
     }
 

@@ -3,6 +3,7 @@ import gc
 import itertools
 import warnings
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -624,13 +625,16 @@ CHANGED_GRADIENTS = {
 
 
 @pytest.mark.filterwarnings("ignore:The optimizer's gradient is not")
+@pytest.mark.parametrize("direction", ["gradient", "update"])
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("how", CHANGED_GRADIENTS)
-def test_part_of_the_gradient_that_is_not_of_the_loss(how, gradients):
+def test_changed_gradient_is_known_from_that_of_the_loss(how, gradients, direction):
+    """The slope is of the loss; a part of the gradient may be of none."""
     model = make_model().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    expected = []
-    with LandscapeProbe(model, optimizer, step_sizes=[0.0, 0.1], gradients=gradients) as probe:
+    expected, slopes = [], []
+    arguments: Any = {"step_sizes": [0.0, 1e-6], "gradients": gradients, "direction": direction}
+    with LandscapeProbe(model, optimizer, **arguments) as probe:
         for _ in range(3):
             optimizer.zero_grad()
             inputs, targets = batch()
@@ -639,10 +643,14 @@ def test_part_of_the_gradient_that_is_not_of_the_loss(how, gradients):
             CHANGED_GRADIENTS[how](list(model.parameters()))
             got = nn.utils.parameters_to_vector([p.grad for p in model.parameters()])
             cosine = min(1.0, F.cosine_similarity(own, got, dim=0).item())
+            slopes.append((own @ got).item())
             expected.append((1 - cosine**2) ** 0.5)
             optimizer.step()
     frame = probe.frame()
     assert list(frame["gradient_rest"]) == pytest.approx(expected, abs=1e-6)
+    assert list(frame["slope"]) == pytest.approx(slopes)
+    falls = [(losses[0] - losses[1]) / 1e-6 for losses in frame["losses"]]
+    assert falls == pytest.approx(slopes, rel=1e-3)
     assert (max(expected) > 0.1) == (how in ("clipped by value", "replaced"))
     if gradients:  # The gradient at step size 0 is the loss's, not the optimizer's.
         assert [row[0] for row in frame["gradient_distances"]] == pytest.approx([0.0] * 3, abs=1e-9)
@@ -659,6 +667,38 @@ def test_gradient_changed_within_the_pass_is_unknown():
         with pytest.warns(UserWarning, match="gradient is not"):
             optimizer.step()
     assert probe.frame()["gradient_rest"].isna().all()
+
+
+def test_slope_of_a_gradient_that_is_clipped_under_a_loss_scaler():
+    model = make_model().double()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=64.0)
+    expected = []
+    with LandscapeProbe(model, optimizer, step_sizes=[0.1], grad_scaler=scaler) as probe:
+        for step in range(6):
+            optimizer.zero_grad()
+            inputs, targets = batch()
+            scaler.scale(F.cross_entropy(model(inputs.double()), targets)).backward()
+            size = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() / 64
+            if is_clipped := step >= 3:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            expected.append(0.01 * size if is_clipped else size**2)
+            scaler.step(optimizer)
+            scaler.update()
+    expected[3] = np.nan  # no copy is kept of a gradient until one was changed
+    assert list(probe.frame()["slope"]) == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+def test_gradient_scaled_within_the_pass_is_warned_of():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: 0.5 * gradient)
+    with LandscapeProbe(model, optimizer, step_sizes=[0.1]):
+        inputs, targets = batch()
+        F.cross_entropy(model(inputs), targets).backward()
+        with pytest.warns(UserWarning, match="0.5 times"):
+            optimizer.step()
 
 
 def test_foreach_writes_are_counted():

@@ -116,7 +116,7 @@ FINDINGS = {
     "a plateau that begins behind the origin": (row(losses=(1.0, 1.0)), []),
     "a step size of 0": (row(losses=(2.0, 2.0), step_sizes=(0.0, 0.0)), []),
     "a gradient of 0": (row(losses=(2.0, 2.0), slope=0.0), []),
-    "a gradient that is not the loss's": (row(losses=(2.0, 2.0), rest=1.0), []),
+    "a gradient that is not the loss's": (row(losses=(2.0, 2.0), slope=0.0, rest=1.0), []),
     "a gradient of unknown origin": (row(losses=(2.0, 2.0), rest=NAN), ["constant"]),
     "a change below rounding": (row(losses=(2.0, 2.0), slope=1e-4), []),
     "ascent": (row(losses=(2.0, 2.0), slope=-1.0), ["constant"]),
