@@ -13,7 +13,7 @@ SETTINGS = (
     *("momentum", "nesterov", "weight_decay", "clip_norm", "train_samples", "precision", "mode", "direction"),
     *("relative", "every", "overhead"),
 )
-"""Facts that runs must share to be compared; step sizes are compared, too."""
+"""Facts that runs of one band, and of one comparison, must share, as well as the step sizes."""
 HANDFUL = 0.05
 """Share of the updates that must hold less than half of a sum for a mean to describe them."""
 
@@ -67,16 +67,17 @@ def comparable_groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]
     facts["step sizes"] = [step_sizes_of(rows) for _, rows in runs]
     records = pd.DataFrame(facts.astype(object).where(facts.notna(), None)).to_dict("records")
     differing = [name for name in facts.columns if len({repr(run[name]) for run in records}) > 1]
-    texts = [", ".join(_shown(str(name), run[name]) for name in differing) for run in records]
+    texts = [", ".join(shown(str(name), run[name]) for name in differing) for run in records]
     labels = dict(zip(facts.index, texts, strict=True))
     label = np.array([labels[run] for run in frame["run"]], dtype=object)
     for text in dict.fromkeys(texts):
         yield text, pd.DataFrame(frame[label == text])
 
 
-def _shown(name: str, value: Any) -> str:
-    shown = "not recorded" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{name.replace('_', ' ')} {shown}"
+def shown(name: str, value: Any) -> str:
+    """Return name and value of a setting as text."""
+    text = "not recorded" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{name.replace('_', ' ')} {text}"
 
 
 def notes_on_runs(group: pd.DataFrame, in_group: str) -> Iterator[str]:

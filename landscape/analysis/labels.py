@@ -5,16 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from landscape.analysis.comparable import step_sizes_of
+from landscape.analysis.comparable import SETTINGS, shown, step_sizes_of
 from landscape.errors import LandscapeError
 from landscape.names import NORMS, NormInfo
 from landscape.text import short
 
-SETTINGS = (
-    *("recipe", "dataset", "model", "batch_size", "epochs", "train_samples", "base_lr", "precision", "direction"),
-    *("every", "optimizer", "criterion"),
-)
-"""Metadata that is added to the labels if runs differ in it."""
 STEP_SIZES = "step sizes"
 """Name of the column of step sizes as text, which are added likewise."""
 
@@ -22,8 +17,8 @@ STEP_SIZES = "step sizes"
 def band_labels(frame: pd.DataFrame) -> pd.Series:
     """Return the label of the band of each row.
 
-    Runs with the same norm, groups, implementation of GhostNorm, ``SETTINGS`` and step sizes share a band, whatever
-    their seed.
+    Runs with the same norm, groups, implementation of GhostNorm, settings (``comparable.SETTINGS``) and step sizes
+    share a band, whatever their seed.
     Without a column ``norm`` every run is a band, and without ``run`` as well there is one band with an empty label.
 
     Args:
@@ -82,7 +77,7 @@ def _label(facts: Mapping[str, Any], differing: Sequence[str]) -> str:
     )
     name = f"{norm.title} ({options})" if options else norm.title
     name = name if facts.get("ghost_by") in (None, "layer") else f"{name} by {facts['ghost_by']}"
-    return ", ".join([name, *(f"{fact} {facts[fact]}".replace("_", " ") for fact in differing)])
+    return ", ".join([name, *(shown(fact, facts[fact]) for fact in differing)])
 
 
 def _number(fact: Any) -> str:

@@ -228,7 +228,7 @@ def test_band_labels_missing_norm():
 
 def test_band_labels_settings():
     runs = [frame("batch", steps=1).assign(base_lr=lr) for lr in (0.1, 2.0)]
-    assert list(band_labels(pd.concat(runs, ignore_index=True))) == ["BatchNorm, base lr 0.1", "BatchNorm, base lr 2.0"]
+    assert list(band_labels(pd.concat(runs, ignore_index=True))) == ["BatchNorm, base lr 0.1", "BatchNorm, base lr 2"]
 
 
 @pytest.mark.parametrize("fact", ["recipe", "epochs", "every", "precision", "train_samples"])
