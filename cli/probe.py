@@ -117,6 +117,9 @@ output_option = options_under("Output")
 @probe_option("--every", type=int, help="Interval of probed updates: 2 probes every second one.")
 @probe_option("--overhead", type=Share(), help="Share of the training time for probes, such as 10%; sets the interval.")
 @probe_option("--gradients", is_flag=True, default=None, help="Measure gradients, too: predictiveness and beta.")
+@probe_option(
+    "--critical", is_flag=True, default=None, help="Search for the critical step, by up to 6 more points per update."
+)
 @device_option
 @data_dir_option
 @output_option(

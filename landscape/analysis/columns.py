@@ -10,7 +10,10 @@ import pandas as pd
 from landscape.errors import LandscapeError
 from landscape.names import MEASURES
 
-LISTS = ("step_sizes", "losses", "gradient_distances", "gradient_cosines")
+LISTS = (
+    *("step_sizes", "losses", "gradient_distances", "gradient_cosines"),
+    *("critical_step_sizes", "critical_losses"),
+)
 """Columns with a list in each row."""
 NUMBERS = (
     *("step", "epoch", "lr", "loss", "grad_norm", "slope", "direction_norm", "gradient_rest", "seconds"),

@@ -213,6 +213,19 @@ class _Rays:
         kept = ahead | (np.bincount(self.row[ahead], minlength=len(self.frame)) == 0)[self.row]
         return replace(self, row=self.row[kept], eta=self.eta[kept], value=self.value[kept])
 
+    def searched(self) -> Self:
+        """Return the points, with those of a search for the critical step.
+
+        A search goes on below a loss that is not finite, which is left out.
+        """
+        if "critical_losses" not in self.frame:
+            return self
+        more = _Rays.of(self.frame.assign(step_sizes=self.frame["critical_step_sizes"]), "critical_losses", True)
+        kept = np.isfinite(more.value)
+        pairs = ((self.row, more.row), (self.eta, more.eta), (self.value, more.value))
+        row, eta, value = (np.concatenate([own, of[kept]]) for own, of in pairs)
+        return replace(self, row=row, eta=eta, value=value)
+
     def each(self, name: str) -> np.ndarray:
         """Return the value of a column for every point."""
         return self.column(name)[self.row]
@@ -293,7 +306,7 @@ def _optimal_step(rays: _Rays) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _critical_step(rays: _Rays) -> tuple[np.ndarray, np.ndarray]:
-    return rays.curves().critical_step()
+    return rays.searched().curves().critical_step()
 
 
 def _critical_sharpness(rays: _Rays) -> tuple[np.ndarray, np.ndarray]:

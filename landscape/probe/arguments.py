@@ -148,7 +148,7 @@ def check_state(state: Any, signature: Mapping[str, Any], parts: Sequence[str]) 
             f"state must be what probe.state_dict() returned, got {type(state).__name__} without "
             f"{next((name for name in names if not isinstance(state, Mapping) or name not in state), '')!r}."
         )
-    before = state["about"]
+    before = {"critical": False, **state["about"]}  # Earlier checkpoints lack it.
     if other := [name for name in signature if name != "threads" and before.get(name) != signature[name]]:
         raise LandscapeError(
             f"The checkpoint is of a probe with other {', '.join(other).replace('_', ' ')}. Give this probe the same, "

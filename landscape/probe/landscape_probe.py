@@ -25,6 +25,7 @@ from landscape.probe.arguments import (
 )
 from landscape.probe.capture import Capture
 from landscape.probe.checks import CaptureChecks
+from landscape.probe.critical import critical_points
 from landscape.probe.live import LiveFigure
 from landscape.probe.messages import CHANGED_GRADIENT, NO_COMMON_STEP
 from landscape.probe.options import ProbeKeywords, ProbeOptions
@@ -93,6 +94,8 @@ class LandscapeProbe:
         gradients: True computes the gradient at each point too, for gradient predictiveness and the effective
             beta-smoothness, by K forward and backward passes, and one more if the gradient at the parameters is not
             known.
+        critical: True searches for the critical step, at which the loss is back, by at most 6 more points per update,
+            which `measured` then reads. The host waits for each of them.
         overhead: Share of the training time that probes may cost, such as 0.1, which decides the updates to probe;
             under data parallelism by the clock of the first process.
         sinks: Functions of the scalars of a row (``step``, ``loss``, ``loss_min``, ``loss_max``, ``range``,
@@ -160,7 +163,7 @@ class LandscapeProbe:
                 else NullWriter()
             ),
             must_match=lambda _: [
-                getattr(self.options, name) for name in ("every", "direction", "gradients", "overhead")
+                getattr(self.options, name) for name in ("every", "direction", "gradients", "critical", "overhead")
             ],
         )
         self._starts_over = resume
@@ -449,10 +452,12 @@ class LandscapeProbe:
                 evaluate = partial(self._evaluator.gradients, taped, looped, update.loss_gradient)
             # A check is a mean over the ranks, which none of them may miss.
             ray, along = self._ranks.run_on_all(evaluate) if self._checks.is_due(self.step) else evaluate()
+            values |= {"step_sizes": ray.step_sizes, "loss": ray.objective.training_loss()} | _columns(along)
+            if self.options.critical:
+                values |= critical_points(ray, values, self._ranks)
             seconds = time.perf_counter() - started
             if facts := self._checks.check_if_due(self.step, update, ray.objective):
                 self.trace.update_metadata(mode="training" if self.model.training else "evaluation", checks=facts)
-            values |= {"step_sizes": ray.step_sizes, "loss": ray.objective.training_loss()} | _columns(along)
             if facts := self._checks.check_if_suspicious(self.step, update, ray.objective, values):
                 self.trace.update_metadata(checks=facts)
         self._seconds = seconds

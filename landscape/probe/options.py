@@ -13,7 +13,7 @@ StepSizes = Sequence[float] | Callable[[int], Sequence[float]]
 MULTIPLES = (0.5, 1.0, 1.5, 2.0)
 """Default step sizes in learning rates: half of SGD's own step to twice as far (arXiv:2007.08554, figure 5)."""
 DIRECTIONS = ("gradient", "update")
-_MUST_MATCH = ("step_sizes", "relative", "every", "direction", "gradients")
+_MUST_MATCH = ("step_sizes", "relative", "every", "direction", "gradients", "critical")
 """Options that a resumed run has to share with its checkpoint."""
 
 
@@ -28,6 +28,7 @@ class ProbeKeywords(TypedDict, total=False):
     engine: str
     max_memory: int | None
     gradients: bool
+    critical: bool
     overhead: float | None
     sinks: Sequence[Sink]
 
@@ -51,6 +52,7 @@ class ProbeOptions:
     engine: str = "auto"
     max_memory: int | None = None
     gradients: bool = False
+    critical: bool = False
     overhead: float | None = None
     sinks: Sequence[Sink] = ()
 
@@ -66,7 +68,7 @@ class ProbeOptions:
         self._check_count("every", "a whole number from 1 on", "2 probes every second update.")
         self._check_count("steps_per_epoch", "None or a whole number from 1 on", "Give the updates in an epoch.")
         self._check_count("max_memory", "None or a whole number from 1 on", "Give bytes, such as 2 * 10**9.")
-        for name in ("gradients", "relative"):
+        for name in ("gradients", "critical", "relative"):
             if not isinstance(getattr(self, name), bool):
                 raise LandscapeError(f"{name}={getattr(self, name)!r:.100}: must be True or False.")
         share = self.overhead

@@ -129,16 +129,13 @@ class Update:
         space, gradient, own = self.loss_module.space, self.gradient, self.loss_gradient
         size = space.norm(gradient)
         unknown = torch.full_like(size, math.nan)
+        # A hook may have changed an unknown gradient, which is seldom; of a changed one there is no copy.
+        source = gradient if own is None else own
+        slope = size**2 if direction is source else space.inner(direction, source)
         if own is None:
-            rest = unknown
+            rest, slope = unknown, unknown if self.captured.is_changed else slope
         else:
             rest = torch.zeros_like(size) if own is gradient else self._rest(own, size)
-        if own is None and self.captured.is_changed:
-            slope = unknown
-        elif direction is gradient and (own is None or own is gradient):
-            slope = size**2
-        else:
-            slope = space.inner(direction, gradient if own is None else own)
         return {
             "gradient_rest": rest,
             "grad_norm": size,

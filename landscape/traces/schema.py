@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-VERSION = 4
+VERSION = 5
 """Version of the trace format; older versions are read, newer ones are refused."""
 
 
@@ -68,6 +68,14 @@ UPDATES = (
         "cosines between the K gradients there and the gradient at theta; missing without gradients=True",
         since=4,
     ),
+    Column(
+        "critical_step_sizes",
+        "list<float64>",
+        "learning rate",
+        "further step sizes, in the order of the search for the critical step; missing without critical=True",
+        since=5,
+    ),
+    Column("critical_losses", "list<float64>", "loss", "losses there; missing without critical=True", since=5),
     Column("loss_min", "float64", "loss", "smallest loss at step sizes from 0 on (else of all K); NaN if one is NaN"),
     Column("loss_max", "float64", "loss", "largest loss at step sizes from 0 on (else of all K); NaN if one is NaN"),
     Column("seconds", "float64", "s", "time of the host for this probe"),

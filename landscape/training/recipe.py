@@ -124,6 +124,8 @@ class Recipe:
     """
     gradients: bool = False
     """True to measure the gradient at each step size, too."""
+    critical: bool = False
+    """True to search for the critical step of each update."""
     engine: str = "auto"
     """Engine that evaluates the rays, as for `landscape.ray_losses`."""
     seed: int = 0

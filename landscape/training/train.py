@@ -150,6 +150,7 @@ class _Training:
             overhead=recipe.overhead,
             direction=recipe.direction,
             gradients=recipe.gradients,
+            critical=recipe.critical,
             engine=recipe.engine,
             trace=self.location,
             facts=facts,

@@ -186,8 +186,9 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     parameters = ("groups", "channel_groups", "seed")
     settings = recipe.resolve().metadata()
     settings["probe_lrs"] = settings.pop("step_sizes")  # The hash of version 0.1, whose studies are continued.
-    if settings["devices"] == 1:
-        del settings["devices"]  # likewise
+    for name, earlier in {"devices": 1, "clip_norm": None, "critical": False}.items():  # settings that came later
+        if settings[name] == earlier:
+            del settings[name]
     return {name: value for name, value in settings.items() if name not in parameters}
 
 

@@ -88,11 +88,19 @@ def test_share_that_pays_for_too_few_probes(tmp_path, monkeypatch):
 
 def test_arguments_for_torchrun_are_read_back(tmp_path):
     recipe = replace(RECIPES["digits"], norm="ghost", groups=2, ghost_by="ranks").resolve()
-    options = {"overhead": 0.07, "lr": 0.1, "step_sizes": (0.1, 0.2), "gradients": True, "epochs": None}
+    options = {
+        "overhead": 0.07,
+        "lr": 0.1,
+        "step_sizes": (0.1, 0.2),
+        "gradients": True,
+        "critical": True,
+        "epochs": None,
+    }
     words = _arguments(recipe, TraceTarget(tmp_path, device="cpu", resume=True), options)
     context = main.get_command(click.Context(main), "probe").make_context("probe", words[1:])
     assert context.params["overhead"] == 0.07
     assert context.params["step_sizes"] == (0.1, 0.2)
+    assert context.params["critical"]
     assert (context.params["gradients"], context.params["resume"], context.params["epochs"]) == (True, True, None)
 
 

@@ -138,6 +138,7 @@ OPTIONS = (
     "max_memory",
     "steps_per_epoch",
     "gradients",
+    "critical",
     "direction",
     "relative",
     "engine",

@@ -56,6 +56,7 @@ def train_in_parts(recipe, out, *steps):
         {},
         {"norm": "none", "engine": "loop"},
         {"norm": "ghost", "gradients": True},
+        {"norm": "batch", "critical": True},
         {"norm": "seq", "every": 3},
         {"norm": "ghost", "groups": 4, "ghost_by": "accumulation"},
         {"schedule": "cosine", "momentum": 0.9, "nesterov": True},
