@@ -16,11 +16,13 @@ from landscape.text import markdown_table
 
 QUIET, VERBOSE, TRACEBACK = "landscape.quiet", "landscape.verbose", "landscape.traceback"
 """Options of every command, as keys of ``click.Context.meta``."""
+LIVE = "landscape.live"
+"""The same for an option of ``landscape probe``."""
 _UNWRITTEN = "landscape.unwritten"
 
 
 def is_set(option: str) -> bool:
-    """Return True if an option of every command was given."""
+    """Return True if a flag was given that the context remembers."""
     context = click.get_current_context(silent=True)
     return bool(context and context.meta.get(option))
 

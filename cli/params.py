@@ -127,14 +127,19 @@ _MESSAGES = (
 
 
 def _flag(key: str, *names: str, help: str) -> Option:
+    # Eager, so that they apply to errors in other options.
+    return Option(names, heading="Messages", help=help, is_eager=True, **remembered(key))
+
+
+def remembered(key: str) -> dict[str, Any]:
+    """Return arguments of a flag that :func:`is_set` reads."""
+
     def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.meta[key] = value
         if key == VERBOSE and value:
             warnings.simplefilter("default")
 
-    # Eager, so that they apply to errors in other options.
-    options = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": remember}
-    return Option(names, heading="Messages", help=help, **options)
+    return {"is_flag": True, "expose_value": False, "callback": remember}
 
 
 Decorated = Callable[..., Any]

@@ -16,8 +16,8 @@ from landscape.training.presets import RECIPES
 from landscape.training.recipe import GHOST_BY, LOSSES, OPTIMIZERS, PRECISIONS, UNCHANGED, Recipe, norm_settings
 from landscape.training.target import TraceTarget
 
-from .output import FORMATS, echo, formatted, report
-from .params import Command, LocationType, Numbers, Share, data_dir_option, device_option, options_under
+from .output import FORMATS, LIVE, echo, formatted, report
+from .params import Command, LocationType, Numbers, Share, data_dir_option, device_option, options_under, remembered
 from .runner import prepare, rank, train_run
 
 COMPARISON = ("none", "batch", "ghost")
@@ -138,6 +138,7 @@ output_option = options_under("Output")
     show_default=True,
     help="Minimum time between checkpoints; longer if they would take more than 3 % of the time.",
 )
+@output_option("--live", help="Draw the range as text in the progress bar, too.", **remembered(LIVE))
 @output_option(
     "--format", "style", type=click.Choice(FORMATS), help="Print a table of all runs in this format at the end, only."
 )

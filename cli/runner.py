@@ -11,7 +11,7 @@ from landscape.errors import LandscapeError, TrainingInterrupted
 from landscape.training.recipe import Recipe
 from landscape.training.target import TraceTarget
 
-from .output import QUIET, TRACEBACK, VERBOSE, echo, is_set, report
+from .output import LIVE, QUIET, TRACEBACK, VERBOSE, echo, is_set, report
 from .params import Share
 from .signals import SignalGuard
 
@@ -133,7 +133,7 @@ def _train(run: Recipe, target: TraceTarget, guard: SignalGuard) -> None:
             echo(f"{run.run_name}: epoch {epoch} of {run.epochs}", err=True)
         guard.between_updates(probe.step)
 
-    with Progress(run, False if rank() or is_set(QUIET) else None) as progress:
+    with Progress(run, False if rank() or is_set(QUIET) else None, live=is_set(LIVE)) as progress:
         prints_epochs = not progress.is_shown and is_set(VERBOSE) and not rank()
         record(run, target, on_update)
 
@@ -143,7 +143,7 @@ def _arguments(run: Recipe, target: TraceTarget, options: Mapping[str, Any]) -> 
     values = {"recipe": run.name, "norm": run.norm, "groups": run.groups, "seed": run.seed, "ghost_by": run.ghost_by}
     values |= {name: value or None for name, value in vars(target).items() if name != "checkpoint_seconds"}
     values |= {"checkpoint_seconds": target.checkpoint_seconds, **options}
-    values |= {option.rpartition(".")[2]: is_set(option) or None for option in (QUIET, VERBOSE, TRACEBACK)}
+    values |= {option.rpartition(".")[2]: is_set(option) or None for option in (QUIET, VERBOSE, TRACEBACK, LIVE)}
     words = ["probe"]
     for name, value in values.items():
         flag = "--data" if name == "dataset" else f"--{name.replace('_', '-')}"

@@ -33,7 +33,8 @@ class Comparison:
         table: One row per group of comparable runs, measure, norm and phase. Columns: ``setting`` (what sets the group
             apart), ``measure``, ``phase``, ``band`` and ``reference`` (labels of the norms), ``loss_from`` and
             ``loss_to`` (of a bin), ``seeds`` (number of pairs, or of the smaller group), ``ratio`` (of the geometric
-            means over seeds), ``low`` and ``high`` (95 % interval), ``method``, ``p``, ``p_holm``, ``smallest_p`` (of
+            means over seeds), ``low`` and ``high`` (95 % interval), ``method``, ``bootstrap_low`` and
+            ``bootstrap_high`` (BCa interval, a check from 10 seeds on), ``p``, ``p_holm``, ``smallest_p`` (of
             an exact test with these seeds), ``same_direction`` (seeds whose own ratio is on the side of ``ratio``),
             ``superiority`` (probability that a seed of the band exceeds one of the reference), ``ratio_of_medians``
             (the same ratio with the median over updates), ``seeds_for_1_2`` (paired seeds that a ratio of 1.2 would
@@ -174,6 +175,7 @@ class _Group:
             results = [_compared(rows, name, band, self.reference) for name, rows in parts.items()]
             table = pd.concat([result for result, _ in results], ignore_index=True)
             values = pd.concat([found for _, found in results], ignore_index=True)
+            notes += _disagreeing(table)
             table.insert(0, "setting", self.setting)
             values.insert(0, "setting", self.setting)
             lost = next(iter(parts.values())).loc[lambda rows: ~rows["finite"]]["band"].value_counts()
@@ -247,6 +249,18 @@ def _censored(rows: pd.DataFrame, measure: str) -> Iterator[str]:
             )
 
 
+def _disagreeing(table: pd.DataFrame) -> Iterator[str]:
+    """Yield notes on intervals of which only one excludes a ratio of 1."""
+    for row in table.to_dict("records"):
+        bounds = [(row["low"], row["high"]), (row["bootstrap_low"], row["bootstrap_high"])]
+        if np.isfinite(bounds).all() and len({low <= 1 <= high for low, high in bounds}) == 2:
+            yield (
+                f"{row['measure']}, {row['band']}, {row['phase']}: only one of the {row['method']} interval "
+                f"({bounds[0][0]:.3g} to {bounds[0][1]:.3g}) and the BCa bootstrap ({bounds[1][0]:.3g} to "
+                f"{bounds[1][1]:.3g}) excludes a ratio of 1. More seeds would tell."
+            )
+
+
 def _compared(rows: pd.DataFrame, measure: str, band: str, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the ratios of phases, and the seeds' values."""
     finite = rows[np.isfinite(rows["loss"])]
@@ -305,7 +319,10 @@ def _row(seeds: pd.DataFrame, band: str, reference: str, paired: bool, limits: t
     facts["seeds"] = min(len(ours), len(theirs))
     a, b = ours["value"].to_numpy(float), theirs["value"].to_numpy(float)
     if facts["seeds"] == 0 or min(a.min(), b.min()) <= 0:
-        unknown = ("ratio", "low", "high", "p", "smallest_p", "superiority", "ratio_of_medians")
+        unknown = (
+            *("ratio", "low", "high", "bootstrap_low", "bootstrap_high"),
+            *("p", "smallest_p", "superiority", "ratio_of_medians"),
+        )
         method = "no value" if facts["seeds"] == 0 else "not positive"
         return (
             facts
@@ -317,7 +334,7 @@ def _row(seeds: pd.DataFrame, band: str, reference: str, paired: bool, limits: t
                 "seed_ratios": {},
             }
         )
-    result = statistics.ratio(a, b, paired)
+    result, (low, high) = statistics.ratio(a, b, paired), statistics.bootstrap_interval(a, b, paired)
     own = a / (b if paired else np.exp(np.log(b).mean()))
     one = result.method == statistics.SINGLE
     medians = np.log(ours["median"].to_numpy(float)).mean() - np.log(theirs["median"].to_numpy(float)).mean()
@@ -326,6 +343,8 @@ def _row(seeds: pd.DataFrame, band: str, reference: str, paired: bool, limits: t
         "low": result.low,
         "high": result.high,
         "method": result.method,
+        "bootstrap_low": low,
+        "bootstrap_high": high,
         "p": result.p,
         "smallest_p": np.nan if one else statistics.smallest_p(len(a), len(b), paired),
         "same_direction": int((np.log(own) * np.log(result.ratio) > 0).sum()),

@@ -9,6 +9,8 @@ from scipy import stats
 
 PAIRED, WELCH, SINGLE = "paired t", "Welch's t", "one seed"
 """Methods of an interval; of one seed there is none."""
+BOOTSTRAP_SEEDS = 10
+"""Fewest seeds of a bootstrap interval; with fewer it is far too short."""
 
 
 class Ratio(NamedTuple):
@@ -96,6 +98,44 @@ def difference(values: np.ndarray, reference: np.ndarray, paired: bool, confiden
     p = 2 * float(stats.t.sf(abs(center) / error, freedom)) if error else float(center == 0)
     deviation = math.sqrt(variances[0] if paired else sum(variances))
     return Difference(center, center - half, center + half, p, PAIRED if paired else WELCH, deviation)
+
+
+def bootstrap_interval(
+    values: np.ndarray, reference: np.ndarray, paired: bool, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Return the BCa bootstrap interval of a ratio.
+
+    It assumes no distribution, and so checks the t interval of :func:`ratio` (Efron 1987).
+
+    Args:
+        values: One positive value per seed, (n,).
+        reference: Likewise, (m,); in the order of ``values`` if they are paired.
+        paired: True if the values of one seed belong together, and n = m.
+        confidence: Probability that the interval covers the ratio.
+
+    Returns:
+        Its ends, NaN below `BOOTSTRAP_SEEDS` seeds.
+
+    Examples:
+        >>> values = np.exp(np.linspace(0.1, 0.5, 12))
+        >>> [round(end, 2) for end in bootstrap_interval(values, np.ones(12), paired=True)]
+        [1.26, 1.45]
+    """
+    a, b = np.log(values), np.log(reference)
+    if min(len(a), len(b)) < BOOTSTRAP_SEEDS:
+        return np.nan, np.nan
+    samples = (a - b,) if paired else (a, b)
+    center = float(a.mean() - b.mean())
+    if all(np.ptp(sample) < 1e-12 for sample in samples):  # The bootstrap has no interval of equal values.
+        return math.exp(center), math.exp(center)
+
+    def statistic(*parts: np.ndarray, axis: int) -> np.ndarray:
+        means = [part.mean(axis) for part in parts]
+        return means[0] if paired else means[0] - means[1]
+
+    generator = np.random.default_rng(0)
+    interval = stats.bootstrap(samples, statistic, confidence_level=confidence, method="BCa", random_state=generator)
+    return float(np.exp(interval.confidence_interval.low)), float(np.exp(interval.confidence_interval.high))
 
 
 def smallest_p(n: int, m: int, paired: bool) -> float:

@@ -2,8 +2,12 @@
 
 import sys
 import time
+from array import array
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
+from landscape.plotting.text import sparkline
 from landscape.probe.live import in_notebook
 from landscape.training.recipe import Recipe
 
@@ -12,6 +16,10 @@ if TYPE_CHECKING:  # The command line prints its help without torch.
 
 SECONDS = 0.2
 """Least time between two readings of the loss, which synchronize with the device."""
+WIDTH = 10
+"""Blocks of the range so far."""
+LIVE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""Leaves room for them in 80 columns."""
 
 
 class Progress:
@@ -20,15 +28,17 @@ class Progress:
     Args:
         recipe: Recipe that is trained.
         shown: True or False; None shows it on a terminal and in a notebook.
+        live: True draws the range over the training so far, too.
     """
 
-    def __init__(self, recipe: Recipe, shown: bool | None = None) -> None:
+    def __init__(self, recipe: Recipe, shown: bool | None = None, live: bool = False) -> None:
         from tqdm.auto import tqdm
 
         shown = (sys.stderr.isatty() or in_notebook()) if shown is None else shown
         self.epochs, self.is_shown = recipe.epochs, shown
-        self.bar = tqdm(desc=recipe.run_name, unit=" updates", disable=not shown)
-        self._read_at = 0.0
+        form = LIVE_FORMAT if live else None
+        self.bar = tqdm(desc=recipe.run_name, unit=" updates", disable=not shown, bar_format=form)
+        self._read_at, self._ranges = 0.0, array("d") if live else None
 
     def __enter__(self) -> Self:
         return self
@@ -46,5 +56,9 @@ class Progress:
         if time.monotonic() - self._read_at > SECONDS and (row := probe.last()):
             self._read_at = time.monotonic()
             low, high = min(row["losses"]), max(row["losses"])
-            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, range {low:.4f} to {high:.4f}", refresh=False)
+            span = f"{low:.4f} to {high:.4f}"
+            if self._ranges is not None:
+                self._ranges.append(high - low)
+                span = f"{high - low:.4f} {sparkline(np.array(self._ranges), WIDTH)}"
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, range {span}", refresh=False)
         self.bar.update()

@@ -47,6 +47,16 @@ def test_known_ratio():
     np.testing.assert_allclose([list(own.values()) for own in table["seed_ratios"]], 3.0)
 
 
+def test_bootstrap_checks_the_interval_of_many_seeds():
+    skewed = [1.0] * 9 + [0.9, 300.0]
+    runs = [run("batch", seed) for seed in range(11)] + [run("none", seed, 1.5 * x) for seed, x in enumerate(skewed)]
+    comparison = compare(pd.concat(runs, ignore_index=True), measure="range")
+    row = comparison.table.iloc[0]
+    assert row["low"] < 1 < row["bootstrap_low"] < row["ratio"] < row["bootstrap_high"]
+    assert sum("bootstrap" in note for note in comparison.notes) == len(comparison.table)
+    assert compare(pairs()).table["bootstrap_low"].isna().all()
+
+
 def test_interval_is_of_the_seeds():
     """One number per seed: the interval does not shrink with the updates."""
     table = compare(pairs(spread=0.2), measure="range").table.set_index("phase")

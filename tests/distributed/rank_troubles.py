@@ -16,9 +16,14 @@ def writing(ranks, folder):
     """Write a trace, with an engine that does not fit."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        options = {"trace": folder / "run", "engine": "tape"}
+        sunk = []
+        options = {"trace": folder / "run", "engine": "tape", "sinks": [sunk.append]}
         probe, _ = run(network("batch"), ranks.rank, ranks.size, **options)
-    return {"rows": len(probe.frame()), "words": [str(warning.message) for warning in seen]}
+    return {
+        "rows": len(probe.frame()),
+        "sunk": [row["step"] for row in sunk],
+        "words": [str(warning.message) for warning in seen],
+    }
 
 
 def failures(ranks, folder):

@@ -46,6 +46,7 @@ def test_first_rank_writes_and_loop_evaluates(two):
     folder, ranks = two
     facts = json.loads((folder / "run" / "run.json").read_text())
     assert [rank["writing"]["rows"] for rank in ranks] == [4, 0]
+    assert [rank["writing"]["sunk"] for rank in ranks] == [[0, 1, 2, 3], []]
     assert (facts["ranks"], facts["engine"]) == (2, "loop")
     assert facts["checks"]["gradient"]["rest"] < 1e-9
     assert facts["checks"]["loss_at_zero"]["recorded"] == pytest.approx(facts["checks"]["loss_at_zero"]["evaluated"])

@@ -110,6 +110,13 @@ def compare(skipped=0, make_scaler=lambda: None, **options):
     return probed.probe.frame()
 
 
+def test_sinks_get_the_rows():
+    seen = []
+    probe = Run(True, accumulate=2, sinks=[seen.append]).train().probe
+    probe.detach()
+    assert [row["loss"] for row in seen] == probe.frame()["loss"].tolist() != []
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2, 3])

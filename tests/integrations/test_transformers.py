@@ -162,6 +162,13 @@ def test_rows_are_those_of_a_plain_loop(make, accumulate, tmp_path):
     assert len(frame) == 2 * -(-7 // accumulate)  # the short last window of each epoch, too
 
 
+def test_sinks_get_the_rows(tmp_path):
+    seen, trainer = [], make_trainer(tmp_path, gpt2)
+    attached = attach(trainer, step_sizes=ETAS, sinks=[seen.append])
+    trainer.train()
+    assert [row["loss"] for row in seen] == attached.probe.frame()["loss"].tolist() != []
+
+
 CASES = {
     "clipping": (gpt2, {"max_grad_norm": 0.1}),
     "bf16": (gpt2, {"bf16": True, "gradient_accumulation_steps": 2}),
