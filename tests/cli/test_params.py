@@ -62,9 +62,10 @@ def test_share_that_is_ambiguous_or_out_of_range(text):
         Share()(text)
 
 
-def completions(*words):
-    environment = {"COMP_WORDS": " ".join(("landscape", *words)), "COMP_CWORD": str(len(words))}
-    environment["_LANDSCAPE_COMPLETE"] = "bash_complete"
+def completed(instruction, words, current):
+    """Return what a shell is told to complete, or, for ``source``, its script."""
+    environment = {"COMP_WORDS": " ".join(("landscape", *words)), "COMP_CWORD": current}
+    environment["_LANDSCAPE_COMPLETE"] = instruction
     answer = subprocess.run(
         [sys.executable, "-c", "from landscape_cli.main import main; main(prog_name='landscape')"],
         env=os.environ | environment,
@@ -72,7 +73,22 @@ def completions(*words):
         text=True,
         check=True,
     )
-    return [tuple(line.split(",", 1)) for line in answer.stdout.splitlines()]
+    return answer.stdout.splitlines()
+
+
+def completions(*words):
+    return [tuple(line.split(",", 1)) for line in completed("bash_complete", words, str(len(words)))]
+
+
+def test_completion_of_other_shells():
+    """Zsh reads kind, value and help from three lines, fish from one with a tab; fish passes the word itself."""
+    words = ("probe", "--ov")
+    lines = completed("zsh_complete", words, "2")
+    assert (lines[::3], lines[1::3]) == (["plain"] * 2, ["--overhead", "--overwrite"])
+    fish = completed("fish_complete", words, "--ov")
+    assert [line.partition("\t")[0] for line in fish] == ["plain,--overhead", "plain,--overwrite"]
+    assert any(line.startswith("compdef ") for line in map(str.strip, completed("zsh_source", (), "")))
+    assert any(line.startswith("complete ") for line in completed("fish_source", (), ""))
 
 
 @pytest.mark.parametrize(
