@@ -266,7 +266,9 @@ def test_compiled_model(tmp_path):
     probed.train()
     assert_same_bits(final(probed), expected)
     assert "compute_loss" not in vars(probed)
-    assert_rows(attached.probe.frame(), [[row["loss"], *row["losses"]] for _, row in rows.iterrows()], rel=1e-4)
+    assert_rows(
+        attached.probe.frame(), [[row["slope"], row["loss"], *row["losses"]] for _, row in rows.iterrows()], rel=1e-4
+    )
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path):
