@@ -13,6 +13,7 @@ class NormInfo:
     Attributes:
         title: Name of the norm in figures and tables.
         options: ``"groups"`` and ``"channel_groups"``, if the norm has them, in the order in which it applies them.
+        slices: The values that share a mean and a variance.
 
     Examples:
         >>> NORMS["seq"].title, NORMS["seq"].options, NORMS["seq"].symbols
@@ -23,6 +24,7 @@ class NormInfo:
 
     title: str
     options: tuple[str, ...] = ()
+    slices: str = "-"
 
     @property
     def symbols(self) -> dict[str, str]:
@@ -32,18 +34,22 @@ class NormInfo:
 
 
 NORMS = {
-    "none": NormInfo("No normalization"),
-    "batch": NormInfo("BatchNorm"),
-    "ghost": NormInfo("GhostNorm", ("groups",)),
-    "seq": NormInfo("SeqNorm", ("channel_groups", "groups")),
-    "group": NormInfo("GroupNorm", ("channel_groups",)),
-    "layer": NormInfo("LayerNorm"),
-    "instance": NormInfo("InstanceNorm"),
-    "seq-reversed": NormInfo("SeqNorm reversed", ("groups", "channel_groups")),
-    "ghost-ws": NormInfo("GhostNorm + WS", ("groups",)),
-    "seq-ws": NormInfo("SeqNorm + WS", ("channel_groups", "groups")),
-    "ghost-mean": NormInfo("GhostNorm, batch variance", ("groups",)),
-    "batch-group": NormInfo("Batch/GroupNorm", ("channel_groups", "groups")),
+    "none": NormInfo("No normalization", slices="-"),
+    "batch": NormInfo("BatchNorm", slices="each channel over the batch"),
+    "ghost": NormInfo("GhostNorm", ("groups",), slices="each channel over each of G groups of the batch"),
+    "seq": NormInfo("SeqNorm", ("channel_groups", "groups"), slices="GroupNorm, then GhostNorm"),
+    "group": NormInfo("GroupNorm", ("channel_groups",), slices="G_C groups of channels of each sample"),
+    "layer": NormInfo("LayerNorm", slices="all channels of each sample"),
+    "instance": NormInfo("InstanceNorm", slices="each channel of each sample"),
+    "seq-reversed": NormInfo("SeqNorm reversed", ("groups", "channel_groups"), slices="GhostNorm, then GroupNorm"),
+    "ghost-ws": NormInfo("GhostNorm + WS", ("groups",), slices="as ghost, with standardized weights before it"),
+    "seq-ws": NormInfo(
+        "SeqNorm + WS", ("channel_groups", "groups"), slices="as seq, with standardized weights before it"
+    ),
+    "ghost-mean": NormInfo("GhostNorm, batch variance", ("groups",), slices="means as ghost, variances as batch"),
+    "batch-group": NormInfo(
+        "Batch/GroupNorm", ("channel_groups", "groups"), slices="groups of channels over groups of the batch"
+    ),
 }
 """Norms by the name that ``make_norm`` takes, in the order of figures."""
 

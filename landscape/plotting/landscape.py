@@ -264,8 +264,11 @@ def _show_edge(axes: Axes) -> None:
 
 def _axis_title(view: PanelData, width: int = 60) -> str:
     """Return title of the measure, with the axis' meaning."""
-    ratios = " (log scale: heights are ratios)" if view.scale.name == "log" else ""
-    return "\n".join(textwrap.wrap(f"{view.measure.title}{ratios}", width))
+    title, ratios = view.measure.title, "(log scale: heights are ratios)"
+    if view.scale.name != "log":
+        return textwrap.fill(title, width)
+    whole = f"{title} {ratios}"
+    return whole if len(whole) <= width else "\n".join([*textwrap.wrap(title, width), *textwrap.wrap(ratios, width)])
 
 
 def _in_lines(label: str, width: int) -> str:

@@ -32,7 +32,11 @@ class Tape(Recording):
     value: Tensor
 
     def __call__(self, parameters: Parameters) -> Tensor:
-        """Return the loss at ``parameters``, a scalar tensor."""
+        """Return the loss at the parameters of the update.
+
+        Args:
+            parameters: Their values, no others: those along a ray are of :func:`tape`.
+        """
         with self.rng_restored(), torch.no_grad():
             start = {**self.start(self._live(), parameters), **parameters}
             return Replay(self, start, {}, is_exact=True).losses([self.anchor])[0]
