@@ -22,7 +22,7 @@ _UNWRITTEN = "landscape.unwritten"
 
 
 def is_set(option: str) -> bool:
-    """Return True if a flag was given that the context remembers."""
+    """Return True if a remembered flag was given."""
     context = click.get_current_context(silent=True)
     return bool(context and context.meta.get(option))
 

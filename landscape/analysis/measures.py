@@ -214,9 +214,9 @@ class _Rays:
         return replace(self, row=self.row[kept], eta=self.eta[kept], value=self.value[kept])
 
     def searched(self) -> Self:
-        """Return the points, with those of a search for the critical step.
+        """Return the points, with those of a search.
 
-        A search goes on below a loss that is not finite, which is left out.
+        That for the critical step goes on below a loss that is not finite, which is left out.
         """
         if "critical_losses" not in self.frame:
             return self

@@ -56,7 +56,7 @@ def search(
 
 
 def _next_step(loss: float, slope: float, points: Sequence[Point], tries: int) -> float:
-    """Return the next step size, or NaN for a narrow bracket.
+    """Return the next step size, NaN for a narrow bracket.
 
     It is near the critical step of the curve that :class:`landscape.analysis.curve.Curves` draws through the bracket,
     a little to the side that has its larger part.
@@ -85,5 +85,5 @@ def _next_step(loss: float, slope: float, points: Sequence[Point], tries: int) -
 
 
 def _bend(eta: float, value: float, loss: float, slope: float) -> float:
-    """Return ``(L(theta - eta d) - L(theta) + eta s) / eta^2``."""
+    """Return ``(value - loss + eta slope) / eta^2``."""
     return (value - loss + eta * slope) / eta**2
