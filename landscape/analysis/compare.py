@@ -250,7 +250,7 @@ def _censored(rows: pd.DataFrame, measure: str) -> Iterator[str]:
 
 
 def _disagreeing(table: pd.DataFrame) -> Iterator[str]:
-    """Yield notes on intervals that disagree about a ratio of 1."""
+    """Yield notes on intervals that disagree about 1."""
     for row in table.to_dict("records"):
         bounds = [(row["low"], row["high"]), (row["bootstrap_low"], row["bootstrap_high"])]
         if np.isfinite(bounds).all() and len({low <= 1 <= high for low, high in bounds}) == 2:
