@@ -34,10 +34,9 @@ _CHANGED = (
     "{}: it was changed after the backward pass (clipped by value, masked, noised). Rays follow the gradient that the "
     "optimizer gets; the losses along them are the training loss."
 )
-_SCALED = (
-    "The optimizer's gradient is {:.3g} times that of the captured loss, and where it was changed is not known (in a "
-    "hook, or through .data). The slope, and measures that need it, are of the optimizer's gradient; gradients=True "
-    "takes them from the loss."
+_OTHER_SLOPE = (
+    "The slope is {:.3g} times that of the captured loss. The gradient was changed where the probe does not see it: in "
+    "a hook, through .data, or by a sum over processes. Slopes, and measures that need them, are wrong by this factor."
 )
 _CONSTANT = (
     "The value that was differentiated is {differentiated:.6g}, that of the captured losses {recorded:.6g}. The rest "
@@ -119,13 +118,8 @@ class CaptureChecks:
         try:
             for kind, message in collect_warnings(at_zero, check, self._ranks.has_untracked_ranks()).items():
                 self._warn_once(kind, message)
-            if (
-                check is not None
-                and check.agrees
-                and abs(check.scale - 1) > check.tolerance
-                and not update.is_changed()
-            ):
-                self._warn_once("scaled", _SCALED.format(check.scale))
+            if check is not None and abs((factor := _slope_factor(update, check)) - 1) > check.tolerance:
+                self._warn_once("slope", _OTHER_SLOPE.format(factor))
         except LandscapeError as error:
             if self._last_passed is None or self._last_passed == step - 1:
                 raise
@@ -207,6 +201,12 @@ def collect_warnings(at_zero: LossCheck | None, check: GradientCheck | None, oth
     if at_zero and value is not None and math.isfinite(at_zero.recorded) and at_zero.differs_from(value):
         found["constant"] = _CONSTANT.format(differentiated=value, recorded=at_zero.recorded)
     return found
+
+
+def _slope_factor(update: Update, check: GradientCheck) -> float:
+    """Return the update's slope over that of the objective."""
+    slope = update.row_values(update.gradient)["slope"].item()
+    return slope / check.slope if check.slope else math.nan
 
 
 def _matches_slope(row: Mapping[str, Any]) -> bool:

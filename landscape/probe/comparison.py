@@ -91,6 +91,7 @@ class GradientCheck:
         terms: Number of terms.
         tolerance: Largest rest that may be rounding.
         unseen: Parameters with a gradient on which the objective does not depend.
+        slope: Inner product of both gradients.
     """
 
     scale: float
@@ -99,6 +100,7 @@ class GradientCheck:
     terms: int
     tolerance: float
     unseen: tuple[str, ...] = ()
+    slope: float = math.nan
 
     @classmethod
     def of(
@@ -133,17 +135,12 @@ class GradientCheck:
         tolerance = 5e-2 if objective.reduced_precision() else 1e-3
         missed = [name for name in got if not space.is_sharded and not own[name].any()]
         unseen = tuple(name for name in missed if got[name].norm() > tolerance * whole)
-        return cls(scale, rest, weight.item(), len(terms), tolerance, unseen)
+        return cls(scale, rest, weight.item(), len(terms), tolerance, unseen, scale * size.item())
 
     @property
     def agrees(self) -> bool:
         """True if the gradients differ only by a factor."""
         return self.rest <= self.tolerance
-
-    @property
-    def differs_by_factor(self) -> bool:
-        """True if the gradients differ by a factor only."""
-        return self.agrees and abs(self.scale - 1) > self.tolerance
 
     @property
     def message(self) -> str:

@@ -98,10 +98,6 @@ class Update:
             own = copies if own is self.gradient else clones(own)
         return replace(self, origin=clones(self.origin), gradient=copies, loss_gradient=own)
 
-    def is_changed(self) -> bool:
-        """Return True if a change of the gradient is known."""
-        return self.loss_gradient is not None and self.loss_gradient is not self.gradient
-
     def gradient_direction(self, relative: bool) -> Parameters:
         """Return the gradient, uphill if the optimizer ascends.
 
