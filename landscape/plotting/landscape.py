@@ -264,7 +264,7 @@ def _show_edge(axes: Axes) -> None:
 
 def _axis_title(view: PanelData, width: int = 60) -> str:
     """Return title of the measure, with the axis' meaning."""
-    title, ratios = view.measure.title, "(log scale: heights are ratios)"
+    title, ratios = view.measure.title, "(heights are ratios)"
     if view.scale.name != "log":
         return textwrap.fill(title, width)
     whole = f"{title} {ratios}"

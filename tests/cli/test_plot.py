@@ -60,7 +60,7 @@ def test_plot_measures(folder):
     tables = [line.split()[-1] for line in result.output.splitlines() if line.split()[:1] == ["updates"]]
     assert tables == ["mean_range", "mean_beta"]
     drawn = (folder / "a.svg").read_text()
-    assert "<!-- loss (log scale: heights are ratios) -->" in drawn
+    assert "<!-- loss (heights are ratios) -->" in drawn
     assert "<!-- effective β-smoothness" in drawn
 
 
