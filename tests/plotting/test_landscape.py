@@ -331,7 +331,7 @@ def test_measure_without_band():
 def test_several_measures():
     runs = frames("none", "batch", steps=20)
     figure = plot_landscape(runs, measure=("loss", "predictiveness", "beta", "loss"))
-    titles = ["loss (heights", "gradient predictiveness (log", "effective β-smoothness"]
+    titles = ["loss (heights", "gradient predictiveness (heights", "effective β-smoothness"]
     for axes, title in zip(figure.axes, titles, strict=True):
         assert axes.get_title(loc="left").replace("\n", " ").startswith(title)
     assert [(len(bands(axes)), len(axes.lines)) for axes in figure.axes] == [(2, 2), (2, 4), (0, 2)]
