@@ -119,9 +119,8 @@ def figure_claims(frame: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[Claim]:
     of_runs = dict(zip(frame["run"].astype(str), bands.astype(str), strict=True))
     last = epochs[epochs["epoch"] == epochs.groupby("run", observed=True)["epoch"].transform("max")]
     of_last = [of_runs[str(run)] for run in last["run"]]
-    rates = frame["base_lr" if "base_lr" in frame else "lr"]
     for band in labels:
-        rate = float(np.max(rates[(bands == band).to_numpy()]))
+        rate = float(np.max(frame["lr"][(bands == band).to_numpy()]))
         yield _trains(band, rate, pd.DataFrame(last[[label == band for label in of_last]]))
 
 

@@ -29,7 +29,13 @@ def frames(scales, seeds=4):
                 losses = [loss, loss + size]
                 rows.append(
                     {"run": f"{norm}{groups}-{seed}", "norm": norm, "groups": groups, "seed": seed, "step": step}
-                    | {"loss": loss, "lr": 0.1, "step_sizes": [0.1, 0.2], "losses": losses}
+                    | {
+                        "loss": loss,
+                        "lr": 0.1 if step else 0.05,
+                        "base_lr": 0.05,
+                        "step_sizes": [0.1, 0.2],
+                        "losses": losses,
+                    }
                     | {"loss_min": losses[0], "loss_max": losses[1], "epoch": step / 30}
                 )
     frame = pd.DataFrame(rows).astype({"groups": "Int64"})
