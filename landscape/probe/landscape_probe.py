@@ -33,14 +33,7 @@ from landscape.probe.passes import CapturedUpdate, gradient_versions
 from landscape.probe.rows import RowQueue
 from landscape.probe.schedule import ProbeSchedule
 from landscape.probe.sinks import SinkQueue
-from landscape.probe.step_hooks import (
-    Closure,
-    EntryReminder,
-    StepHooks,
-    call_after_first,
-    find_grad_scaler,
-    gradient_scale,
-)
+from landscape.probe.step_hooks import Closure, StepHooks, call_after_first, find_grad_scaler, gradient_scale
 from landscape.probe.update import Update
 from landscape.ray.engines.calls import NoTapeError
 from landscape.ray.evaluator import Evaluator
@@ -191,7 +184,6 @@ class LandscapeProbe:
         """Row of the update that the optimizers are making."""
         self._versions: dict[int, list[Any]] = {}
         """Versions of the measured gradients by the id of the optimizer, if there are several."""
-        self._reminder = EntryReminder(self, self.optimizers)
 
     def live(self) -> Self:
         """Draw the losses in a notebook while the training runs.
@@ -213,7 +205,6 @@ class LandscapeProbe:
     def attach(self) -> Self:
         """Register the hooks, as entering the context does."""
         if not self._hooks.attached:
-            self._reminder.remove()
             self._capture.attach()
             self._hooks.attach()
             self._sinks.open()

@@ -309,7 +309,6 @@ def test_gradients_set_by_the_loop():
     check_rows(by_hand)
 
 
-@pytest.mark.filterwarnings("ignore:The optimizer steps, but")
 def test_trainings_in_threads():
     def train(results, number, probed):
         torch.manual_seed(number)

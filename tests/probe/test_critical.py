@@ -46,7 +46,6 @@ def train(probed=True, before=lambda model, inputs, targets, loss: None, updates
     return probe, found | {"rng": torch.get_rng_state()}
 
 
-@pytest.mark.filterwarnings("ignore:The optimizer steps, but")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("direction", ["gradient", "update"])
 def test_training_keeps_every_bit(engine, direction):

@@ -66,7 +66,6 @@ class Momentum(nn.Module):
         return self.query(x) + target
 
 
-@pytest.mark.filterwarnings("ignore:The optimizer steps, but")
 @pytest.mark.filterwarnings("ignore:Step . is not in the trace. The forward pass writes")
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("how", ["rebound", "through data", "in place"])

@@ -59,7 +59,6 @@ def train_with_scaler(make, overflows=(), probed=True, unscales=False, **options
     return probe, states
 
 
-@pytest.mark.filterwarnings("ignore:The optimizer steps, but")
 @pytest.mark.parametrize("options", [{}, {"direction": "update"}, {"gradients": True}], ids=str)
 @pytest.mark.parametrize("unscales", [False, True])
 @pytest.mark.parametrize("name", FUSED)
