@@ -134,7 +134,7 @@ def bootstrap_interval(
         return means[0] if paired else means[0] - means[1]
 
     generator = np.random.default_rng(0)
-    interval = stats.bootstrap(samples, statistic, confidence_level=confidence, method="BCa", random_state=generator)
+    interval = stats.bootstrap(samples, statistic, confidence_level=confidence, method="BCa", rng=generator)
     return float(np.exp(interval.confidence_interval.low)), float(np.exp(interval.confidence_interval.high))
 
 
