@@ -33,7 +33,14 @@ from landscape.probe.passes import CapturedUpdate, gradient_versions
 from landscape.probe.rows import RowQueue
 from landscape.probe.schedule import ProbeSchedule
 from landscape.probe.sinks import SinkQueue
-from landscape.probe.step_hooks import Closure, StepHooks, call_after_first, find_grad_scaler, gradient_scale
+from landscape.probe.step_hooks import (
+    Closure,
+    EntryReminder,
+    StepHooks,
+    call_after_first,
+    find_grad_scaler,
+    gradient_scale,
+)
 from landscape.probe.update import Update
 from landscape.ray.engines.calls import NoTapeError
 from landscape.ray.evaluator import Evaluator
@@ -184,6 +191,7 @@ class LandscapeProbe:
         """Row of the update that the optimizers are making."""
         self._versions: dict[int, list[Any]] = {}
         """Versions of the measured gradients by the id of the optimizer, if there are several."""
+        self._reminder = EntryReminder(self, self.optimizers)
 
     def live(self) -> Self:
         """Draw the losses in a notebook while the training runs.
@@ -205,6 +213,7 @@ class LandscapeProbe:
     def attach(self) -> Self:
         """Register the hooks, as entering the context does."""
         if not self._hooks.attached:
+            self._reminder.remove()
             self._capture.attach()
             self._hooks.attach()
             self._sinks.open()
@@ -213,7 +222,11 @@ class LandscapeProbe:
         return self
 
     def detach(self) -> None:
-        """Remove the hooks and write pending rows."""
+        """Remove the hooks and write pending rows.
+
+        For a probe that was never entered it says that this is meant: its optimizer steps without a warning.
+        """
+        self._reminder.remove()
         self._capture.passes.warn_if_no_step()
         self._remove_hooks()
         try:

@@ -1,7 +1,10 @@
 """Hooks around the steps of an update's optimizers: once per update, after all other hooks."""
 
+import gc
 import inspect
 import sys
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -106,7 +109,9 @@ class StepHooks:
     def _is_followed(self, optimizer: torch.optim.Optimizer) -> bool:
         hooks = list(optimizer._optimizer_step_pre_hooks.values())  # torch has no public way to ask
         owners = [getattr(inspect.unwrap(hook), "__self__", None) for hook in hooks]
-        return self in owners and not all(isinstance(one, StepHooks) for one in owners[owners.index(self) :])
+        return self in owners and not all(
+            isinstance(one, StepHooks | EntryReminder) for one in owners[owners.index(self) :]
+        )
 
     def _register_before(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         before: Any = torch.compiler.disable(self._before_step)
@@ -146,6 +151,38 @@ class StepHooks:
         missing = [one for one in self._optimizers if all(one is not other for other in self._stepped)]
         self._stepped = []
         self._after(missing)
+
+
+class EntryReminder:
+    """Warns once if optimizers step before their probe is attached.
+
+    It does not keep the probe alive, and says nothing about one that is gone.
+
+    Args:
+        probe: The probe, not attached yet.
+        optimizers: Its optimizers.
+    """
+
+    def __init__(self, probe: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._probe = weakref.ref(probe, lambda _: self.remove())
+        remind: Any = torch.compiler.disable(self._remind)
+        self._handles = [optimizer.register_step_pre_hook(remind) for optimizer in optimizers]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _remind(self, *arguments: Any) -> None:
+        self.remove()
+        gc.collect()  # A probe that nobody holds may still be in cycles.
+        if self._probe() is not None:
+            warnings.warn(
+                "The optimizer steps, but its LandscapeProbe is not attached: the update is not recorded. Write `with "
+                "probe:` around the loop, or call probe.attach().",
+                stacklevel=2,
+            )
 
 
 def find_grad_scaler() -> Any:

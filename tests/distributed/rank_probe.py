@@ -50,6 +50,8 @@ def run(model, updates=4, before=lambda step: None, prepare=lambda probe: None, 
     prepare(probe)
     if probed:
         probe.attach()
+    else:
+        probe.detach()
     for step in range(updates):
         before(step)
         optimizer.zero_grad()
@@ -223,8 +225,8 @@ def joining(ranks, folder):
     def train(attached):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        probe = LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES)
-        with probe if attached else nullcontext(), Join([model]):
+        probe = LandscapeProbe(model, optimizer, step_sizes=STEP_SIZES) if attached else nullcontext()
+        with probe, Join([model]):
             for step in range(3 - ranks.rank):
                 optimizer.zero_grad()
                 inputs, targets = batch(step)

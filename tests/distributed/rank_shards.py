@@ -73,6 +73,8 @@ def run(model, rank=0, size=1, updates=4, before=lambda step: None, probed=True,
     probe = LandscapeProbe(model, optimizer, criterion, **options)
     if probed:
         probe.attach()
+    else:
+        probe.detach()
     for step in range(updates):
         before(step)
         optimizer.zero_grad()

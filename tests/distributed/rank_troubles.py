@@ -118,6 +118,8 @@ def run_spoiled(ranks, spoil):
             probe = LandscapeProbe(model, optimizer, nn.CrossEntropyLoss(), step_sizes=STEP_SIZES, gradients=True)
             if probed:
                 probe.attach()
+            else:
+                probe.detach()
             for step in range(3):
                 optimizer.zero_grad()
                 model.set_requires_gradient_sync(True)

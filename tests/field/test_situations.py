@@ -317,6 +317,8 @@ def test_trainings_in_threads():
         probe = LandscapeProbe(model, optimizer, criterion, step_sizes=[0.0, 0.1], engine="loop")
         if probed:
             probe.attach()
+        else:
+            probe.detach()
         for x, y in batches(30, seed=number):
             optimizer.zero_grad()
             loss = criterion(model(x), y)

@@ -31,6 +31,8 @@ def train(probed=True, before=lambda model, inputs, targets, loss: None, updates
         torch.manual_seed(1)
     if probed:
         probe.attach()
+    else:
+        probe.detach()
     for _ in range(updates):
         inputs, targets = torch.randn(32, 6, dtype=torch.float64), torch.randint(3, (32,))
         optimizer.zero_grad()

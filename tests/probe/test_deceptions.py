@@ -31,6 +31,8 @@ def train(
     )
     if engine:
         probe.attach()
+    else:
+        probe.detach()
     for step in range(updates):
         before(model, step)
         x, y = torch.randn(12, 6, dtype=torch.float64), torch.arange(12) % 3

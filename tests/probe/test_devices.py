@@ -46,6 +46,8 @@ def train_with_scaler(make, overflows=(), probed=True, unscales=False, **options
     probe = LandscapeProbe(model, optimizer, step_sizes=[0.05, 0.1], **options)
     if probed:
         probe.attach()
+    else:
+        probe.detach()
     for update in range(6):
         optimizer.zero_grad()
         loss = scaler.scale(CRITERION(model(X), Y))

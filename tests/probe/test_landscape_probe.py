@@ -68,6 +68,8 @@ def test_probe_changes_no_bit(norm, optimizer, loop, direction):
         probe = LandscapeProbe(model, made, criterion, step_sizes=STEP_SIZES, direction=direction)
         if with_probe:
             probe.attach()
+        else:
+            probe.detach()
         train(model, made, criterion, **loop)
         state = {
             **model.state_dict(),
@@ -423,6 +425,7 @@ def test_written_frozen_parameters():
             with pytest.warns(UserWarning, match="Step 0 is not in the trace: The forward pass writes to frozen"):
                 train(model, optimizer, criterion, updates=1)
         else:
+            probe.detach()
             train(model, optimizer, criterion, updates=1)
         train(model, optimizer, criterion, updates=3)
         return model, probe.frame()
@@ -588,7 +591,8 @@ def test_detach():
     model, criterion = make_model(), nn.CrossEntropyLoss()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     probe = LandscapeProbe(model, optimizer, criterion, step_sizes=STEP_SIZES, engine="auto")
-    train(model, optimizer, criterion, updates=1)
+    with pytest.warns(UserWarning, match="not attached"):
+        train(model, optimizer, criterion, updates=1)
     probe.attach().attach()
     train(model, optimizer, criterion, updates=2)
     probe.detach()
