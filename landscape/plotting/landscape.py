@@ -46,7 +46,7 @@ MARK = 6.0
 COLOURED = 12
 """Maximum number of bands in colour: more shades are hard to tell apart."""
 
-PANEL_WIDTH = {1: 100, 2: 48, 3: 30}
+PANEL_WIDTH = {1: 100, 2: 48, 3: 30, 4: 24}
 """Maximum number of characters in a line above a panel, by columns of panels."""
 LEGEND_ROW = 0.16
 """Height of a row of the legend, in inches."""
@@ -237,7 +237,7 @@ def _draw_multiples(
     heights = (3, 1) if below else (1,) * len(views)
     stacks = _panels(figure, len(labels), heights, x_label, sharey=True)
     views = [*views, *below]
-    columns = _columns(len(labels))
+    columns = _columns(len(labels), heights)
     for index, (stack, (label, colour)) in enumerate(zip(stacks, colours_of(labels).items(), strict=True)):
         for axes, view in zip(stack, views, strict=True):
             for other, band in view.bands.items():
@@ -284,8 +284,10 @@ def _end(label: str, width: int) -> str:
     return label if len(label) <= width else f"…{label[1 - width :]}"
 
 
-def _columns(panels: int) -> int:
-    return {1: 1, 2: 2, 4: 2}.get(panels, 3)
+def _columns(stacks: int, heights: Sequence[int] = (1,)) -> int:
+    """Return the columns of stacks of panels."""
+    # The same measure of four bands is compared along a row; a panel in which a loss is followed needs width.
+    return {1: 1, 2: 2, 4: 2 if min(heights) < max(heights) or len(heights) == 1 else 4}.get(stacks, 3)
 
 
 def _panels(figure: Figure, count: int, heights: Sequence[int], x_label: str, sharey: bool = False) -> list[list[Axes]]:
@@ -298,7 +300,7 @@ def _panels(figure: Figure, count: int, heights: Sequence[int], x_label: str, sh
         x_label: Label of the horizontal axes.
         sharey: True if panels at the same place of all stacks share their vertical axis.
     """
-    columns = _columns(count)
+    columns = _columns(count, heights)
     rows, deep = -(-count // columns), len(heights)
     if count > 1 or deep > 1:
         figure.set_size_inches(8, 1.3 + (2.4 if count > 1 else 3.2) * rows * (sum(heights) / max(heights)))

@@ -283,6 +283,14 @@ def test_layout_multiples_of_several_measures():
     assert sum("β" in axes.get_ylabel() for axes in figure.axes) == 1
 
 
+def test_four_norms_are_compared_along_a_row_for_each_measure():
+    norms = frames("none", "batch", "ghost", "seq", seeds=(0,), steps=20)
+    figure = plot_landscape(norms, measure=["loss", "range", "beta"], layout="multiples")
+    titles = ["loss", "", "", "", "range of the loss", "", "", "", "effective β-smoothness", "", "", ""]
+    assert [axes.get_ylabel().partition("\n")[0] for axes in figure.axes] == titles
+    assert len({panel.get_position().y0 for panel in figure.axes}) == 3
+
+
 @pytest.mark.parametrize("others", [[], ["seq"], ["none", "seq", "layer"]])
 def test_colour_of_a_norm_is_the_same_in_every_figure(others):
     figure = plot_landscape(frames("batch", *others), layout="multiples")
