@@ -1,6 +1,9 @@
 """The notebooks run, and their committed outputs are those of a run without times and paths.
 
-``jupyter execute --inplace --NotebookClient.record_timing=False notebooks/quickstart.ipynb`` makes the outputs.
+This makes the outputs::
+
+    python -c "import nbclient, nbformat; name = 'notebooks/quickstart.ipynb'; notebook = nbformat.read(name, 4)
+    nbclient.NotebookClient(notebook, record_timing=False).execute(); nbformat.write(notebook, name)"
 """
 
 import json

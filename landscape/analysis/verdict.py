@@ -79,7 +79,10 @@ def _finding(measure: str, part: pd.DataFrame, phases: str, seeds: int) -> str:
     rougher, smoother = told_apart(measure, part, seeds)
     words = {"rougher": rougher, "smoother": smoother}
     held = [f"{word} in {count} of {len(part)} {phases}" for word, count in words.items() if count]
-    return f"{' and '.join(held) or 'not told apart'} ({shown})"
+    if not held:  # An interval shown may leave out 1, as it is that of this phase alone.
+        alone = ((part["p"] < LEVEL) & (part["seeds"] == seeds)).any()
+        held = ["not told apart" + " after Holm's correction" * bool(alone)]
+    return f"{' and '.join(held)} ({shown})"
 
 
 def told_apart(measure: str, rows: pd.DataFrame, seeds: int) -> tuple[int, int]:

@@ -314,3 +314,14 @@ def test_columns_of_users_are_not_the_bands():
 
 def test_index_with_the_name_of_a_column():
     pd.testing.assert_frame_equal(compare(pairs().set_index("run", drop=False)).table, compare(pairs()).table)
+
+
+def test_sentence_says_that_holm_decides():
+    """Each interval leaves out 1, but with six phases no p is below 5 %; the sentence does not hide it."""
+    runs = pairs(1.2, spread=0.06)
+    table, close = compare(runs, measure="range").table, compare(pairs(1.05, spread=0.06), measure="range")
+    assert (table["low"] > 1).all()
+    assert (table["p_holm"] > 0.05).all()
+    assert "Holm's" in compare(runs, measure="range").sentences[0]
+    assert (close.table["low"] < 1).all()
+    assert "Holm's" not in close.sentences[0]
