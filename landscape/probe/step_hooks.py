@@ -107,8 +107,7 @@ class StepHooks:
         return any(map(self._is_followed, self._optimizers))
 
     def _is_followed(self, optimizer: torch.optim.Optimizer) -> bool:
-        hooks = list(optimizer._optimizer_step_pre_hooks.values())  # torch has no public way to ask
-        owners = [getattr(inspect.unwrap(hook), "__self__", None) for hook in hooks]
+        owners = _owners(optimizer)
         return self in owners and not all(
             isinstance(one, StepHooks | EntryReminder) for one in owners[owners.index(self) :]
         )
@@ -156,7 +155,7 @@ class StepHooks:
 class EntryReminder:
     """Warns once if optimizers step before their probe is attached.
 
-    It does not keep the probe alive, and says nothing about one that is gone.
+    It does not keep the probe alive, and says nothing about one that is gone, or beside another one that is attached.
 
     Args:
         probe: The probe, not attached yet.
@@ -164,25 +163,35 @@ class EntryReminder:
     """
 
     def __init__(self, probe: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self._probe = weakref.ref(probe, lambda _: self.remove())
+        self._probe: weakref.ref[Any] | None = weakref.ref(probe)
+        """The probe, or None once nothing is left to say."""
         remind: Any = torch.compiler.disable(self._remind)
         self._handles = [optimizer.register_step_pre_hook(remind) for optimizer in optimizers]
 
     def remove(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks; not while an optimizer steps, as it iterates over them."""
+        self._probe = None
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _remind(self, *arguments: Any) -> None:
-        self.remove()
+    def _remind(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        probe, self._probe = self._probe, None
+        if probe is None or any(isinstance(owner, StepHooks) for owner in _owners(optimizer)):
+            return
         gc.collect()  # A probe that nobody holds may still be in cycles.
-        if self._probe() is not None:
+        if probe() is not None:
             warnings.warn(
                 "The optimizer steps, but its LandscapeProbe is not attached: the update is not recorded. Write `with "
                 "probe:` around the loop, or call probe.attach().",
-                stacklevel=2,
+                stacklevel=_level_of_user(),
             )
+
+
+def _owners(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return the objects whose methods run before the optimizer's step, or None for functions."""
+    hooks = optimizer._optimizer_step_pre_hooks.values()  # torch has no public way to ask
+    return [getattr(inspect.unwrap(hook), "__self__", None) for hook in hooks]
 
 
 def find_grad_scaler() -> Any:
@@ -221,6 +230,14 @@ def call_after_first(closure: Closure, then: Callable[[], None]) -> Closure:
         return result
 
     return followed
+
+
+def _level_of_user() -> int:
+    """Return the ``stacklevel`` at which a warning names the loop."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "landscape.")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _callers() -> Iterator[FrameType]:

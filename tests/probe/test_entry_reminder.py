@@ -29,22 +29,36 @@ def test_one_warning_and_entered_later():
     probe = LandscapeProbe(model, optimizer)
     with pytest.warns(UserWarning, match="with probe:") as caught:
         train(model, optimizer)
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
     with probe:
         train(model, optimizer)
     train(model, optimizer)
     assert len(probe.frame()) == 3
 
 
-def test_entered_probe_is_not_disturbed_by_another():
+def test_hooks_of_others_run_after_it():
+    """They are iterated over while the optimizer steps."""
     model, optimizer = make()
+    probes = [LandscapeProbe(model, optimizer) for _ in range(2)]
+    calls = []
+    optimizer.register_step_pre_hook(lambda *arguments: calls.append(arguments))
+    with pytest.warns(UserWarning, match="with probe:") as caught:
+        train(model, optimizer)
+    assert (len(caught), len(calls)) == (len(probes), 3)
+
+
+@pytest.mark.parametrize("first", ["held", "dropped"])
+def test_entered_probe_beside_one_that_is_not(first):
+    """As after a notebook's cell that is run twice."""
+    model, optimizer = make()
+    other = LandscapeProbe(model, optimizer)
+    if first == "dropped":
+        del other
     with LandscapeProbe(model, optimizer) as probe:
-        other = LandscapeProbe(model, optimizer)
-        with pytest.warns(UserWarning, match="with probe:") as caught:
-            train(model, optimizer)
-    assert len(caught) == 1
+        late = LandscapeProbe(model, optimizer)
+        train(model, optimizer)
     assert len(probe.frame()) == 3
-    assert other.step == 0
+    assert late.step == 0
 
 
 def test_probe_is_not_kept_alive_and_says_nothing_then():
@@ -52,6 +66,7 @@ def test_probe_is_not_kept_alive_and_says_nothing_then():
     gc.disable()
     try:
         gone = weakref.ref(LandscapeProbe(model, optimizer))
+        optimizer.register_step_pre_hook(lambda *arguments: None)
         train(model, optimizer)
         assert gone() is None
     finally:
