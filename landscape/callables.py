@@ -99,7 +99,8 @@ def call_own(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     except LandscapeError:
         raise
     except (Exception, SystemExit) as error:
-        message = short(one_line(str(error)), 300).rstrip(".")
+        text = error.msg if isinstance(error, SyntaxError) else str(error)  # Its text has the place, too.
+        message = short(one_line(text), 300).rstrip(".")
         raise LandscapeError(
             f"{what}: raised {type(error).__name__}{f': {message}' if message else ''}{_place(error)}. Correct it, or "
             "repeat with --traceback to see the calls."

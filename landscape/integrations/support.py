@@ -32,6 +32,8 @@ def import_host(name: str, extra: str) -> Any:
 def check_options(options: dict[str, Any]) -> None:
     """Raise for options that `LandscapeProbe` refuses later."""
     own = signature(LandscapeProbe.__init__).parameters
+    if unknown := options.keys() - (known := signature(LandscapeProbe).parameters):
+        raise TypeError(f"LandscapeProbe has no option {min(unknown)!r}. Use some of {', '.join([*known][2:])}.")
     ProbeOptions(**{name: value for name, value in options.items() if name not in own})
 
 

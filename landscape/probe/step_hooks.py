@@ -189,7 +189,10 @@ class EntryReminder:
 
 
 def _owners(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Return the objects whose methods run before the optimizer's step, or None for functions."""
+    """Return the owners of the hooks before a step.
+
+    It is None for a function.
+    """
     hooks = optimizer._optimizer_step_pre_hooks.values()  # torch has no public way to ask
     return [getattr(inspect.unwrap(hook), "__self__", None) for hook in hooks]
 

@@ -15,12 +15,13 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from landscape.callables import call_own, import_callable
-from landscape.data.dataset import Dataset, Samples, load_dataset
+from landscape.data.dataset import LOADERS, Dataset, Samples, load_dataset
 from landscape.data.own import digest, load_own_dataset
 from landscape.distributed.group import SINGLE_PROCESS, RankGroup
 from landscape.errors import LandscapeError
 from landscape.norms.registry import batch_norms, convert_norms, make_norm
 from landscape.rng import load_rng_state_dict, rng_state_dict
+from landscape.text import one_line
 from landscape.training.augmentation import augmentation
 from landscape.training.criterion import CRITERIA, check_outputs, correct, in_shape, with_targets
 from landscape.training.models import MODELS
@@ -71,6 +72,11 @@ class Experiment:
         self.device = resolve_device(device)
         if recipe.has_own_data:
             data = load_own_dataset(recipe.dataset, self.device)
+        elif recipe.dataset not in LOADERS:
+            raise LandscapeError(
+                f"dataset={recipe.dataset!r:.100}: unknown data set. Use {', '.join(LOADERS)}, a file, such as "
+                "data.npz, or a function, such as my_data:load."
+            )
         else:
             data = load_dataset(recipe.dataset, data_dir, self.device)
         self.data = with_targets(recipe, data).split(recipe.validation, recipe.train_samples)
@@ -274,6 +280,13 @@ def initial_model(recipe: Recipe, data: Dataset) -> nn.Module:
         raise LandscapeError(
             f"norm={recipe.norm!r}: cannot normalize batches of {recipe.batch_size} ({error}). Use larger batches or "
             "fewer groups."
+        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise LandscapeError(
+            f"model={recipe.model!r}: cannot take samples of shape {tuple(inputs.shape[1:])} ({one_line(str(error))}). "
+            "Use simplenet, or a function that builds a model for them, such as my_model:build."
         ) from error
     check_outputs(recipe, outputs, targets, data.classes if targets.ndim == 1 else 0)
     return model

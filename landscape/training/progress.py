@@ -59,6 +59,6 @@ class Progress:
             span = f"{low:.4f} to {high:.4f}"
             if self._ranges is not None:
                 self._ranges.append(high - low)
-                span = f"{high - low:.4f} {sparkline(np.array(self._ranges), WIDTH)}"
+                span = f"{high - low:.3g} {sparkline(np.array(self._ranges), WIDTH)}"
             self.bar.set_postfix_str(f"loss {row['loss']:.4f}, range {span}", refresh=False)
         self.bar.update()

@@ -60,6 +60,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "nets.py").write_text(NETS)
     (tmp_path / "empty.py").write_text("import landscape_has_no_such_module\n")
+    (tmp_path / "syntax.py").write_text("def build(:\n")
     random = np.random.default_rng(0)
     x = random.normal(size=(160, 6))
     parts = {"x_train": x[:128], "x_test": x[128:]}
@@ -166,6 +167,9 @@ def test_resume_refuses_other_data(folder):
         ("--model nets:three --data absent.npz", "no such file"),
         ("--model nets:three --data nets:three_parts", "tuple of 3"),
         ("--recipe cifar10-small --data labels.npz --model nets:three --train-samples 128", "requires images"),
+        ("--model resnet20 --data labels.npz", r"samples of shape \(6,\)"),
+        ("--data labels.csv", r"labels\.csv.*data\.npz, .*my_data:load"),
+        ("--model syntax:build --data labels.npz", r"SyntaxError: [^(]*\(syntax\.py, line 1\)"),
         ("--norm unchanged", "requires a model of your own"),
         ("--optimizer adam --momentum 0.9", "requires optimizer='SGD'"),
     ],

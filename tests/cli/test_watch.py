@@ -28,7 +28,7 @@ def test_finished_runs_are_printed_and_it_ends(tmp_path):
 
 def test_running_run_is_read_while_it_is_written(tmp_path):
     trace = record(tmp_path / "a")
-    result = watched(tmp_path, "--once")
+    result = watched(tmp_path, "--text", "--once")
     assert (result.exit_code, result.output.split()[:3]) == (0, ["a", "step", "7"]), result.output
     assert result.stderr == ""
     trace.close()
@@ -36,7 +36,7 @@ def test_running_run_is_read_while_it_is_written(tmp_path):
 
 def test_run_without_rows(tmp_path):
     with TraceWriter(tmp_path / "a", {}):
-        result = watched(tmp_path, "--once")
+        result = watched(tmp_path, "--text", "--once")
     assert (result.exit_code, result.output) == (0, "1 runs, no rows yet\n")
 
 

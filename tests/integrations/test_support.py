@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from landscape.errors import MissingExtraError
+from landscape.integrations.support import check_options
 
 HOSTS = {"accelerate": "accelerate", "lightning": "lightning.pytorch", "transformers": "transformers"}
 
@@ -26,3 +27,9 @@ def test_libraries_installed(extra):
     if not os.environ.get("LANDSCAPE_FIELD"):
         pytest.skip("LANDSCAPE_FIELD is not set, so that other libraries need not be installed")
     assert importlib.import_module(f"landscape.integrations.{extra}")
+
+
+def test_misspelt_option_is_named_with_those_that_exist():
+    with pytest.raises(TypeError, match=r"'step_size'.*step_sizes"):
+        check_options({"step_size": [0.1]})
+    check_options({"step_sizes": [0.1], "trace": "folder"})
