@@ -169,7 +169,10 @@ class EntryReminder:
         self._handles = [optimizer.register_step_pre_hook(remind) for optimizer in optimizers]
 
     def remove(self) -> None:
-        """Remove the hooks; not while an optimizer steps, as it iterates over them."""
+        """Remove the hooks, before or after a step.
+
+        During a step torch iterates over them.
+        """
         self._probe = None
         for handle in self._handles:
             handle.remove()
