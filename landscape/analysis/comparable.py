@@ -11,7 +11,7 @@ from landscape.analysis.measures import flatten_lists
 SETTINGS = (
     *("recipe", "dataset", "samples", "model", "criterion", "batch_size", "epochs", "base_lr", "schedule", "optimizer"),
     *("momentum", "nesterov", "weight_decay", "clip_norm", "train_samples", "precision", "mode", "direction"),
-    *("relative", "every", "overhead"),
+    *("relative", "every", "overhead", "devices", "lr_start", "lr_end", "rise"),
 )
 """Facts that runs of one band, and of one comparison, must share, as well as the step sizes."""
 HANDFUL = 0.05
@@ -47,7 +47,10 @@ def step_sizes_of(run: pd.DataFrame) -> str:
     sizes = flatten_lists(first, "step_sizes")[0]
     relative = bool(first["relative"].fillna(False).iloc[0]) if "relative" in first else False
     scale = float(first["lr"].iloc[0]) if relative else 1.0
-    text = ", ".join(f"{size / scale if scale else np.nan:.4g}" for size in sizes)
+    numbers = [f"{size / scale if scale else np.nan:.4g}" for size in sizes]
+    if len(sizes) > 4 and np.allclose(np.diff(sizes), sizes[1] - sizes[0], rtol=1e-6):  # The rest is known.
+        numbers = [*numbers[:2], "…", numbers[-1]]
+    text = ", ".join(numbers)
     return f"{text} times the learning rate" if relative else text
 
 

@@ -103,8 +103,9 @@ def compare(frame: pd.DataFrame, measure: str | Sequence[str] = DEFAULT, referen
     if not known:
         measured(frame, measures[0])  # raises, and names what is missing
     frame = frame if "run" in frame else frame.assign(run=runs_of(frame))
+    frame, notes = _measured_alike(frame, known)
     _check_reference(frame, reference)
-    notes = [f"{name}: no run recorded what it requires." for name in measures if name not in known]
+    notes += [f"{name}: no run recorded what it requires." for name in measures if name not in known]
     groups = [_Group.of(setting, rows, reference) for setting, rows in comparable_groups(frame)]
     _check_bands(groups)
     notes += [note for group in groups for note in group.notes(len(groups) > 1)]
@@ -181,6 +182,21 @@ class _Group:
             lost = next(iter(parts.values())).loc[lambda rows: ~rows["finite"]]["band"].value_counts()
             counts = tuple((name, int(lost.get(name, 0))) for name in (band, self.reference))
             yield _Pair(self.setting, band, table, values, counts)
+
+
+def _measured_alike(frame: pd.DataFrame, measures: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Return the frame without searches that some runs lack.
+
+    Beyond the largest step size the critical step of one run would be found, and that of another cut off there.
+    """
+    wanted = [name for name in measures if name.startswith("critical")]
+    if not wanted or "critical_losses" not in frame:
+        return frame, []
+    runs, searched = frame["run"].nunique(), frame.loc[frame["critical_losses"].notna(), "run"].nunique()
+    if searched in (0, runs):
+        return frame, []
+    note = f"{' and '.join(wanted)}: only {searched} of {runs} runs have critical=True; it is not used."
+    return frame.drop(columns=["critical_losses", "critical_step_sizes"]), [note]
 
 
 def _seed(seed: Any) -> str:

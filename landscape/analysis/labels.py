@@ -12,6 +12,8 @@ from landscape.text import short
 
 STEP_SIZES = "step sizes"
 """Name of the column of step sizes as text, which are added likewise."""
+LONGEST = 100
+"""Maximum number of characters in a label."""
 
 
 def band_labels(frame: pd.DataFrame) -> pd.Series:
@@ -49,8 +51,12 @@ def band_labels(frame: pd.DataFrame) -> pd.Series:
     facts = keys.loc[~number.duplicated()].astype(object)
     facts = facts.where(facts.notna(), None).to_dict("records")
     labels = [_label(band, differing) for band in facts]
-    # Long labels are numbered, because they may differ only in the part that is cut off.
-    labels = [label if label == short(label) else f"[{index}] {short(label)}" for index, label in enumerate(labels)]
+    # Long labels are numbered, because they may differ only in the part that is cut off. They begin with the norm,
+    # which gives the colour.
+    labels = [
+        label if label == short(label, LONGEST) else f"{short(label, LONGEST - 5)} [{index}]"
+        for index, label in enumerate(labels)
+    ]
     order = [labels[index] for index in sorted(range(len(facts)), key=lambda index: _position(facts[index]))]
     categories = list(dict.fromkeys(order))
     codes = pd.Index(categories).get_indexer(pd.Index(labels))

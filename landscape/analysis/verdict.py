@@ -23,7 +23,7 @@ def sentence(rows: pd.DataFrame, band: str, reference: str, setting: str, not_fi
         band: Label of the norm.
         reference: Label of the norm that it is divided by.
         setting: What sets this group of runs apart from others, or nothing.
-        not_finite: Number of updates by label that are left out because a loss is NaN or infinite.
+        not_finite: Number of updates by label that are left out, as the first measure is missing, NaN or infinite.
     """
     compared = pd.DataFrame(rows[rows["method"].isin([PAIRED, WELCH, SINGLE])])
     method = str(compared["method"].iloc[0]) if len(compared) else "no ratio"
@@ -43,7 +43,8 @@ def sentence(rows: pd.DataFrame, band: str, reference: str, setting: str, not_fi
             f"not cannot give a p below {floor:.2g} here."
         )
     if lost := [f"{count:,} of {name}" for name, count in not_finite.items() if count]:
-        lines.append(f"- Left out, because a loss is NaN or infinite: {' and '.join(lost)} (updates).")
+        first = rows["measure"].iloc[0]
+        lines.append(f"- Left out, as {first} is missing, NaN or infinite: {' and '.join(lost)} (updates).")
     return "\n".join([head, *lines])
 
 
@@ -68,21 +69,29 @@ def _line(measure: str, rows: pd.DataFrame) -> str:
 
 
 def _finding(measure: str, part: pd.DataFrame, phases: str, seeds: int) -> str:
-    """Return how many phases differ, and the last ratio."""
+    """Return how many phases differ, and the ratio of one of them.
+
+    It is the last phase that all seeds reach, or the one that Holm's correction decides.
+    """
     known = pd.DataFrame(part[part["ratio"].notna()])
     if known.empty:
         return "without a ratio, as values are missing or not positive"
-    last = known.iloc[-1]
-    shown = f"{last.name} {_ratio(last)}"
-    if last["method"] == SINGLE:
-        return f"{shown} of one seed"
+    counted = pd.DataFrame(known[known["seeds"] == seeds])
+    if counted.empty:
+        return f"not counted, as no phase has all seeds ({known.index[-1]} {_ratio(known.iloc[-1])})"
+    row = counted.iloc[-1]
+    if row["method"] == SINGLE:
+        return f"{row.name} {_ratio(row)} of one seed"
     rougher, smoother = told_apart(measure, part, seeds)
     words = {"rougher": rougher, "smoother": smoother}
     held = [f"{word} in {count} of {len(part)} {phases}" for word, count in words.items() if count]
-    if not held:  # An interval shown may leave out 1, as it is that of this phase alone.
-        alone = ((part["p"] < LEVEL) & (part["seeds"] == seeds)).any()
-        held = ["not told apart" + " after Holm's correction" * bool(alone)]
-    return f"{' and '.join(held)} ({shown})"
+    if not held:
+        held = ["not told apart"]
+        if counted["p"].to_numpy(float).min() < LEVEL:
+            held, row = ["not told apart after Holm's correction"], counted.loc[counted["p"].idxmin()]
+    rest = [str(phase) for phase in known.index if phase not in counted.index]
+    left_out = f"; not counted, as some seeds lack it: {', '.join(rest)}" if rest else ""
+    return f"{' and '.join(held)} ({row.name} {_ratio(row)}{left_out})"
 
 
 def told_apart(measure: str, rows: pd.DataFrame, seeds: int) -> tuple[int, int]:

@@ -325,3 +325,36 @@ def test_sentence_says_that_holm_decides():
     assert "Holm's" in compare(runs, measure="range").sentences[0]
     assert (close.table["low"] < 1).all()
     assert "Holm's" not in close.sentences[0]
+
+
+def test_phases_that_some_seeds_lack_hide_no_others():
+    """Three of four seeds end early: the last third is one seed's, the others are of all."""
+    runs = pairs()
+    early = (runs["norm"] == "none") & (runs["seed"] > 0) & (runs["step"] >= STEPS * 6 // 10)
+    comparison = compare(runs[~early], measure="range")
+    seeds = comparison.table.set_index("phase")["seeds"]
+    assert (seeds["first third"], seeds["last third"]) == (3, 1)
+    line = comparison.sentences[0].splitlines()[1]
+    assert "rougher in 2 of 3" in line
+    assert "last third" in line.partition("not counted")[2]
+
+
+def test_searches_that_some_runs_lack_are_not_used():
+    """A run beside itself has a ratio of 1, whether or not one of both was searched."""
+    plain = pairs(1.0)
+    searched = plain.assign(
+        critical_step_sizes=[[0.3]] * len(plain), critical_losses=[[2 * loss] for loss in plain["loss"]]
+    )
+    searched.loc[searched["norm"] == "none", ["critical_step_sizes", "critical_losses"]] = None
+    comparison = compare(searched, measure="critical_step")
+    np.testing.assert_allclose(comparison.table["ratio"], 1.0)
+    assert sum("critical=True" in note for note in comparison.notes) == 1
+
+
+def test_reference_is_found_under_a_long_label():
+    settings = {"recipe": "a-recipe-with-a-long-name", "schedule": "triangle", "precision": "bfloat16"}
+    runs = pd.concat([pairs(**settings, clip_norm=1.0), pairs(**settings, clip_norm=2.0)]).reset_index(drop=True)
+    runs["run"] += runs["clip_norm"].astype(str)
+    runs["model"] = ["m" * 90 if norm == 1.0 else "n" * 90 for norm in runs["clip_norm"]]
+    table = compare(runs, measure="range", reference="none").table
+    assert set(table["reference"]) == {"No normalization"}
