@@ -20,7 +20,7 @@ SECONDS = 2.0
 @click.command("watch", cls=Command)
 @click.argument("paths", nargs=-1, required=True, type=LocationType())
 @options_under("Output")("--once", is_flag=True, help="Print it once.")
-@click.option("--text", is_flag=True, hidden=True, expose_value=False)  # There is no other form.
+@options_under("Output")("--text", is_flag=True, expose_value=False, help="As text, which is the only form.")
 def command(paths: tuple[str | Path, ...], once: bool) -> None:
     """Draw runs as text while they are recorded.
 

@@ -168,8 +168,6 @@ class _Training:
             restored = self.resume and self.checkpoints.restore(self.load_state_dict)
             if self.resume and not restored and is_recorded(recipe, self.location):
                 return  # Another process has completed the run in the meantime.
-            if self.resume and not restored:  # Rows of a process that was killed before its first checkpoint.
-                self.experiment.ranks.run_on_all(lambda: self.probe.trace.truncate({}))
             while self.epoch <= recipe.epochs:
                 for loss in self.experiment.epoch(len(self.losses)):
                     self.losses.append(loss)

@@ -25,6 +25,7 @@ def resume_training(recipe, out):
     """Train or resume, with as many checkpoints as their cost allows."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "No state was loaded")  # killed before its first checkpoint
     train(recipe, out, device="cpu", resume=True, checkpoint_seconds=0)
 
 

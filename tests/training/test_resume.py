@@ -38,22 +38,16 @@ class Stop(Exception):
 
 def train_in_parts(recipe, out, *steps):
     """Train to each of the steps, resuming, and then to the end."""
-    for step in steps:
-        train_in_part(recipe, out, step)
+    for last in steps:
+
+        def on_update(probe, last=last):
+            if probe.step == last:
+                raise Stop
+
+        with pytest.raises(Stop):
+            train(recipe, out, device="cpu", resume=True, on_update=on_update)
+        assert (out / recipe.run_name / "checkpoint.pt").exists()
     return train(recipe, out, device="cpu", resume=True)
-
-
-def train_in_part(recipe, out, last):
-    """Train to a step, resuming; return the folder of the run."""
-
-    def on_update(probe):
-        if probe.step == last:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(recipe, out, device="cpu", resume=True, on_update=on_update)
-    assert (out / recipe.run_name / "checkpoint.pt").exists()
-    return out / recipe.run_name
 
 
 @pytest.mark.parametrize(
@@ -79,14 +73,6 @@ def test_resume_of_stopped_run(tmp_path, changes):
     whole = train(recipe, tmp_path / "whole", device="cpu")
     parts = train_in_parts(recipe, tmp_path / "parts", 1, 3, UPDATES // 2, UPDATES // 2 + 1, UPDATES)
     check_same(parts, whole)
-
-
-def test_resume_without_a_checkpoint(tmp_path):
-    """A process can be killed after its first rows and before its first checkpoint: the run begins anew."""
-    whole = train(SHORT, tmp_path / "whole", device="cpu")
-    part = train_in_part(SHORT, tmp_path / "part", 3)
-    (part / "checkpoint.pt").unlink()
-    check_same(train(SHORT, tmp_path / "part", device="cpu", resume=True), whole)
 
 
 @pytest.mark.multiprocess
