@@ -69,7 +69,7 @@ def _line(measure: str, rows: pd.DataFrame) -> str:
 
 
 def _finding(measure: str, part: pd.DataFrame, phases: str, seeds: int) -> str:
-    """Return how many phases differ, and the ratio of one of them.
+    """Return how many phases differ, and one ratio.
 
     It is the last phase that all seeds reach, or the one that Holm's correction decides.
     """

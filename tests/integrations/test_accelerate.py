@@ -203,6 +203,8 @@ def test_optimizers_that_step_together():
 
 
 def test_compiled_model_is_refused_or_measured_with_a_criterion():
+    torch.compiler.reset()  # After many compilations in one process torch would run the model uncompiled.
+
     def wrap(model):
         return torch.compile(model, backend="aot_eager")
 

@@ -311,6 +311,8 @@ def test_training_that_fails_leaves_no_hooks(tmp_path):
 
 
 def test_compiled_module_is_refused(tmp_path):
+    torch.compiler.reset()  # After many compilations in one process torch would run the model uncompiled.
+
     class Plain(Module):
         def training_step(self, batch, index):
             return self.criterion(self.net(batch[0]), batch[1])
