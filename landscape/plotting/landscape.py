@@ -286,8 +286,9 @@ def _end(label: str, width: int) -> str:
 
 def _columns(stacks: int, heights: Sequence[int] = (1,)) -> int:
     """Return the columns of stacks of panels."""
-    # The same measure of four bands is compared along a row; a panel in which a loss is followed needs width.
-    return {1: 1, 2: 2, 4: 2 if min(heights) < max(heights) or len(heights) == 1 else 4}.get(stacks, 3)
+    # Several measures of four bands are compared along rows; a loss alone, or above a slim panel, needs width.
+    are_measures = len(heights) > 1 and len(set(heights)) == 1
+    return {1: 1, 2: 2, 4: 4 if are_measures else 2}.get(stacks, 3)
 
 
 def _panels(figure: Figure, count: int, heights: Sequence[int], x_label: str, sharey: bool = False) -> list[list[Axes]]:
